@@ -1,0 +1,99 @@
+// Package image keeps images: references, registries, content, unpacked layers
+// and their collection. Its Service works on one containerd content store and
+// metadata database under the engine's root. The engine and the Docker API use
+// the Service; the vocabulary is the Docker API's types.
+package image
+
+import (
+	"time"
+
+	"github.com/cloudos-io/cloudos/internal/snapshot"
+	"github.com/moby/moby/api/types/registry"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+// Resolved is an image made ready for a container: found, unpacked, pinned.
+type Resolved struct {
+	// ID is the image's id: the digest of its config for Docker compatibility.
+	ID digest.Digest
+	// Ref is the name it was asked by, familiar form ("busybox:latest").
+	Ref      string
+	Manifest ocispec.Descriptor
+	Platform ocispec.Platform
+	Config   ocispec.ImageConfig
+	Created  time.Time
+	// Healthcheck and Shell are Docker's additions to the OCI config.
+	Healthcheck *Healthcheck
+	Shell       []string
+	OnBuild     []string
+	Chain       snapshot.Chain
+	Size        int64
+}
+
+// Healthcheck as image configurations store it; durations in nanoseconds.
+type Healthcheck struct {
+	Test          []string      `json:",omitempty"`
+	Interval      time.Duration `json:",omitempty"`
+	Timeout       time.Duration `json:",omitempty"`
+	StartPeriod   time.Duration `json:",omitempty"`
+	StartInterval time.Duration `json:",omitempty"`
+	Retries       int           `json:",omitempty"`
+}
+
+// Progress is one line of work of a pull, push, load or import, in the terms of
+// the Docker API's progress stream. ID is the short layer digest, "" for a line
+// about the whole.
+type Progress struct {
+	ID             string
+	Action         string // "Pulling fs layer", "Downloading", "Extracting", "Pull complete", …
+	Current, Total int64
+}
+
+// PullOptions tell what to pull.
+type PullOptions struct {
+	Ref      string // normalised with distribution/reference rules; digest or tag
+	Platform string // "" is the host's
+	Auth     *registry.AuthConfig
+	AllTags  bool
+	Progress func(Progress) // may be nil; called from several goroutines
+}
+
+// PushOptions tell what to push.
+type PushOptions struct {
+	Ref      string
+	Platform string
+	Auth     *registry.AuthConfig
+	AllTags  bool
+	Progress func(Progress)
+}
+
+// RemoveOptions tell how to remove.
+type RemoveOptions struct {
+	Force, NoPrune bool
+	// InUse tells by which containers an image id is used: id of container to
+	// whether it is running.
+	InUse func(id digest.Digest) map[string]bool
+}
+
+// CommitRequest makes an image from a container's changes.
+type CommitRequest struct {
+	Parent  Resolved // zero for none
+	Ref     string   // "" leaves it untagged
+	Config  ocispec.ImageConfig
+	Health  *Healthcheck
+	Shell   []string
+	OnBuild []string
+	Author  string
+	Comment string
+	Created time.Time
+	// CreatedBy is the history line.
+	CreatedBy string
+}
+
+// Event is something that happened to an image, for the engine's event bus.
+type Event struct {
+	Action string // pull, push, tag, untag, delete, load, import, save, prune
+	ID     string
+	Ref    string
+}
