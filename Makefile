@@ -1,0 +1,66 @@
+# One entry point. `make help` lists what there is.
+SHELL      := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+GO         ?= go
+GOARCH     ?= $(shell $(GO) env GOARCH)
+VERSION    ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
+PKG        := github.com/cloudos-io/cloudos
+LDFLAGS    := -s -w -X $(PKG)/api.Version=$(VERSION)
+BIN        := bin
+PROGRAMS   := servin servind
+export CGO_ENABLED := 0
+
+.PHONY: help build deps shim hello run test test-unit test-e2e test-long bench check fuzz cross install clean
+
+help: ## Show this list
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+deps: ## Install what building and running need (Debian packages; needs root)
+	@scripts/deps build
+
+build: shim hello ## Build every program into bin/
+	@mkdir -p $(BIN)
+	$(GO) build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/ $(PROGRAMS:%=./cmd/%)
+
+shim: ## Build the static C program that the engine embeds
+	@$(MAKE) --no-print-directory -C shim GOARCH=$(GOARCH)
+
+hello: ## Build the image that the engine embeds
+	@scripts/hello-image $(GOARCH)
+
+run: ## Build, start the engine and run a first container
+	@scripts/deps build
+	@$(MAKE) --no-print-directory build
+	@scripts/first-run
+
+test: ## Units and the native end-to-end suite (needs root; 30 minutes cold at most)
+	@scripts/deps test
+	@$(MAKE) --no-print-directory build
+	@scripts/test short
+
+test-long: ## Fault, leak and fuzz campaigns
+	@scripts/deps test
+	@$(MAKE) --no-print-directory build
+	@scripts/test long
+
+bench: ## Measure beside Docker, Podman, containerd, crun and runc
+	@scripts/deps bench
+	@$(MAKE) --no-print-directory build
+	@bench/run
+
+check: ## Format, vet, staticcheck, dependency arrows, cross builds
+	@scripts/check
+
+cross: ## Build the command line for every platform
+	@for p in linux/amd64 linux/arm64 linux/arm darwin/amd64 darwin/arm64 windows/amd64 windows/arm64; do \
+	  echo "servin $$p"; GOOS=$${p%/*} GOARCH=$${p#*/} GOARM=7 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o dist/servin-$${p%/*}-$${p#*/} ./cmd/servin; done
+
+fuzz: ## Fuzz every parser for a minute each
+	@scripts/fuzz $${FUZZTIME:-60s}
+
+install: build ## Install into PREFIX (default /usr/local) with a systemd unit
+	@scripts/install
+
+clean: ## Remove what build made
+	rm -rf $(BIN) dist
+	@$(MAKE) --no-print-directory -C shim clean

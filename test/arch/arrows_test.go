@@ -1,0 +1,154 @@
+// Package arch checks the shape of the tree: which package may import which,
+// what each program may link, and that every package says what it is for.
+package arch
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"io"
+	"os/exec"
+	"path"
+	"strings"
+	"testing"
+)
+
+const module = "github.com/cloudos-io/cloudos/"
+
+// arrows lists, for each folder of ours, the folders of ours it may import; a
+// folder stands for itself and everything below. Importing within one's own
+// top folder is always allowed. A new arrow is a decision: add an ADR with it.
+var arrows = map[string][]string{
+	"api":                {},
+	"client":             {"api"},
+	"cmd/servin":         {"internal/cli", "client", "api"},
+	"cmd/servind":        {"internal/wire", "internal/config", "internal/daemon", "internal/image", "internal/runtime", "api"},
+	"cmd/servin-hello":   {},
+	"internal/fault":     {},
+	"internal/container": {"internal/fault", "api"},
+	"internal/event":     {"internal/fault"},
+	"internal/store":     {"internal/fault"},
+	"internal/logs":      {"internal/fault"},
+	"internal/config":    {"internal/fault", "api"},
+	"internal/seccomp":   {"internal/fault"},
+	"internal/plan":      {"internal/fault", "internal/seccomp"},
+	"internal/snapshot":  {"internal/fault"},
+	"internal/idmap":     {"internal/fault", "internal/snapshot"},
+	"internal/apparmor":  {"internal/fault"},
+	"internal/cdi":       {"internal/fault"},
+	"internal/doctor":    {"internal/fault", "api"},
+	"internal/oci":       {"internal/fault", "internal/snapshot", "internal/image", "internal/seccomp", "internal/apparmor"},
+	"internal/volume":    {"internal/fault", "internal/snapshot"},
+	"internal/network":   {"internal/fault"},
+	"internal/image":     {"internal/fault", "internal/snapshot", "internal/hello"},
+	"internal/hello":     {},
+	"internal/shim":      {"internal/fault", "internal/plan"},
+	"internal/runtime":   {"internal/fault", "internal/shim", "internal/plan", "internal/seccomp", "internal/snapshot", "internal/apparmor"},
+	"internal/engine": {"internal/fault", "internal/container", "internal/event", "internal/oci", "internal/image", "internal/snapshot",
+		"internal/network", "internal/volume", "internal/runtime", "internal/store", "internal/logs", "internal/idmap", "internal/cdi",
+		"internal/doctor", "internal/apparmor", "internal/config", "api"},
+	"internal/dockerapi": {"internal/fault", "internal/image", "internal/engine", "api"},
+	"internal/cli":       {"client", "api"},
+	"internal/rootless":  {"internal/fault", "internal/idmap"},
+}
+
+// composition roots may import everything below internal/.
+var roots = []string{"internal/wire", "internal/daemon", "test", "bench"}
+
+// links lists modules that a program must never link.
+var links = map[string][]string{
+	"cmd/servin":       {"github.com/containerd/containerd/v2", "github.com/vishvananda/netlink", "go.etcd.io/bbolt", "google.golang.org/grpc", "github.com/cloudos-io/cloudos/internal/engine"},
+	"cmd/servin-hello": {"github.com/"},
+	"cmd/servind":      {"k8s.io/kubernetes", "github.com/moby/moby/client"},
+}
+
+type pkg struct {
+	ImportPath, Doc, Dir   string
+	Imports, Deps, GoFiles []string
+}
+
+func list(t *testing.T, args ...string) []pkg {
+	t.Helper()
+	cmd := exec.Command("go", append([]string{"list", "-json=ImportPath,Doc,Dir,Imports,Deps,GoFiles"}, args...)...)
+	cmd.Dir = "../.."
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	out, err := cmd.Output()
+	if err != nil {
+		t.Fatalf("go list: %v: %s", err, stderr.String())
+	}
+	var pkgs []pkg
+	for dec := json.NewDecoder(bytes.NewReader(out)); ; {
+		var p pkg
+		if err := dec.Decode(&p); errors.Is(err, io.EOF) {
+			return pkgs
+		} else if err != nil {
+			t.Fatal(err)
+		}
+		pkgs = append(pkgs, p)
+	}
+}
+
+func under(p, dir string) bool { return p == dir || strings.HasPrefix(p, dir+"/") }
+
+func TestArrows(t *testing.T) {
+	for _, p := range list(t, "./...") {
+		from := strings.TrimPrefix(p.ImportPath, module)
+		isRoot := false
+		for _, r := range roots {
+			isRoot = isRoot || under(from, r)
+		}
+		if isRoot {
+			continue
+		}
+		home, allowed, known := "", []string(nil), false
+		for dir, to := range arrows {
+			if under(from, dir) && len(dir) > len(home) {
+				home, allowed, known = dir, to, true
+			}
+		}
+		if !known {
+			t.Errorf("%s is in no row of the list of arrows", from)
+			continue
+		}
+		for _, imp := range p.Imports {
+			if !strings.HasPrefix(imp, module) {
+				continue
+			}
+			to := strings.TrimPrefix(imp, module)
+			ok := under(to, home)
+			for _, a := range allowed {
+				ok = ok || under(to, a)
+			}
+			if !ok {
+				t.Errorf("%s must not import %s", from, to)
+			}
+		}
+	}
+}
+
+func TestPrograms(t *testing.T) {
+	for prog, banned := range links {
+		for _, p := range list(t, "./"+prog) {
+			for _, dep := range p.Deps {
+				for _, b := range banned {
+					if strings.HasPrefix(dep, b) && !strings.HasPrefix(dep, module+"api") {
+						t.Errorf("%s links %s", prog, dep)
+					}
+				}
+			}
+		}
+	}
+}
+
+func TestPackageNames(t *testing.T) {
+	bad := map[string]bool{"util": true, "utils": true, "common": true, "helper": true, "helpers": true, "misc": true, "base": true, "types": true, "manager": true}
+	for _, p := range list(t, "./...") {
+		if len(p.GoFiles) > 0 && p.Doc == "" {
+			t.Errorf("%s has no package doc", p.ImportPath)
+		}
+		if bad[path.Base(p.ImportPath)] {
+			t.Errorf("%s: the name says nothing", p.ImportPath)
+		}
+	}
+}
