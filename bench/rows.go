@@ -17,7 +17,7 @@ type contestant struct {
 	argv func(i int) []string
 }
 
-func fixed(name string, argv []string) contestant {
+func always(name string, argv []string) contestant {
 	return contestant{name, func(int) []string { return argv }}
 }
 
@@ -78,9 +78,9 @@ func (b *bench) all() error {
 	steps := []func() error{
 		func() error {
 			return b.row("run --rm, network none", "ms", "less", "15 times faster than docker, not slower than crun", "docker", func(r *row) error {
-				b.alternate(r, n, fixed("servin", rm(e.servin, "--network", "none")), fixed("crun (bare)", []string{"crun", "run", "-b", e.bundle, "bench-crun"}),
-					fixed("runc (bare)", []string{"runc", "run", "-b", e.bundle, "bench-runc"}), fixed("docker", rm(e.docker, "--network", "none")),
-					fixed("podman", podRm("--network", "none")),
+				b.alternate(r, n, always("servin", rm(e.servin, "--network", "none")), always("crun (bare)", []string{"crun", "run", "-b", e.bundle, "bench-crun"}),
+					always("runc (bare)", []string{"runc", "run", "-b", e.bundle, "bench-runc"}), always("docker", rm(e.docker, "--network", "none")),
+					always("podman", podRm("--network", "none")),
 					contestant{"ctr", func(i int) []string {
 						return with(e.ctr, "run", "--rm", "docker.io/library/"+imageRefRef, fmt.Sprint("bench", i), "/bin/true")
 					}})
@@ -89,25 +89,25 @@ func (b *bench) all() error {
 		},
 		func() error {
 			return b.row("run --rm, bridge", "ms", "less", "12 times faster", "docker", func(r *row) error {
-				b.alternate(r, n, fixed("servin", rm(e.servin)), fixed("docker", rm(e.docker)), fixed("podman", podRm()))
+				b.alternate(r, n, always("servin", rm(e.servin)), always("docker", rm(e.docker)), always("podman", podRm()))
 				return nil
 			})
 		},
 		func() error {
 			return b.row("run --rm -p, bridge", "ms", "less", "12 times faster", "docker", func(r *row) error {
-				b.alternate(r, n, fixed("servin", rm(e.servin, "-p", port)), fixed("docker", rm(e.docker, "-p", port)))
+				b.alternate(r, n, always("servin", rm(e.servin, "-p", port)), always("docker", rm(e.docker, "-p", port)))
 				return nil
 			})
 		},
 		func() error {
 			return b.row("run --rm, bridge, cold (pool empty)", "ms", "less", "8 times faster", "docker", func(r *row) error {
-				b.alternate(r, n, fixed("servin", rm(e.servinCold)), fixed("docker", rm(e.docker)))
+				b.alternate(r, n, always("servin", rm(e.servinCold)), always("docker", rm(e.docker)))
 				return nil
 			})
 		},
 		func() error {
 			return b.row("run --rm, none, cold (pool empty)", "ms", "less", "8 times faster", "docker", func(r *row) error {
-				b.alternate(r, n, fixed("servin", rm(e.servinCold, "--network", "none")), fixed("docker", rm(e.docker, "--network", "none")))
+				b.alternate(r, n, always("servin", rm(e.servinCold, "--network", "none")), always("docker", rm(e.docker, "--network", "none")))
 				return nil
 			})
 		},
@@ -117,7 +117,7 @@ func (b *bench) all() error {
 					if err := b.drain(e.servin); err != nil {
 						return err
 					}
-					for _, c := range []contestant{fixed("servin", rm(e.servin)), fixed("docker", rm(e.docker))} {
+					for _, c := range []contestant{always("servin", rm(e.servin)), always("docker", rm(e.docker))} {
 						who, argv := c.name, c.argv(0)
 						t := time.Now()
 						for range 32 {
@@ -138,7 +138,7 @@ func (b *bench) all() error {
 						return err
 					}
 				}
-				b.alternate(r, n, fixed("servin", with(e.servin, "exec", "x", "true")), fixed("docker", with(e.docker, "exec", "x", "true")), fixed("podman", with(e.podman, "exec", "x", "true")))
+				b.alternate(r, n, always("servin", with(e.servin, "exec", "x", "true")), always("docker", with(e.docker, "exec", "x", "true")), always("podman", with(e.podman, "exec", "x", "true")))
 				for _, c := range [][]string{e.servin, e.docker, e.podman} {
 					if _, err := run(b.ctx, with(c, "rm", "-f", "x")...); err != nil {
 						return err
@@ -209,7 +209,7 @@ func (b *bench) fleet() error {
 			mon.add(w.name, m/float64(max(len(pids), 1)))
 			slab.add(w.name, (meminfo("Slab")-slab0)/50)
 			if round == 2 {
-				b.alternate(ps, b.n, fixed(w.name, with(w.cmd, "ps")))
+				b.alternate(ps, b.n, always(w.name, with(w.cmd, "ps")))
 			}
 			argv := with(w.cmd, "rm", "-f")
 			for i := range 50 {
