@@ -66,7 +66,7 @@ func (b *bench) drain(cmd []string) error {
 
 func (b *bench) all() error {
 	e, n := b.e, b.n
-	podImage := "localhost/" + image
+	podImage := "localhost/" + imageRef
 	true_ := []string{imageRef, "/bin/true"}
 	rm := func(cmd []string, args ...string) []string {
 		return append(with(cmd, append([]string{"run", "--rm"}, args...)...), true_...)
@@ -82,7 +82,7 @@ func (b *bench) all() error {
 					always("runc (bare)", []string{"runc", "run", "-b", e.bundle, "bench-runc"}), always("docker", rm(e.docker, "--network", "none")),
 					always("podman", podRm("--network", "none")),
 					contestant{"ctr", func(i int) []string {
-						return with(e.ctr, "run", "--rm", "docker.io/library/"+imageRefRef, fmt.Sprint("bench", i), "/bin/true")
+						return with(e.ctr, "run", "--rm", "docker.io/library/"+imageRef, fmt.Sprint("bench", i), "/bin/true")
 					}})
 				return nil
 			})
