@@ -1,0 +1,99 @@
+package client
+
+import (
+	"context"
+	"encoding/json"
+	"net"
+	"net/url"
+	"strconv"
+	"time"
+
+	"github.com/moby/moby/api/types/events"
+	"github.com/moby/moby/api/types/system"
+
+	"github.com/cloudos-io/cloudos/api"
+)
+
+// Ping reports whether the engine answers.
+func (c *Client) Ping(ctx context.Context) error {
+	return c.do(ctx, &request{method: "GET", path: "/_ping"}, nil)
+}
+
+// Info tells about the engine and its host; raw is what the engine sent.
+func (c *Client) Info(ctx context.Context) (out system.Info, raw json.RawMessage, err error) {
+	raw, err = c.fetch(ctx, "/info", nil, &out)
+	return out, raw, err
+}
+
+// ServerVersion tells the engine's version.
+func (c *Client) ServerVersion(ctx context.Context) (system.VersionResponse, error) {
+	var out system.VersionResponse
+	err := c.read(ctx, "/version", nil, &out)
+	return out, err
+}
+
+// DiskUsage measures what images, containers, volumes and build cache take. Types
+// limits it to some of these; verbose lists the objects.
+func (c *Client) DiskUsage(ctx context.Context, types []system.DiskUsageObject, verbose bool) (out system.DiskUsage, raw json.RawMessage, err error) {
+	q := values("verbose", flag(verbose))
+	for _, t := range types {
+		q.Add("type", string(t))
+	}
+	raw, err = c.fetch(ctx, "/system/df", q, &out)
+	return out, raw, err
+}
+
+// EventsOptions of Events.
+type EventsOptions struct {
+	Since, Until string // Unix time with fraction, RFC 3339 or a duration ago
+	Filters      Filters
+}
+
+// Events calls fn for each event until the context or the time given by Until
+// ends, or fn fails.
+func (c *Client) Events(ctx context.Context, o EventsOptions, fn func(events.Message) error) error {
+	resp, err := c.send(ctx, &request{method: "GET", path: "/events", query: values("since", o.Since, "until", o.Until, "filters", o.Filters.encode())})
+	if err != nil {
+		return err
+	}
+	defer resp.body.Close()
+	return each(resp.body, fn)
+}
+
+// Doctor has the engine look at its host.
+func (c *Client) Doctor(ctx context.Context) ([]api.Finding, error) {
+	var out []api.Finding
+	err := c.read(ctx, api.Root+"/doctor", nil, &out)
+	return out, err
+}
+
+// Prune removes what nothing uses.
+func (c *Client) Prune(ctx context.Context, req api.PruneRequest) (api.PruneReport, error) {
+	var out api.PruneReport
+	err := c.post(ctx, api.Root+"/prune", nil, req, &out)
+	return out, err
+}
+
+// Shutdown stops the engine; with containers it stops them too and takes every
+// mount, link and rule away.
+func (c *Client) Shutdown(ctx context.Context, containers bool) error {
+	q := url.Values{}
+	if containers {
+		q.Set("containers", "1")
+	}
+	return c.post(ctx, api.Root+"/shutdown", q, nil, nil)
+}
+
+// Dial opens a bare connection to the engine, for relays.
+func (c *Client) Dial(ctx context.Context) (net.Conn, error) { return c.dial(ctx) }
+
+// Since renders a time for LogOptions and EventsOptions.
+func Since(t time.Time) string { return unixTime(t) }
+
+// unixTime renders a time with nanoseconds, "" for zero.
+func unixTime(t time.Time) string {
+	if t.IsZero() {
+		return ""
+	}
+	return strconv.FormatInt(t.Unix(), 10) + "." + strconv.Itoa(t.Nanosecond() + 1_000_000_000)[1:]
+}
