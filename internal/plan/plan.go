@@ -18,6 +18,20 @@ type Plan struct {
 	// Slots tells, in order, which descriptors the driver must send with the
 	// encoded plan; operations refer to them by index.
 	Slots []Slot
+	// Continues: the operations refer to the slots sent with the plan before
+	// (see SplitExec, SplitPivot); Slots is then empty.
+	Continues bool
+
+	// CloneFlags are the namespaces that the stage child is to be born in
+	// (clone3). The cgroup and time namespaces are made by operations.
+	CloneFlags uint64
+	// PIDNamespace is the path of a pid namespace to be born in, "" for none:
+	// whoever clones the child enters it for its children beforehand.
+	PIDNamespace string
+	// UIDMap and GIDMap are to be written for the child before the plan is sent.
+	UIDMap, GIDMap []specs.LinuxIDMapping
+
+	pivot, exec int // where to split
 }
 
 // SlotKind says what a slot's descriptor is.
@@ -30,17 +44,21 @@ const (
 	SlotMount
 	// SlotNamespace is an open namespace file at Source.
 	SlotNamespace
-	// SlotCgroup is one open "tasks" (v1) or "cgroup.threads"-free v2 file to
-	// write "0" to; Source is the hierarchy.
+	// SlotCgroup is one open "tasks" (v1) file to write "0" to; Source is the
+	// hierarchy as Options.V1Controllers names it. None on cgroup v2, where the
+	// child is born in its cgroup.
 	SlotCgroup
-	// SlotDevice is an O_PATH descriptor of the device node Source on the host,
-	// bind-mounted where mknod is not permitted (user namespaces).
+	// SlotDevice is a detached clone (open_tree) of the device node Source on the
+	// host, attached where mknod is not permitted (user namespaces). The stage
+	// checks its type and number.
 	SlotDevice
 	// SlotPidfd is the container's init, for exec.
 	SlotPidfd
-	// SlotStdio carries the three standard descriptors or the terminal.
+	// SlotStdio is a standard descriptor: Source is "stdin", "stdout" or "stderr".
+	// A process with a terminal has none: its master comes back in an FD message.
 	SlotStdio
-	// SlotExtra is a descriptor preserved for the process (preserve-fds, LISTEN_FDS).
+	// SlotExtra is a descriptor preserved for the process (preserve-fds,
+	// LISTEN_FDS): Source is the number it gets.
 	SlotExtra
 )
 
@@ -62,17 +80,32 @@ type Slot struct {
 
 // Options tell the compiler about the host and the driver.
 type Options struct {
-	// CgroupV2 reports a unified hierarchy; V1Controllers name the v1 ones.
+	// ID is the container's id; it names the session keyring.
+	ID string
+	// CgroupV2 reports a unified hierarchy. V1Controllers name the v1
+	// hierarchies as /proc/self/cgroup does: "memory", "cpu,cpuacct", "name=systemd".
 	CgroupV2      bool
 	V1Controllers []string
-	// NewMountAPI reports fsopen/move_mount and mount_setattr.
-	NewMountAPI bool
+	// CgroupPaths are the container's own cgroup directories on the host by
+	// V1Controllers entry ("" on v2), needed only where a cgroup mount is asked
+	// for without a cgroup namespace.
+	CgroupPaths map[string]string
 	// AppArmor and SELinux report that labels can be applied.
 	AppArmor, SELinux bool
-	// Seccomp is the compiled filter program (see package seccomp), nil for none.
-	Seccomp []byte
+	// Seccomp is the compiled filter program (see package seccomp), nil for none;
+	// SeccompFlags are SECCOMP_FILTER_FLAG_*.
+	Seccomp      []byte
+	SeccompFlags uint32
+	// SeccompNotify: the filter has notify actions; the descriptor comes back
+	// in an FD message.
+	SeccompNotify bool
 	// Init puts the built-in reaper in front of the process.
 	Init bool
 	// Parked is set when the park plan has been carried out already.
 	Parked bool
+	// PreserveFDs is how many descriptors from 3 on the process inherits.
+	PreserveFDs int
+	// UserNS reports, for Exec alone, that the container has a user namespace of
+	// its own. Compile sees it in the spec.
+	UserNS bool
 }
