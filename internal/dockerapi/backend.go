@@ -16,10 +16,11 @@ import (
 	"github.com/moby/moby/api/types/volume"
 
 	"github.com/cloudos-io/cloudos/api"
+	"github.com/cloudos-io/cloudos/internal/engine"
 )
 
 // Filters are Docker's filters parameter: key to set of values.
-type Filters = map[string]map[string]bool
+type Filters = engine.Filters
 
 // Containers is implemented by the engine. Names are names, ids or unique id prefixes.
 type Containers interface {
@@ -64,75 +65,18 @@ type Containers interface {
 	ExecResize(ctx context.Context, id string, width, height uint16) error
 }
 
-// CreateRequest is a container create call.
-type CreateRequest struct {
-	Name       string
-	Platform   string
-	APIVersion string
-	Config     *container.Config
-	HostConfig *container.HostConfig
-	Networking *network.NetworkingConfig
-	// Extra carries what Docker's request lacks (header or /servin routes).
-	Extra api.CreateExtra
-}
-
-// StartOptions of a start call.
-type StartOptions struct{ DetachKeys string }
-
-// ListOptions of GET /containers/json.
-type ListOptions struct {
-	All     bool
-	Size    bool
-	Limit   int
-	Filters Filters
-}
-
-// CommitOptions of POST /commit.
-type CommitOptions struct {
-	Container, Ref, Comment, Author string
-	Pause                           bool
-	Changes                         []string
-	Config                          *container.Config
-}
-
-// AttachRequest tells which streams a client wants.
-type AttachRequest struct {
-	Stdin, Stdout, Stderr bool
-	Stream, Logs          bool
-	DetachKeys            string
-}
-
-// Attached are the streams of a container or exec. With Terminal, output is on
-// Stdout alone and unframed.
-type Attached struct {
-	Terminal bool
-	Stdin    io.WriteCloser
-	Stdout   io.Reader
-	Stderr   io.Reader
-	Close    func() error
-}
-
-// RunningContainer is what ContainerRun returns.
-type RunningContainer struct {
-	ID       string
-	Warnings []string
-	Streams  Attached
-	Wait     <-chan container.WaitResponse
-}
-
-// LogOptions of GET /containers/{id}/logs.
-type LogOptions struct {
-	Stdout, Stderr, Follow, Timestamps, Details bool
-	Since, Until                                time.Time
-	Tail                                        int // -1 is all
-}
-
-// LogRecord is one record of a log.
-type LogRecord struct {
-	Time   time.Time
-	Stream string // "stdout", "stderr"
-	Line   []byte // with its newline, if it had one
-}
+// The engine's request and result types; see package engine.
+type (
+	CreateRequest    = engine.CreateRequest
+	StartOptions     = engine.StartOptions
+	ListOptions      = engine.ListOptions
+	CommitOptions    = engine.CommitOptions
+	AttachRequest    = engine.AttachRequest
+	Attached         = engine.Attached
+	RunningContainer = engine.RunningContainer
+	LogOptions       = engine.LogOptions
+	LogRecord        = engine.LogRecord
+)
 
 // Volumes is implemented by the engine.
 type Volumes interface {

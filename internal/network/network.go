@@ -6,6 +6,7 @@
 package network
 
 import (
+	"net/netip"
 	"os"
 
 	"github.com/moby/moby/api/types/network"
@@ -29,6 +30,9 @@ type AttachRequest struct {
 	// Ports to publish, from HostConfig.PortBindings (PublishAll already
 	// expanded). Given with the attachment that carries them.
 	Ports network.PortMap
+	// DNS are the servers the container asked for (--dns): the embedded server
+	// forwards to them instead of the host's.
+	DNS []netip.Addr
 	// PublishThrough lets published ports bypass the host's input rules.
 	PublishThrough bool
 	// Ephemeral: the record need not survive a power cut.

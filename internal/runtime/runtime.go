@@ -93,7 +93,8 @@ type Stdio struct {
 	// StdinOnce closes standard input when the first attached client leaves.
 	StdinOnce bool
 	// Attach, if set, is connected as the first client before the process
-	// runs, so that no output is missed.
+	// runs, so that no output is missed. The task's first Attach call returns
+	// these streams, whatever options it is given.
 	Attach *AttachOptions
 }
 

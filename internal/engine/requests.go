@@ -1,0 +1,91 @@
+package engine
+
+import (
+	"io"
+	"time"
+
+	"github.com/moby/moby/api/types/container"
+	"github.com/moby/moby/api/types/network"
+
+	"github.com/cloudos-io/cloudos/api"
+)
+
+// Filters are Docker's filters parameter: key to set of values.
+type Filters = map[string]map[string]bool
+
+// CreateRequest is a container create call. The engine owns what it points to.
+type CreateRequest struct {
+	Name       string
+	Platform   string
+	APIVersion string
+	Config     *container.Config
+	HostConfig *container.HostConfig
+	Networking *network.NetworkingConfig
+	// Extra carries what Docker's request lacks (header or /servin routes).
+	Extra api.CreateExtra
+}
+
+// StartOptions of a start call.
+type StartOptions struct{ DetachKeys string }
+
+// ListOptions of GET /containers/json.
+type ListOptions struct {
+	All     bool
+	Size    bool
+	Limit   int
+	Filters Filters
+}
+
+// CommitOptions of POST /commit.
+type CommitOptions struct {
+	Container, Ref, Comment, Author string
+	Pause                           bool
+	Changes                         []string
+	Config                          *container.Config
+}
+
+// AttachRequest tells which streams a client wants.
+type AttachRequest struct {
+	Stdin, Stdout, Stderr bool
+	Stream, Logs          bool
+	DetachKeys            string
+}
+
+// Attached are the streams of a container or exec. With Terminal, output is on
+// Stdout alone and unframed. Stdin.Close says that the client has no more input
+// (whether that ends the process's input is the container's StdinOnce to say);
+// Close ends the attachment, unblocks reads and writes, and may be called twice.
+type Attached struct {
+	// DetachKeys are those that an exec was created with, "" for the default.
+	DetachKeys string
+	Terminal   bool
+	Stdin      io.WriteCloser
+	Stdout     io.Reader
+	Stderr     io.Reader
+	Close      func() error
+}
+
+// RunningContainer is what ContainerRun returns.
+type RunningContainer struct {
+	ID       string
+	Warnings []string
+	Streams  Attached
+	Wait     <-chan container.WaitResponse
+}
+
+// LogOptions of GET /containers/{id}/logs.
+type LogOptions struct {
+	Stdout, Stderr, Follow, Timestamps, Details bool
+	Since, Until                                time.Time
+	Tail                                        int // -1 is all
+}
+
+// LogRecord is one record of a log.
+type LogRecord struct {
+	Time   time.Time
+	Stream string // "stdout", "stderr"
+	Line   []byte // with its newline, if it had one; valid until emit returns
+	// Attrs are the details= of the record (labels and env that the log options
+	// name), may be nil.
+	Attrs map[string]string
+}
