@@ -30,7 +30,8 @@ enum {
 	SYNC_MORE = 2,
 	SYNC_DONE = 3,
 	SYNC_FAIL = 4,
-	SYNC_FD = 5, /* from the stage, in the midst of a plan: u32 what, one descriptor */
+	SYNC_FD = 5,    /* from the stage, in the midst of a plan: u32 what, one descriptor */
+	SYNC_CHILD = 6, /* from the stage: u32 pid of the child that goes on in its place */
 };
 
 enum { SYNC_FD_PTY = 1, SYNC_FD_SECCOMP = 2 };
@@ -87,7 +88,7 @@ enum {
 	CTL_STATE = 11,  /* answered STATE */
 	CTL_QUIT = 12,   /* drop clients of an ended container and exit */
 	/* from the monitor */
-	CTL_CLONED = 32, /* u32 pid; pidfd */
+	CTL_CLONED = 32, /* u32 pid; pidfd. Again, with cookie 0, after SYNC_CHILD */
 	CTL_DONE = 33,   /* descriptors of the stage's answer */
 	CTL_FAILED = 34, /* sync_fail + name; op_index ~0 when the monitor itself failed */
 	CTL_STARTED = 35, /* ctl_started; for exec with a terminal: pty master */
@@ -106,7 +107,6 @@ struct PACKED ctl_hdr {
 
 #define CLONE_HAS_CGROUP 1u /* v2 cgroup directory for CLONE_INTO_CGROUP */
 #define CLONE_HAS_PIDNS 2u  /* pid namespace to be born in */
-#define CLONE_HAS_USERNS 4u /* user namespace that owns what is created */
 
 struct PACKED ctl_clone {
 	uint64_t ns;    /* CLONE_NEW* */
