@@ -115,18 +115,20 @@ static int join(const char *pid, const char *name, int type)
 
 int rootless_enter(int argc, char **argv)
 {
-	if (argc < 2 || strspn(argv[0], "0123456789") != strlen(argv[0]) || strlen(argv[0]) > 10) {
+	const char *pid = argc > 3 ? argv[2] : "";
+
+	if (!*pid || strspn(pid, "0123456789") != strlen(pid) || strlen(pid) > 10) {
 		fputs("servin-shim: usage: rootless-enter PID PROGRAM [ARGS...]\n", stderr);
 		return 2;
 	}
-	if (join(argv[0], "user", CLONE_NEWUSER) < 0)
+	if (join(pid, "user", CLONE_NEWUSER) < 0)
 		return fail("enter the user namespace");
-	if (join(argv[0], "mnt", CLONE_NEWNS) < 0 || join(argv[0], "net", CLONE_NEWNET) < 0 || join(argv[0], "ipc", CLONE_NEWIPC) < 0)
+	if (join(pid, "mnt", CLONE_NEWNS) < 0 || join(pid, "net", CLONE_NEWNET) < 0 || join(pid, "ipc", CLONE_NEWIPC) < 0)
 		return fail("enter the namespaces");
 	if (become_root() < 0)
 		return fail("become root of the user namespace");
 	if (chdir("/") < 0)
 		return fail("change to /");
-	execv(argv[1], argv + 1);
+	execv(argv[3], argv + 3);
 	return fail("execute the engine");
 }

@@ -3,6 +3,6 @@
 #define SERVIN_ROOTLESS_H
 
 int rootless_hold(void);
-int rootless_enter(int argc, char **argv); /* PID PROGRAM ARGS... */
+int rootless_enter(int argc, char **argv); /* those of main: [2] is the pid, [3] the program */
 
 #endif
