@@ -62,6 +62,9 @@ type RunStarted struct {
 type RunExited struct {
 	ExitCode int
 	Error    string `json:",omitempty"`
+	// Detached is set when the client typed the detach keys; the container goes
+	// on and ExitCode means nothing.
+	Detached bool `json:",omitempty"`
 }
 
 // Finding is one result of GET /servin/doctor.
@@ -83,6 +86,22 @@ type PruneRequest struct {
 type PruneReport struct {
 	Containers, Networks, Volumes, Images []string
 	SpaceReclaimed                        uint64
+}
+
+// ShutdownRequest is the body of POST /servin/shutdown. The answer, 204, comes
+// when what it asks for is done, right before the daemon leaves.
+type ShutdownRequest struct {
+	// Containers ends all containers too and removes every trace of the engine
+	// but the files under its root. Without it containers go on.
+	Containers bool `json:",omitempty"`
+}
+
+// Health is the answer of GET /servin/health. It never waits for anything: no
+// answer means that the engine does not serve requests.
+type Health struct {
+	Status  string // "ok"
+	Version string
+	Pid     int
 }
 
 // Root names the engine's API prefix for our own routes.

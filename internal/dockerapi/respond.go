@@ -1,0 +1,165 @@
+package dockerapi
+
+import (
+	"bufio"
+	"bytes"
+	"encoding/json"
+	"net"
+	"net/http"
+	"strconv"
+	"sync"
+	"time"
+)
+
+// response is a ResponseWriter that knows whether it has begun.
+type response struct {
+	http.ResponseWriter
+	began    bool
+	hijacked bool
+}
+
+// Unwrap lets http.ResponseController find the connection.
+func (w *response) Unwrap() http.ResponseWriter { return w.ResponseWriter }
+
+func (w *response) WriteHeader(status int) {
+	w.began = true
+	w.ResponseWriter.WriteHeader(status)
+}
+
+func (w *response) Write(p []byte) (int, error) {
+	w.began = true
+	return w.ResponseWriter.Write(p)
+}
+
+// Flush sends what is buffered.
+func (w *response) Flush() {
+	w.began = true
+	_ = http.NewResponseController(w.ResponseWriter).Flush()
+}
+
+// Hijack takes the connection over.
+func (w *response) Hijack() (net.Conn, *bufio.ReadWriter, error) {
+	c, brw, err := http.NewResponseController(w.ResponseWriter).Hijack()
+	if err == nil {
+		w.began, w.hijacked = true, true
+	}
+	return c, brw, err
+}
+
+var buffers = sync.Pool{New: func() any { return new(bytes.Buffer) }}
+
+// keepBuffer bounds what the pool may hold on to.
+const keepBuffer = 256 << 10
+
+// json writes v in one piece with its length, so that no chunking is needed.
+func (w *response) json(status int, v any) error {
+	buf := buffers.Get().(*bytes.Buffer)
+	defer func() {
+		if buf.Cap() <= keepBuffer {
+			buf.Reset()
+			buffers.Put(buf)
+		}
+	}()
+	enc := json.NewEncoder(buf)
+	enc.SetEscapeHTML(false)
+	if err := enc.Encode(v); err != nil {
+		return err
+	}
+	h := w.Header()
+	h["Content-Type"] = headerJSON
+	h["Content-Length"] = []string{strconv.Itoa(buf.Len())}
+	w.WriteHeader(status)
+	_, err := w.Write(buf.Bytes())
+	return err
+}
+
+func (w *response) noContent() error {
+	w.WriteHeader(http.StatusNoContent)
+	return nil
+}
+
+// stream is a response whose header waits for the first byte, so that an error
+// before it still becomes a proper status, but not longer than the patience:
+// clients take the header for "the stream stands". Safe for concurrent use.
+type stream struct {
+	mu     sync.Mutex
+	w      *response
+	timer  *time.Timer
+	ended  bool
+	header http.Header // set before the first byte goes out
+}
+
+// newStream begins a stream of the content type. A patience of 0 waits for the
+// first byte for ever. The caller must call end.
+func newStream(w *response, contentType string, patience time.Duration) *stream {
+	s := &stream{w: w, header: http.Header{"Content-Type": {contentType}}}
+	if patience > 0 {
+		s.timer = time.AfterFunc(patience, s.begin)
+	}
+	return s
+}
+
+func (s *stream) begin() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !s.ended && s.start() {
+		s.w.Flush()
+	}
+}
+
+// start sends the header if it was not sent; it tells whether it did.
+func (s *stream) start() bool {
+	if s.w.began {
+		return false
+	}
+	h := s.w.Header()
+	for k, v := range s.header {
+		h[k] = v
+	}
+	s.w.WriteHeader(http.StatusOK)
+	return true
+}
+
+// Write writes without flushing.
+func (s *stream) Write(p []byte) (int, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.start()
+	return s.w.Write(p)
+}
+
+// send writes p and flushes.
+func (s *stream) send(p []byte) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.start()
+	_, err := s.w.Write(p)
+	s.w.Flush()
+	return err
+}
+
+// begun tells whether the header is out.
+func (s *stream) begun() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.w.began
+}
+
+// end stops the timer. After it returns nothing else writes to the response.
+func (s *stream) end() {
+	if s.timer != nil {
+		s.timer.Stop()
+	}
+	s.mu.Lock()
+	s.ended = true
+	s.mu.Unlock()
+}
+
+// encodeLine is v as one line of JSON.
+func encodeLine(v any) ([]byte, error) {
+	var buf bytes.Buffer
+	enc := json.NewEncoder(&buf)
+	enc.SetEscapeHTML(false)
+	err := enc.Encode(v)
+	return buf.Bytes(), err
+}

@@ -1,0 +1,241 @@
+package dockerapi
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/url"
+	"runtime"
+	"runtime/debug"
+	"strings"
+
+	"github.com/cloudos-io/cloudos/internal/fault"
+)
+
+// Config is what an API handler is made of.
+type Config struct {
+	Containers Containers
+	Images     Images
+	Networks   Networks
+	Volumes    Volumes
+	System     System
+	// Logger gets failed requests; nil is slog.Default().
+	Logger *slog.Logger
+	// Version of the engine, for the Server header and /servin/health.
+	Version string
+}
+
+type server struct {
+	log    *slog.Logger
+	routes *router
+	banner string
+}
+
+// New returns the handler of the whole API.
+func New(c Config) http.Handler {
+	if c.Logger == nil {
+		c.Logger = slog.Default()
+	}
+	return &server{
+		log:    c.Logger,
+		routes: newRouter(routes(c)),
+		banner: "Servin/" + c.Version + " (" + runtime.GOOS + ")",
+	}
+}
+
+// request is an http.Request with what the edge found out about it.
+type request struct {
+	*http.Request
+	version version
+	name    string // the value of the pattern's variable
+	query   url.Values
+	log     *slog.Logger
+}
+
+func (s *server) ServeHTTP(hw http.ResponseWriter, hr *http.Request) {
+	h := hw.Header()
+	h["Api-Version"] = headerVersion
+	h["Docker-Experimental"] = headerFalse
+	h["Ostype"] = headerOS
+	h["Server"] = []string{s.banner}
+
+	w := &response{ResponseWriter: hw}
+	r := &request{Request: hr, version: maxVersion, log: s.log}
+	defer s.recovered(w, r)
+	if err := s.serve(w, r); err != nil {
+		s.fail(w, r, err)
+	}
+}
+
+// Header values are shared by all responses; nobody may change them in place.
+var (
+	headerVersion = []string{MaxAPIVersion}
+	headerFalse   = []string{"false"}
+	headerOS      = []string{runtime.GOOS}
+	headerJSON    = []string{"application/json"}
+)
+
+func (s *server) serve(w *response, r *request) error {
+	if err := guard(r.Request); err != nil {
+		return err
+	}
+	v, path, err := cutVersion(r.URL.Path)
+	r.version = v
+	if err != nil {
+		return err
+	}
+	if r.Method == http.MethodOptions {
+		optionsOK(w)
+		return nil
+	}
+	c, name := s.routes.find(r.Method, path)
+	if c == nil {
+		return errNoPage
+	}
+	if v < c.since {
+		return fault.New(fault.Invalid, "%s %s requires minimum API version %s", c.method, c.pattern, c.since)
+	}
+	if err := checkName(name); err != nil {
+		return err
+	}
+	r.name = name
+	if r.URL.RawQuery != "" {
+		if r.query, err = url.ParseQuery(r.URL.RawQuery); err != nil {
+			return fault.New(fault.Invalid, "invalid query: %w", err)
+		}
+	}
+	return c.handle(w, r)
+}
+
+// fail turns an error into the response, or ends a response that has begun so
+// that the client cannot take it for a complete one.
+func (s *server) fail(w *response, r *request, err error) {
+	if w.hijacked {
+		s.log.Debug("stream ended with an error", "method", r.Method, "path", r.URL.Path, "error", err)
+		return
+	}
+	if r.Context().Err() != nil && (errors.Is(err, context.Canceled) || w.began) {
+		s.log.Debug("client went away", "method", r.Method, "path", r.URL.Path)
+		panic(http.ErrAbortHandler)
+	}
+	if w.began {
+		s.log.Warn("response cut short", "method", r.Method, "path", r.URL.Path, "error", err)
+		panic(http.ErrAbortHandler)
+	}
+	status := statusOf(err)
+	if status >= 500 && status != http.StatusNotImplemented && status != http.StatusServiceUnavailable {
+		s.log.Error("request failed", "method", r.Method, "path", r.URL.Path, "error", err)
+	}
+	if status == http.StatusNotModified {
+		w.WriteHeader(status)
+		return
+	}
+	if r.version < minVersion {
+		// Clients of that age expect plain text.
+		http.Error(w, err.Error(), status)
+		return
+	}
+	_ = w.json(status, errorBody{Message: err.Error()})
+}
+
+type errorBody struct {
+	Message string `json:"message"`
+}
+
+func (s *server) recovered(w *response, r *request) {
+	p := recover()
+	if p == nil {
+		return
+	}
+	if p == http.ErrAbortHandler {
+		panic(p)
+	}
+	s.log.Error("panic in handler", "method", r.Method, "path", r.URL.Path, "panic", p, "stack", string(debug.Stack()))
+	if w.hijacked {
+		return
+	}
+	if w.began {
+		panic(http.ErrAbortHandler)
+	}
+	_ = w.json(http.StatusInternalServerError, errorBody{Message: "internal error: the engine's log has the details"})
+}
+
+// statusOf is where fault kinds become HTTP statuses.
+func statusOf(err error) int {
+	var tooLarge *http.MaxBytesError
+	if errors.As(err, &tooLarge) {
+		return http.StatusRequestEntityTooLarge
+	}
+	switch fault.Of(err) {
+	case fault.Invalid:
+		return http.StatusBadRequest
+	case fault.Unauthorized:
+		return http.StatusUnauthorized
+	case fault.Forbidden:
+		return http.StatusForbidden
+	case fault.NotFound:
+		return http.StatusNotFound
+	case fault.NotModified:
+		return http.StatusNotModified
+	case fault.Conflict:
+		return http.StatusConflict
+	case fault.Gone:
+		return http.StatusGone
+	case fault.Unsupported:
+		return http.StatusNotImplemented
+	case fault.Unavailable, fault.Exhausted:
+		return http.StatusServiceUnavailable
+	case fault.DeadlineExceeded:
+		return http.StatusGatewayTimeout
+	case fault.NotAcceptable:
+		return http.StatusNotAcceptable
+	}
+	return http.StatusInternalServerError
+}
+
+// guard keeps web pages out. Over plain TCP a page in a browser of the same
+// machine could reach us, directly (it then sends an Origin) or by a name that
+// it made resolve to a loopback address (the Host is then foreign). With TLS a
+// browser may hold the client certificate, so an Origin must be our own.
+func guard(r *http.Request) error {
+	origin := r.Header.Get("Origin")
+	if isUnix(r) {
+		return nil
+	}
+	if r.TLS != nil {
+		if origin == "" {
+			return nil
+		}
+		if u, err := url.Parse(origin); err != nil || u.Scheme != "https" || u.Host != r.Host {
+			return fault.New(fault.Forbidden, "requests from web pages of another origin are refused")
+		}
+		return nil
+	}
+	if origin != "" {
+		return fault.New(fault.Forbidden, "requests with an Origin header are refused on a plain TCP listener")
+	}
+	if !loopbackHost(r.Host) {
+		return fault.New(fault.Forbidden, "requests for host %q are refused on a plain TCP listener: use 127.0.0.1, [::1] or localhost", r.Host)
+	}
+	return nil
+}
+
+func isUnix(r *http.Request) bool {
+	a, ok := r.Context().Value(http.LocalAddrContextKey).(net.Addr)
+	return ok && a.Network() == "unix"
+}
+
+func loopbackHost(hostport string) bool {
+	host := hostport
+	if h, _, err := net.SplitHostPort(hostport); err == nil {
+		host = h
+	}
+	host = strings.TrimSuffix(strings.TrimPrefix(host, "["), "]")
+	if strings.EqualFold(host, "localhost") {
+		return true
+	}
+	ip := net.ParseIP(host)
+	return ip != nil && ip.IsLoopback()
+}

@@ -1,0 +1,182 @@
+package dockerapi
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"net/http"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/cloudos-io/cloudos/api"
+	"github.com/cloudos-io/cloudos/internal/fault"
+)
+
+// servinAPI serves our own routes.
+type servinAPI struct {
+	containers Containers
+	sys        System
+	version    string
+}
+
+// exitCoder is an error that knows what a command line should exit with.
+type exitCoder interface{ ExitCode() int }
+
+// run is POST /servin/run: one decode, one call of the engine, then frames. The
+// answer's header and its first frame leave in one write.
+func (a servinAPI) run(w *response, r *request) error {
+	var body api.RunRequest
+	if err := r.decode(w, &body); err != nil {
+		return err
+	}
+	name, err := containerName(body.Name)
+	if err != nil {
+		return err
+	}
+	if body.Config == nil {
+		return fault.New(fault.Invalid, "config cannot be empty in order to create a container")
+	}
+	keys, err := parseDetachKeys(body.DetachKeys)
+	if err != nil {
+		return err
+	}
+	c := &created{CreateRequest: CreateRequest{
+		Name: name, APIVersion: MaxAPIVersion,
+		Config: body.Config, HostConfig: body.HostConfig, Networking: body.Networking,
+	}}
+	if c.Platform, err = parsePlatform(body.Platform); err != nil {
+		return err
+	}
+	if err := c.complete(); err != nil {
+		return err
+	}
+	if err := c.adapt(maxVersion); err != nil {
+		return err
+	}
+	if err := c.interfaceSysctls(maxVersion); err != nil {
+		return err
+	}
+	c.emptyBindings(maxVersion)
+	c.Extra.RestartUnhealthy = c.Extra.RestartUnhealthy || body.Extra.RestartUnhealthy
+	c.Extra.PublishThrough = c.Extra.PublishThrough || body.Extra.PublishThrough
+	c.Extra.UsernsAuto = c.Extra.UsernsAuto || body.Extra.UsernsAuto
+
+	run, err := a.containers.ContainerRun(r.Context(), c.CreateRequest, AttachRequest{
+		Stdin: body.Stdin, Stdout: body.Stdout, Stderr: body.Stderr, Stream: true, DetachKeys: body.DetachKeys,
+	})
+	started := api.RunStarted{ID: run.ID, Warnings: append(run.Warnings, c.warnings...)}
+	if err != nil {
+		started.Error, started.Status, started.ExitCode = err.Error(), statusOf(err), 125
+		var ec exitCoder
+		if errors.As(err, &ec) {
+			started.ExitCode = ec.ExitCode()
+		}
+	}
+	first, merr := json.Marshal(started)
+	if merr != nil {
+		return merr
+	}
+	d, herr := takeOver(w)
+	if herr != nil {
+		if run.Streams.Close != nil {
+			_ = run.Streams.Close()
+		}
+		return herr
+	}
+	defer d.finish()
+	werr := d.accept(true, contentTypeMultiplexed, w.Header(), appendFrame(nil, frameSystem, first))
+	if err != nil {
+		return err
+	}
+	if werr != nil {
+		d.gone.Store(true)
+	}
+	d.pump(r.Context(), run.Streams, true, keys)
+	if d.gone.Load() {
+		return nil
+	}
+	exited := api.RunExited{Detached: d.detached.Load()}
+	if !exited.Detached {
+		res, ok := <-run.Wait
+		exited.ExitCode = int(res.StatusCode)
+		if res.Error != nil {
+			exited.Error = res.Error.Message
+		} else if !ok {
+			exited.Error = "the engine stopped waiting for the container"
+		}
+	}
+	last, merr := json.Marshal(exited)
+	if merr != nil {
+		return merr
+	}
+	_, _ = d.Write(appendFrame(nil, frameSystem, last))
+	return nil
+}
+
+// health answers as long as the process serves requests. It takes no lock.
+func (a servinAPI) health(w *response, _ *request) error {
+	return w.json(http.StatusOK, api.Health{Status: "ok", Version: a.version, Pid: os.Getpid()})
+}
+
+func (a servinAPI) doctor(w *response, r *request) error {
+	l, err := a.sys.Doctor(r.Context())
+	if err != nil {
+		return err
+	}
+	return w.json(http.StatusOK, nonNil(l))
+}
+
+func (a servinAPI) prune(w *response, r *request) error {
+	var o api.PruneRequest
+	if err := r.decode(w, &o); err != nil {
+		return err
+	}
+	rep, err := a.sys.Prune(r.Context(), o)
+	if err != nil {
+		return err
+	}
+	return w.json(http.StatusOK, rep)
+}
+
+// shutdownLimit bounds how long containers may take to end.
+const shutdownLimit = 2 * time.Minute
+
+// shutdown goes on if the client leaves: half a shutdown is worse than either.
+func (a servinAPI) shutdown(w *response, r *request) error {
+	var o api.ShutdownRequest
+	if err := r.decode(w, &o); err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(r.Context()), shutdownLimit)
+	defer cancel()
+	if err := a.sys.Shutdown(ctx, o.Containers || r.flag("containers")); err != nil {
+		return err
+	}
+	return w.noContent()
+}
+
+func (a servinAPI) drained(w *response, r *request) error {
+	if err := a.sys.PoolDrained(r.Context(), r.flag("full")); err != nil {
+		return err
+	}
+	return w.noContent()
+}
+
+// metrics are for who may use the API as a whole: not on a plain TCP listener,
+// where a page of the same machine could guess at them.
+func (a servinAPI) metrics(w *response, r *request) error {
+	if r.TLS == nil && !isUnix(r.Request) {
+		return fault.New(fault.Forbidden, "metrics are served on the unix socket and over TLS alone")
+	}
+	if !strings.HasPrefix(r.URL.Path, "/metrics") {
+		return errNoPage
+	}
+	s := newStream(w, "text/plain; version=0.0.4; charset=utf-8", 0)
+	defer s.end()
+	if err := a.sys.Metrics(r.Context(), s); err != nil {
+		return err
+	}
+	s.begin()
+	return nil
+}
