@@ -51,10 +51,9 @@ enum op {
 	OP_EXEC = 37,           /* paths:[s] args:[S] env:[S]; paths are tried in order as execvpe does */
 	OP_LOOKUP = 38,         /* paths:[s]; fail as EXEC would if no path can be executed */
 	OP_BECOME_ROOT = 39,    /* ids 0 in the user namespace */
-	OP_REFORK = 40,         /* flags:q; go on in a new child of the parent, in new namespaces */
-	OP_AFFINITY = 41,       /* cpus:b; sched_setaffinity(2) */
-	OP_MEMPOLICY = 42,      /* mode:i nodes:b; set_mempolicy(2) */
-	OP_PREPARE = 43,        /* fstype:s source:s attr:q params:[ss]; make a file system that a later MOUNT will use */
+	OP_AFFINITY = 40,       /* cpus:b; sched_setaffinity(2) */
+	OP_MEMPOLICY = 41,      /* mode:i nodes:b; set_mempolicy(2) */
+	OP_PREPARE = 42,        /* fstype:s source:s attr:q params:[ss]; make a file system that a later MOUNT will use */
 };
 
 #define F_MOUNT_NO_SYMLINKS 0x1

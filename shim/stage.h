@@ -11,7 +11,6 @@ enum sync_type {
 	SYNC_DONE = 3,  /* from stage: u32 0 */
 	SYNC_FAIL = 4,  /* from stage: u32 op_index, i32 errno, u8 name_len, name */
 	SYNC_FD = 5,    /* from stage, before DONE or the end: u32 what, one descriptor */
-	SYNC_CHILD = 6, /* from stage: u32 pid; the container's init is now this child of yours */
 };
 
 enum sync_fd { SYNC_FD_TERMINAL = 1, SYNC_FD_SECCOMP = 2 };

@@ -57,10 +57,9 @@ const (
 	OpExec        Kind = 37
 	OpLookup      Kind = 38
 	OpBecomeRoot  Kind = 39
-	OpRefork      Kind = 40
-	OpAffinity    Kind = 41
-	OpMemPolicy   Kind = 42
-	OpPrepare     Kind = 43
+	OpAffinity    Kind = 40
+	OpMemPolicy   Kind = 41
+	OpPrepare     Kind = 42
 )
 
 // Flags, by kind.
@@ -140,7 +139,6 @@ func layouts() []layout {
 		{OpExec, "EXEC", "paths:[s] args:[S] env:[S]", "paths are tried in order as execvpe does"},
 		{OpLookup, "LOOKUP", "paths:[s]", "fail as EXEC would if no path can be executed"},
 		{OpBecomeRoot, "BECOME_ROOT", "", "ids 0 in the user namespace"},
-		{OpRefork, "REFORK", "flags:q", "go on in a new child of the parent, in new namespaces"},
 		{OpAffinity, "AFFINITY", "cpus:b", "sched_setaffinity(2)"},
 		{OpMemPolicy, "MEMPOLICY", "mode:i nodes:b", "set_mempolicy(2)"},
 		{OpPrepare, "PREPARE", "fstype:s source:s attr:q params:[ss]", "make a file system that a later MOUNT will use"},

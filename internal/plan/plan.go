@@ -28,6 +28,9 @@ type Plan struct {
 	// PIDNamespace is the path of a pid namespace to be born in, "" for none:
 	// whoever clones the child enters it for its children beforehand.
 	PIDNamespace string
+	// UserNamespace is the path of a user namespace that owns the child's others,
+	// "" for none: whoever clones the child enters it first.
+	UserNamespace string
 	// UIDMap and GIDMap are to be written for the child before the plan is sent.
 	UIDMap, GIDMap []specs.LinuxIDMapping
 
