@@ -132,14 +132,14 @@ func ParseDeviceRule(s string) (specs.LinuxDeviceCgroup, error) {
 		text string
 		to   **int64
 	}{{major, &r.Major}, {minor, &r.Minor}} {
-		v := int64(-1)
-		if n.text != "*" {
-			u, err := strconv.ParseUint(n.text, 10, 32)
-			if err != nil {
-				return specs.LinuxDeviceCgroup{}, bad
-			}
-			v = int64(u)
+		if n.text == "*" {
+			continue // absent is every one
 		}
+		u, err := strconv.ParseUint(n.text, 10, 32)
+		if err != nil {
+			return specs.LinuxDeviceCgroup{}, bad
+		}
+		v := int64(u)
 		*n.to = &v
 	}
 	return r, nil

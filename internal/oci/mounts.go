@@ -121,9 +121,7 @@ func (g *generator) mounts() error {
 		if hc.ReadonlyRootfs {
 			o = append(o, "ro")
 		}
-		m := specs.Mount{Destination: f.target, Type: "bind", Source: f.source, Options: o}
-		g.idmap(&m, snapshot.IDMap{})
-		out = append(out, m)
+		out = append(out, specs.Mount{Destination: f.target, Type: "bind", Source: f.source, Options: o})
 	}
 	if hc.ReadonlyRootfs {
 		for i, m := range out {

@@ -93,7 +93,9 @@ type Mount struct {
 }
 
 // Files are the generated files of a container, host paths; "" leaves the
-// image's own in place. A mount of the user's at the same place wins.
+// image's own in place. A mount of the user's at the same place wins. They are
+// not idmapped (tmpfs can be since Linux 6.3 only): who writes them gives them to
+// the container's root.
 type Files struct{ Hosts, Hostname, ResolvConf string }
 
 // Join holds paths of namespaces to join instead of making new ones.
