@@ -1,6 +1,7 @@
 /* The start-up stage: sync messages, the plan parser, and operations that are
    one system call. Every length is checked before use; a plan that does not
    parse exactly is refused. */
+#define _GNU_SOURCE
 #include "stage_int.h"
 
 #include <errno.h>
@@ -145,7 +146,7 @@ static int op_self(struct stage *s, struct rd *r, uint16_t flags)
 	int proc = proc_fd(s), self, e;
 	if (proc < 0)
 		return proc;
-	self = open_in(proc, "thread-self", O_PATH | O_DIRECTORY, 0);
+	self = open_in(proc, "self", O_PATH | O_DIRECTORY, 0);
 	if (self < 0)
 		return self;
 	e = write_trusted(self, file, value, false);

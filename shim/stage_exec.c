@@ -1,5 +1,6 @@
 /* The process itself: limits, ids, capabilities, the filter, hooks, the reaper
    and exec. */
+#define _GNU_SOURCE
 #include "stage_int.h"
 
 #include <errno.h>

@@ -1,6 +1,7 @@
 /* Mounts. Sources arrive as descriptors or are made here; targets are resolved
    inside the new root, and every mount lands on a descriptor, so that nothing
    can be exchanged between the check and the use. */
+#define _GNU_SOURCE
 #include "stage_int.h"
 
 #include <errno.h>

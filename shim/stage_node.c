@@ -1,5 +1,6 @@
 /* What lies in the container's /dev: nodes, links, standard descriptors and the
    terminal; and the copy that tmpcopyup asks for. */
+#define _GNU_SOURCE
 #include "stage_int.h"
 
 #include <dirent.h>

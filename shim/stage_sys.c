@@ -1,3 +1,4 @@
+#define _GNU_SOURCE
 #include "stage_int.h"
 
 #include <errno.h>

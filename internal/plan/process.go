@@ -1,0 +1,506 @@
+package plan
+
+import (
+	"encoding/binary"
+	"fmt"
+	"maps"
+	"math"
+	"path"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/cloudos-io/cloudos/internal/fault"
+	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
+)
+
+// Exec is the plan of another process in a running container. Slot 0 is the
+// container's init (SlotPidfd), with whose namespaces the child joins all at
+// once; only the pid namespace must have been entered by whoever clones it. On
+// cgroup v1 the tasks files follow; on v2 the child is born in its cgroup.
+func Exec(process *specs.Process, o Options) (*Plan, error) {
+	if process == nil {
+		return nil, fault.New(fault.Invalid, "cannot compile an exec: there is no process")
+	}
+	b := &builder{}
+	b.namespaces = map[specs.LinuxNamespaceType]string{}
+	init := b.slot(Slot{Kind: SlotPidfd})
+	if a := process.ExecCPUAffinity; a != nil {
+		b.affinity(a.Initial)
+	}
+	b.enterCgroups(o)
+	if a := process.ExecCPUAffinity; a != nil {
+		b.affinity(a.Final)
+	}
+	// Labels and limits take the host's own /proc and capabilities.
+	b.priorities(process)
+	b.rlimits(process)
+	b.label(process, o)
+	ns := uint64(unix.CLONE_NEWNS | unix.CLONE_NEWUTS | unix.CLONE_NEWIPC | unix.CLONE_NEWNET | unix.CLONE_NEWCGROUP)
+	if o.UserNS {
+		ns |= unix.CLONE_NEWUSER
+		b.namespaces[specs.UserNamespace] = "joined"
+	}
+	b.setns(init, ns, "container's namespaces")
+	if o.UserNS {
+		b.becomeRoot()
+	}
+	b.process(&specs.Spec{Process: process, Linux: &specs.Linux{}}, o, true)
+	return b.finish()
+}
+
+// Hooks is a plan that runs the hooks one after another inside the container,
+// with state (OCI state JSON) on their standard input.
+func Hooks(hooks []specs.Hook, state []byte) (*Plan, error) {
+	b := &builder{p: Plan{Continues: true}}
+	for _, h := range hooks {
+		if !path.IsAbs(h.Path) {
+			b.fail("path %.128q of a hook is not absolute", h.Path)
+		}
+		timeout := 0
+		if h.Timeout != nil {
+			if timeout = *h.Timeout; timeout <= 0 || timeout > 1<<20 {
+				b.fail("timeout %d of hook %.128q is out of range", timeout, h.Path)
+			}
+		}
+		args := h.Args
+		if len(args) == 0 {
+			args = []string{h.Path}
+		}
+		b.op(OpHook, 0, "run hook "+h.Path, new(enc).str(h.Path).u32(uint32(timeout)).longs(args).longs(h.Env).bytes(state))
+	}
+	return b.finish()
+}
+
+// process is what comes after the root was entered, in the order in which
+// privileges are still there for it.
+func (b *builder) process(spec *specs.Spec, o Options, exec bool) {
+	p := spec.Process
+	if o.ID != "" && len(o.ID) <= 128 {
+		b.op(OpKeyring, 0, "join session keyring", new(enc).str("_ses."+o.ID))
+	}
+	if !exec {
+		b.label(p, o)
+		b.sysctls(spec)
+		b.protect(spec)
+		b.rlimits(p)
+		b.memoryPolicy(spec)
+		b.personality(spec)
+	}
+	if p.Terminal {
+		var w, h uint
+		if c := p.ConsoleSize; c != nil {
+			w, h = min(c.Width, math.MaxUint16), min(c.Height, math.MaxUint16)
+		}
+		var flags uint16
+		if !exec {
+			flags |= FlagDevConsole
+		}
+		b.op(OpConsole, flags, "open terminal", new(enc).u16(uint16(w)).u16(uint16(h)).u32(p.User.UID))
+	} else {
+		b.stdio()
+	}
+	if !exec {
+		b.finishRoot(spec)
+	}
+	b.workdir(p, exec)
+	if !slices.ContainsFunc(p.Env, func(e string) bool { return strings.HasPrefix(e, "HOME=") }) {
+		b.op(OpHome, 0, "look up home directory", new(enc).u32(p.User.UID))
+	}
+	if p.User.Umask != nil {
+		b.op(OpUmask, 0, "set umask", new(enc).u32(*p.User.Umask))
+	}
+	if o.PreserveFDs > 0 {
+		b.preserve(o.PreserveFDs)
+	}
+	if p.NoNewPrivileges {
+		b.noNewPrivs()
+	}
+	b.p.exec = len(b.p.Ops)
+	// Without no_new_privs a filter takes CAP_SYS_ADMIN, so it comes before the
+	// ids; with it as late as can be, to spare it our own system calls.
+	if !p.NoNewPrivileges {
+		b.seccomp(o)
+	}
+	b.creds(p)
+	if p.NoNewPrivileges {
+		b.seccomp(o)
+	}
+	b.exec(p, o)
+}
+
+func (b *builder) label(p *specs.Process, o Options) {
+	if a := p.ApparmorProfile; a != "" && a != "unconfined" {
+		if !o.AppArmor {
+			b.err = fault.New(fault.Unsupported, "AppArmor profile %.64q cannot be applied: the host has no AppArmor", a)
+			return
+		}
+		b.self("attr/apparmor/exec", "attr/exec", "exec "+a, "apply AppArmor profile "+a)
+	}
+	if l := p.SelinuxLabel; l != "" {
+		if !o.SELinux {
+			b.err = fault.New(fault.Unsupported, "SELinux label %.64q cannot be applied: the host has no SELinux", l)
+			return
+		}
+		b.self("attr/exec", "", l, "apply SELinux label "+l)
+	}
+}
+
+// priorities are set while the process can still raise them.
+func (b *builder) priorities(p *specs.Process) {
+	if v := p.OOMScoreAdj; v != nil {
+		if *v < -1000 || *v > 1000 {
+			b.fail("oomScoreAdj %d is out of range (-1000 to 1000)", *v)
+		}
+		b.self("oom_score_adj", "", strconv.Itoa(*v), "set oom_score_adj")
+	}
+	b.scheduler(p.Scheduler)
+	if io := p.IOPriority; io != nil {
+		class := map[specs.IOPriorityClass]uint32{specs.IOPRIO_CLASS_RT: 1, specs.IOPRIO_CLASS_BE: 2, specs.IOPRIO_CLASS_IDLE: 3}[io.Class]
+		if class == 0 || io.Priority < 0 || io.Priority > 7 {
+			b.fail("io priority %.32q %d is unknown", io.Class, io.Priority)
+		}
+		b.op(OpIOPriority, 0, "set io priority", new(enc).u32(class<<13|uint32(io.Priority)))
+	}
+}
+
+func (b *builder) scheduler(s *specs.Scheduler) {
+	if s == nil {
+		return
+	}
+	policies := map[specs.LinuxSchedulerPolicy]uint32{
+		specs.SchedOther: 0, specs.SchedFIFO: 1, specs.SchedRR: 2, specs.SchedBatch: 3, specs.SchedISO: 4, specs.SchedIdle: 5, specs.SchedDeadline: 6,
+	}
+	flagBits := map[specs.LinuxSchedulerFlag]uint64{
+		specs.SchedFlagResetOnFork: 1, specs.SchedFlagReclaim: 2, specs.SchedFlagDLOverrun: 4, specs.SchedFlagKeepPolicy: 8,
+		specs.SchedFlagKeepParams: 16, specs.SchedFlagUtilClampMin: 32, specs.SchedFlagUtilClampMax: 64,
+	}
+	policy, ok := policies[s.Policy]
+	if !ok || s.Nice < -20 || s.Nice > 19 {
+		b.fail("scheduler policy %.32q or nice value %d is unknown", s.Policy, s.Nice)
+	}
+	if s.Priority != 0 && policy != 1 && policy != 2 {
+		b.fail("scheduler priority %d needs SCHED_FIFO or SCHED_RR", s.Priority)
+	}
+	if policy != 6 && s.Runtime|s.Deadline|s.Period != 0 {
+		b.fail("scheduler runtime, deadline and period need SCHED_DEADLINE")
+	}
+	var flags uint64
+	for _, f := range s.Flags {
+		bit, ok := flagBits[f]
+		if !ok {
+			b.fail("scheduler flag %.32q is unknown", f)
+		}
+		flags |= bit
+	}
+	b.op(OpScheduler, 0, "set scheduler", new(enc).u32(policy).u64(flags).u32(uint32(s.Nice)).u32(uint32(s.Priority)).
+		u64(s.Runtime).u64(s.Deadline).u64(s.Period))
+}
+
+func (b *builder) rlimits(p *specs.Process) {
+	if len(p.Rlimits) == 0 {
+		return
+	}
+	numbers := map[string]uint32{
+		"RLIMIT_CPU": 0, "RLIMIT_FSIZE": 1, "RLIMIT_DATA": 2, "RLIMIT_STACK": 3, "RLIMIT_CORE": 4, "RLIMIT_RSS": 5,
+		"RLIMIT_NPROC": 6, "RLIMIT_NOFILE": 7, "RLIMIT_MEMLOCK": 8, "RLIMIT_AS": 9, "RLIMIT_LOCKS": 10, "RLIMIT_SIGPENDING": 11,
+		"RLIMIT_MSGQUEUE": 12, "RLIMIT_NICE": 13, "RLIMIT_RTPRIO": 14, "RLIMIT_RTTIME": 15,
+	}
+	seen := map[uint32]bool{}
+	e := new(enc).count(len(p.Rlimits))
+	for _, l := range p.Rlimits {
+		n, ok := numbers[l.Type]
+		if !ok || seen[n] {
+			b.fail("resource limit %.32q is unknown or given twice", l.Type)
+		}
+		if l.Soft > l.Hard {
+			b.fail("soft limit %d of %s exceeds the hard limit %d", l.Soft, l.Type, l.Hard)
+		}
+		seen[n] = true
+		e.u32(n).u64(l.Soft).u64(l.Hard)
+	}
+	b.op(OpRlimits, 0, "set resource limits", e)
+}
+
+// sysctls are refused where they would change the host.
+func (b *builder) sysctls(spec *specs.Spec) {
+	ipc := []string{"kernel/msgmax", "kernel/msgmnb", "kernel/msgmni", "kernel/sem", "kernel/shmall", "kernel/shmmax", "kernel/shmmni", "kernel/shm_rmid_forced"}
+	all := spec.Linux.Sysctl
+	for _, k := range slices.Sorted(maps.Keys(all)) {
+		// Dots and slashes trade places, whichever comes first is the separator.
+		name := k
+		if i := strings.IndexAny(k, "./"); i >= 0 && k[i] == '.' {
+			name = strings.Map(func(r rune) rune {
+				switch r {
+				case '.':
+					return '/'
+				case '/':
+					return '.'
+				}
+				return r
+			}, k)
+		}
+		var need specs.LinuxNamespaceType
+		switch {
+		case path.Clean(name) != name || path.IsAbs(name) || strings.HasPrefix(name, "..") || len(name) > 400:
+			b.fail("malformed sysctl %.128q", k)
+			continue
+		case slices.Contains(ipc, name) || strings.HasPrefix(name, "fs/mqueue/"):
+			need = specs.IPCNamespace
+		case strings.HasPrefix(name, "net/"):
+			need = specs.NetworkNamespace
+		case name == "kernel/domainname" || name == "kernel/hostname":
+			need = specs.UTSNamespace
+		case strings.HasPrefix(name, "user/"):
+			need = specs.UserNamespace
+		default:
+			b.fail("sysctl %.128q is not confined to a namespace; set it on the host", k)
+			continue
+		}
+		if _, ok := b.namespaces[need]; !ok {
+			b.fail("sysctl %.128q needs a %s namespace of the container's own", k, need)
+			continue
+		}
+		b.op(OpSysctl, 0, "set sysctl "+k, new(enc).str(name).str(all[k]))
+	}
+}
+
+func (b *builder) protect(spec *specs.Spec) {
+	clean := func(list []string, f func(string)) {
+		for _, p := range list {
+			c, err := cleanTarget(p)
+			if err != nil || !path.IsAbs(p) || c == "/" {
+				b.fail("masked or read-only path %.128q is not a path inside the container", p)
+				continue
+			}
+			f(c)
+		}
+	}
+	clean(spec.Linux.ReadonlyPaths, b.readonly)
+	clean(spec.Linux.MaskedPaths, b.mask)
+}
+
+// finishRoot is what had to wait until the root and /dev were filled.
+func (b *builder) finishRoot(spec *specs.Spec) {
+	for _, t := range b.late {
+		b.attr(t, unix.MOUNT_ATTR_RDONLY, 0, 0, 0)
+	}
+	if spec.Process.Cwd != "" {
+		if c, err := cleanTarget(spec.Process.Cwd); err == nil && c != "/" {
+			b.op(OpCwd, FlagCreate, "change to directory "+c, new(enc).str(c))
+		}
+	}
+	if spec.Root != nil && spec.Root.Readonly {
+		b.attr("/", unix.MOUNT_ATTR_RDONLY, 0, 0, 0)
+	}
+	if f, ok := propagationFlag(spec.Linux.RootfsPropagation); ok && f&unix.MS_SHARED != 0 {
+		var flags uint16
+		if f&unix.MS_REC != 0 {
+			flags |= FlagRecursive
+		}
+		b.attr("/", 0, 0, f&^unix.MS_REC, flags)
+	}
+}
+
+func (b *builder) workdir(p *specs.Process, exec bool) {
+	if p.Cwd != "" && !path.IsAbs(p.Cwd) {
+		b.fail("working directory %.128q is not absolute", p.Cwd)
+		return
+	}
+	c, err := cleanTarget("/" + p.Cwd)
+	if err != nil {
+		b.err = err
+		return
+	}
+	if exec || c == "/" {
+		b.op(OpCwd, 0, "change to directory "+c, new(enc).str(c))
+	}
+}
+
+func (b *builder) personality(spec *specs.Spec) {
+	p := spec.Linux.Personality
+	if p == nil {
+		return
+	}
+	domains := map[specs.LinuxPersonalityDomain]uint32{specs.PerLinux: 0, specs.PerLinux32: 8}
+	d, ok := domains[p.Domain]
+	if !ok || len(p.Flags) != 0 {
+		b.fail("personality %.32q or its flags are unknown", p.Domain)
+	}
+	b.op(OpPersonality, 0, "set personality", new(enc).u32(d))
+}
+
+func (b *builder) preserve(n int) {
+	if n > 1024 {
+		b.fail("%d preserved descriptors are too many (limit 1024)", n)
+		return
+	}
+	e := new(enc).count(n)
+	for i := range n {
+		e.u16(b.slot(Slot{Kind: SlotExtra, Source: strconv.Itoa(3 + i)}))
+	}
+	b.op(OpFDs, 0, "pass descriptors", e)
+}
+
+func (b *builder) creds(p *specs.Process) {
+	var sets [5]uint64
+	var flags uint16
+	if c := p.Capabilities; c != nil {
+		flags |= FlagHasCaps
+		for i, l := range [][]string{c.Bounding, c.Effective, c.Permitted, c.Inheritable, c.Ambient} {
+			m, err := CapabilityMask(l)
+			if err != nil && b.err == nil {
+				b.err = err
+			}
+			sets[i] = m
+		}
+		if sets[1]&^sets[2] != 0 {
+			b.fail("effective capabilities are not all permitted")
+		}
+		if sets[4]&^(sets[2]&sets[3]) != 0 {
+			b.fail("ambient capabilities are not all permitted and inheritable")
+		}
+	}
+	if len(p.User.AdditionalGids) > 1024 {
+		b.fail("%d additional groups are too many (limit 1024)", len(p.User.AdditionalGids))
+		return
+	}
+	if p.User.UID == math.MaxUint32 || p.User.GID == math.MaxUint32 {
+		b.fail("user or group id 4294967295 is reserved")
+	}
+	e := new(enc).u32(p.User.UID).u32(p.User.GID)
+	for _, s := range sets {
+		e.u64(s)
+	}
+	e.count(len(p.User.AdditionalGids))
+	for _, g := range p.User.AdditionalGids {
+		e.u32(g)
+	}
+	if b.keepGroups {
+		flags |= FlagKeepGroups
+	}
+	b.op(OpCreds, flags, "change user to "+fmt.Sprintf("%d:%d", p.User.UID, p.User.GID), e)
+}
+
+func (b *builder) exec(p *specs.Process, o Options) {
+	if len(p.Args) == 0 || p.Args[0] == "" {
+		b.fail("no command to run")
+		return
+	}
+	env := make([]string, 0, len(p.Env))
+	at := make(map[string]int, len(p.Env))
+	for _, v := range p.Env {
+		name, _, ok := strings.Cut(v, "=")
+		if !ok || name == "" {
+			b.fail("environment variable %.64q is not NAME=VALUE", v)
+		}
+		if i, twice := at[name]; twice {
+			env[i] = v // the last one counts, as in a shell
+			continue
+		}
+		at[name] = len(env)
+		env = append(env, v)
+	}
+	var flags uint16
+	if o.Init {
+		flags |= FlagInit
+	}
+	b.op(OpExec, flags, "exec "+p.Args[0], new(enc).strs(candidates(p)).longs(p.Args).longs(env))
+}
+
+// candidates are the paths that execvpe would try.
+func candidates(p *specs.Process) []string {
+	name := p.Args[0]
+	if strings.Contains(name, "/") || len(name) > 255 {
+		return []string{name}
+	}
+	search := "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+	for _, v := range p.Env {
+		if s, ok := strings.CutPrefix(v, "PATH="); ok {
+			search = s
+		}
+	}
+	var out []string
+	for _, dir := range strings.Split(search, ":") {
+		if len(dir) < unix.PathMax-256 {
+			out = append(out, path.Join("/", dir, name))
+		}
+		if !path.IsAbs(dir) { // relative to the working directory, as execvpe has it
+			out[len(out)-1] = "./" + path.Join(dir, name)
+		}
+	}
+	return out
+}
+
+func (b *builder) affinity(list string) {
+	if list == "" {
+		return
+	}
+	mask, err := bitmap(list, 8192)
+	if err != nil {
+		b.fail("malformed CPU list %.64q", list)
+		return
+	}
+	b.op(OpAffinity, 0, "set CPU affinity", new(enc).bytes(mask))
+}
+
+func (b *builder) memoryPolicy(spec *specs.Spec) {
+	m := spec.Linux.MemoryPolicy
+	if m == nil {
+		return
+	}
+	modes := map[specs.MemoryPolicyModeType]uint32{
+		specs.MpolDefault: 0, specs.MpolPreferred: 1, specs.MpolBind: 2, specs.MpolInterleave: 3, specs.MpolLocal: 4,
+		specs.MpolPreferredMany: 5, specs.MpolWeightedInterleave: 6,
+	}
+	bits := map[specs.MemoryPolicyFlagType]uint32{
+		specs.MpolFNumaBalancing: 1 << 13, specs.MpolFRelativeNodes: 1 << 14, specs.MpolFStaticNodes: 1 << 15,
+	}
+	mode, ok := modes[m.Mode]
+	if !ok {
+		b.fail("memory policy %.32q is unknown", m.Mode)
+	}
+	for _, f := range m.Flags {
+		bit, ok := bits[f]
+		if !ok {
+			b.fail("memory policy flag %.32q is unknown", f)
+		}
+		mode |= bit
+	}
+	var nodes []byte
+	if m.Nodes != "" {
+		var err error
+		if nodes, err = bitmap(m.Nodes, 1024); err != nil {
+			b.fail("malformed node list %.64q", m.Nodes)
+		}
+	}
+	b.op(OpMemPolicy, 0, "set memory policy", new(enc).u32(mode).bytes(nodes))
+}
+
+// bitmap turns a list such as "0-3,7" into bits, in words of 8 bytes.
+func bitmap(list string, limit uint64) ([]byte, error) {
+	var words []uint64
+	for _, part := range strings.Split(list, ",") {
+		lo, hi, ranged := strings.Cut(strings.TrimSpace(part), "-")
+		a, err := strconv.ParseUint(lo, 10, 32)
+		z := a
+		if err == nil && ranged {
+			z, err = strconv.ParseUint(hi, 10, 32)
+		}
+		if err != nil || a > z || z >= limit {
+			return nil, fault.New(fault.Invalid, "malformed list")
+		}
+		for ; a <= z; a++ {
+			for uint64(len(words)) <= a/64 {
+				words = append(words, 0)
+			}
+			words[a/64] |= 1 << (a % 64)
+		}
+	}
+	var out []byte
+	for _, w := range words {
+		out = binary.LittleEndian.AppendUint64(out, w)
+	}
+	return out, nil
+}
