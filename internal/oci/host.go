@@ -70,7 +70,7 @@ func exists(path string) bool {
 
 func apparmorEnabled() bool {
 	b, err := os.ReadFile("/sys/module/apparmor/parameters/enabled")
-	return err == nil && strings.HasPrefix(string(b), "Y") && exists("/sys/kernel/security/apparmor")
+	return err == nil && strings.HasPrefix(string(b), "Y")
 }
 
 func swapLimit() bool {
