@@ -1,0 +1,13 @@
+package image
+
+import (
+	"os"
+	"testing"
+)
+
+func TestMain(m *testing.M) {
+	if code, ours := UnpackMain(); ours {
+		os.Exit(code)
+	}
+	os.Exit(m.Run())
+}
