@@ -1,0 +1,106 @@
+package cli
+
+import (
+	"github.com/cloudos-io/cloudos/internal/cli/command"
+)
+
+// Headings of the help.
+const (
+	groupCommon = "Common commands"
+	groupManage = "Management commands"
+	groupOther  = "Commands"
+)
+
+// as gives a command of a group its short form's name.
+func as(c *command.Command, name, group string, aliases ...string) *command.Command {
+	c.Name, c.Group, c.Aliases = name, group, aliases
+	return c
+}
+
+// group is a command that holds others.
+func group(name, short string, aliases []string, sub func() []*command.Command) *command.Command {
+	return &command.Command{Name: name, Aliases: aliases, Short: short, Group: groupManage, Sub: sub}
+}
+
+// root is the whole command line.
+func (a *App) root() *command.Command {
+	return &command.Command{
+		Name:  "servin",
+		Long:  "Servin runs containers. Commands that Docker has work as there.",
+		Flags: a.globalFlags,
+		Sub:   a.commands,
+	}
+}
+
+func (a *App) globalFlags(f *command.FlagSet) {
+	f.String(&a.host, "host", "H", "Engine to talk to: unix:///path, tcp://host:port, ssh://user@host")
+	f.String(&a.ctxName, "context", "c", "Context to use (see 'servin context')").Of("context")
+	f.String(&a.configDir, "config", "", "Directory of the configuration (default ~/.config/servin)").Of("file")
+	f.Bool(&a.debug, "debug", "D", "Say more about failures")
+	f.Bool(&a.version, "version", "v", "Print the version and leave")
+	f.Bool(&a.useTLS, "tls", "", "Use TLS to a tcp host, whoever it claims to be")
+	f.Bool(&a.verifyTLS, "tlsverify", "", "Use TLS to a tcp host and check its certificate")
+	f.String(&a.tls.CA, "tlscacert", "", "Authority that the engine's certificate must come from").Of("file")
+	f.String(&a.tls.Cert, "tlscert", "", "Certificate to show to the engine").Of("file")
+	f.String(&a.tls.Key, "tlskey", "", "Key of that certificate").Of("file")
+	level := ""
+	f.String(&level, "log-level", "l", "").Hide()
+}
+
+// commands are the short forms, then the groups. A word that both have (images)
+// is the group, which lists when nothing follows.
+func (a *App) commands() []*command.Command {
+	return []*command.Command{
+		as(a.cmdRun(), "run", groupCommon),
+		as(a.cmdExec(), "exec", groupCommon),
+		as(a.cmdPs(), "ps", groupCommon),
+		as(a.cmdPull(), "pull", groupCommon),
+		as(a.cmdPush(), "push", groupCommon),
+		as(a.cmdLogs(), "logs", groupCommon),
+		as(a.cmdInspectAny(), "inspect", groupOther),
+
+		listing("containers", "Containers", []string{"container"}, a.containers),
+		listing("images", "Images", []string{"image"}, a.images),
+
+		as(a.cmdAttach(), "attach", groupOther),
+		as(a.cmdCreate(), "create", groupOther),
+		as(a.cmdDiff(), "diff", groupOther),
+		as(a.cmdHistory(), "history", groupOther),
+		as(a.cmdKill(), "kill", groupOther),
+		as(a.cmdPause(), "pause", groupOther),
+		as(a.cmdPort(), "port", groupOther),
+		as(a.cmdRename(), "rename", groupOther),
+		as(a.cmdRestart(), "restart", groupOther),
+		as(a.cmdRm(), "rm", groupOther),
+		as(a.cmdRmi(), "rmi", groupOther),
+		as(a.cmdStart(), "start", groupOther),
+		as(a.cmdStop(), "stop", groupOther),
+		as(a.cmdTag(), "tag", groupOther),
+		as(a.cmdTop(), "top", groupOther),
+		as(a.cmdUnpause(), "unpause", groupOther),
+		as(a.cmdUpdate(), "update", groupOther),
+		as(a.cmdWait(), "wait", groupOther),
+	}
+}
+
+// listing is a group that lists when no command follows.
+func listing(name, short string, aliases []string, sub func() []*command.Command) *command.Command {
+	g := group(name, short, aliases, sub)
+	g.Default = "ls"
+	g.DefaultArgs = name == "images"
+	return g
+}
+
+func (a *App) containers() []*command.Command {
+	return []*command.Command{
+		a.cmdPs(), a.cmdCreate(), a.cmdRun(), a.cmdStart(), a.cmdStop(), a.cmdRm(), a.cmdRestart(), a.cmdKill(), a.cmdPause(), a.cmdUnpause(),
+		a.cmdRename(), a.cmdUpdate(), a.cmdWait(), a.cmdAttach(), a.cmdExec(), a.cmdLogs(), a.cmdTop(),
+		a.cmdDiff(), a.cmdPort(), a.cmdInspectContainer(),
+	}
+}
+
+func (a *App) images() []*command.Command {
+	return []*command.Command{
+		a.cmdImages(), a.cmdPull(), a.cmdPush(), a.cmdTag(), a.cmdRmi(), a.cmdHistory(), a.cmdInspectImage(),
+	}
+}

@@ -1,0 +1,9 @@
+package cli
+
+import "os"
+
+func proxiedSignals() []os.Signal { return []os.Signal{os.Interrupt} }
+
+func deathSignals() []os.Signal { return []os.Signal{os.Interrupt} }
+
+func signalName(os.Signal) string { return "SIGINT" }
