@@ -60,7 +60,7 @@ func serveStreams(w *response, r *request, at Attached, keys []byte) error {
 	if err := d.accept(upgrades(r), streamType(r, mux), w.Header(), nil); err != nil {
 		d.gone.Store(true)
 	}
-	d.pump(r.Context(), at, mux, keys)
+	d.pump(r.Context(), at, mux, keys, nil)
 	return nil
 }
 

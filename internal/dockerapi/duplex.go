@@ -15,6 +15,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/moby/moby/api/types/container"
 )
 
 // Stream types of Docker's framing: one byte type, three zero bytes, four bytes
@@ -131,8 +133,10 @@ func copyOut(dst io.Writer, kind byte, src io.Reader) error {
 
 // pump connects the client with the streams until the output has ended, the
 // client has gone, has typed the detach keys, or ctx is done. It closes the
-// streams. With mux output is framed. finish must follow.
-func (d *duplex) pump(ctx context.Context, a Attached, mux bool, keys []byte) {
+// streams. With mux output is framed. With an exit channel it then waits for the
+// process's end too and returns it; told is false where the client left first.
+// Without output and exit it lasts until the input has ended. finish must follow.
+func (d *duplex) pump(ctx context.Context, a Attached, mux bool, keys []byte, exit <-chan container.WaitResponse) (res container.WaitResponse, told bool) {
 	closeStreams := sync.OnceFunc(func() {
 		if a.Close != nil {
 			_ = a.Close()
@@ -150,19 +154,29 @@ func (d *duplex) pump(ctx context.Context, a Attached, mux bool, keys []byte) {
 	d.input = make(chan struct{})
 	go func() {
 		defer close(d.input)
-		if d.copyIn(a, keys) && outputs && !waitHangup(d.conn) {
-			return // finish put a deadline on it: the output has ended
+		if d.copyIn(a, keys) && (outputs || exit != nil) && !waitHangup(d.conn) {
+			return // finish put a deadline on it: all is over
 		}
-		if !d.detached.Load() && outputs {
+		if !d.detached.Load() {
 			d.gone.Store(true)
 		}
 		closeStreams()
 	}()
-	if !outputs {
-		<-d.input
-		return
-	}
 
+	if outputs {
+		d.copyOutputs(a, mux, closeStreams)
+		if exit == nil {
+			return res, false
+		}
+	}
+	select {
+	case res, told = <-exit:
+	case <-d.input:
+	}
+	return res, told
+}
+
+func (d *duplex) copyOutputs(a Attached, mux bool, closeStreams func()) {
 	var wg sync.WaitGroup
 	out := func(kind byte, src io.Reader) {
 		if !mux {
@@ -172,14 +186,14 @@ func (d *duplex) pump(ctx context.Context, a Attached, mux bool, keys []byte) {
 			closeStreams() // the client is gone; no use for the other stream
 		}
 	}
-	if a.Stderr != nil {
-		if a.Stdout == nil {
-			out(frameStderr, a.Stderr)
-			return
-		}
+	if a.Stderr != nil && a.Stdout != nil {
 		wg.Go(func() { out(frameStderr, a.Stderr) })
+	} else if a.Stderr != nil {
+		out(frameStderr, a.Stderr)
 	}
-	out(frameStdout, a.Stdout)
+	if a.Stdout != nil {
+		out(frameStdout, a.Stdout)
+	}
 	wg.Wait()
 }
 

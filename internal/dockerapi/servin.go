@@ -92,19 +92,13 @@ func (a servinAPI) run(w *response, r *request) error {
 	if werr != nil {
 		d.gone.Store(true)
 	}
-	d.pump(r.Context(), run.Streams, true, keys)
-	if d.gone.Load() {
-		return nil
-	}
-	exited := api.RunExited{Detached: d.detached.Load()}
-	if !exited.Detached {
-		res, ok := <-run.Wait
-		exited.ExitCode = int(res.StatusCode)
-		if res.Error != nil {
-			exited.Error = res.Error.Message
-		} else if !ok {
-			exited.Error = "the engine stopped waiting for the container"
-		}
+	res, told := d.pump(r.Context(), run.Streams, true, keys, run.Wait)
+	exited := api.RunExited{Detached: d.detached.Load(), ExitCode: int(res.StatusCode)}
+	switch {
+	case res.Error != nil:
+		exited.Error = res.Error.Message
+	case !told && !exited.Detached:
+		return nil // the client is gone, or the daemon leaves: the container's end is not told
 	}
 	last, merr := json.Marshal(exited)
 	if merr != nil {

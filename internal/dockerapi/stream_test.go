@@ -382,6 +382,28 @@ func TestRunDetach(t *testing.T) {
 	wantFrame(t, br, frameSystem, `{"ExitCode":0,"Detached":true}`)
 }
 
+// TestRunWithoutStreams is run -d: the exit is told to who stays, and a client
+// that leaves ends nothing but its connection.
+func TestRunWithoutStreams(t *testing.T) {
+	ended := make(chan struct{})
+	f := &fake{attached: func() Attached {
+		return Attached{Close: sync.OnceValue(func() error { close(ended); return nil })}
+	}, wait: make(chan container.WaitResponse, 1)}
+	socket, _ := serveFake(t, f)
+	conn, br, _ := rawRequest(t, socket, "POST", "/servin/run", `{"Config":{"Image":"x"}}`, true)
+	runFrames(t, br)
+	conn.CloseWrite()
+	f.wait <- container.WaitResponse{StatusCode: 4}
+	wantFrame(t, br, frameSystem, `{"ExitCode":4}`)
+	wait(t, ended, "streams stay open")
+
+	ended = make(chan struct{})
+	conn, br, _ = rawRequest(t, socket, "POST", "/servin/run", `{"Config":{"Image":"x"}}`, true)
+	runFrames(t, br)
+	conn.Close()
+	wait(t, ended, "streams outlive their client")
+}
+
 func get(t *testing.T, c *http.Client, path string) (*http.Response, string, error) {
 	t.Helper()
 	resp, err := c.Get("http://docker" + path)
