@@ -3,7 +3,6 @@ package dockerapi
 import (
 	"context"
 	"encoding/json"
-	"errors"
 	"net/http"
 	"os"
 	"strings"
@@ -19,9 +18,6 @@ type servinAPI struct {
 	sys        System
 	version    string
 }
-
-// exitCoder is an error that knows what a command line should exit with.
-type exitCoder interface{ ExitCode() int }
 
 // run is POST /servin/run: one decode, one call of the engine, then frames. The
 // answer's header and its first frame leave in one write.
@@ -67,11 +63,7 @@ func (a servinAPI) run(w *response, r *request) error {
 	})
 	started := api.RunStarted{ID: run.ID, Warnings: append(run.Warnings, c.warnings...)}
 	if err != nil {
-		started.Error, started.Status, started.ExitCode = err.Error(), statusOf(err), 125
-		var ec exitCoder
-		if errors.As(err, &ec) {
-			started.ExitCode = ec.ExitCode()
-		}
+		started.Error, started.Status, started.ExitCode = err.Error(), statusOf(err), fault.ExitCode(err)
 	}
 	first, merr := json.Marshal(started)
 	if merr != nil {

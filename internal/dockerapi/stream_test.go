@@ -356,12 +356,8 @@ func TestRun(t *testing.T) {
 	}
 }
 
-type exitError struct{ error }
-
-func (exitError) ExitCode() int { return 127 }
-
 func TestRunFails(t *testing.T) {
-	f := &fake{err: fault.As(fault.Invalid, exitError{errors.New("no such file")})}
+	f := &fake{err: fault.WithExitCode(127, fault.New(fault.Invalid, "no such file"))}
 	socket, _ := serveFake(t, f)
 	_, br, _ := rawRequest(t, socket, "POST", "/servin/run", `{"Config":{"Image":"x"}}`, true)
 	if s := runFrames(t, br); s.Error != "no such file" || s.Status != 400 || s.ExitCode != 127 {

@@ -64,3 +64,30 @@ func Of(err error) Kind {
 
 // Is reports whether err is of kind k. A nil error is of no kind.
 func Is(err error, k Kind) bool { return err != nil && Of(err) == k }
+
+type exit struct {
+	error
+	code int
+}
+
+func (e *exit) Unwrap() error { return e.error }
+
+// WithExitCode notes what a command line should exit with because of err: 126
+// where a command cannot be executed, 127 where it cannot be found. A nil err
+// stays nil.
+func WithExitCode(code int, err error) error {
+	if err == nil {
+		return nil
+	}
+	return &exit{err, code}
+}
+
+// ExitCode tells what a command line should exit with because of err: 125 where
+// nothing else was noted.
+func ExitCode(err error) int {
+	var e *exit
+	if errors.As(err, &e) {
+		return e.code
+	}
+	return 125
+}

@@ -22,3 +22,13 @@ func TestKinds(t *testing.T) {
 		t.Fatal("nil or plain errors are treated wrongly")
 	}
 }
+
+func TestExitCode(t *testing.T) {
+	e := WithExitCode(127, New(Invalid, "no such command: %w", io.EOF))
+	if !Is(e, Invalid) || !errors.Is(e, io.EOF) || e.Error() != "no such command: EOF" {
+		t.Fatalf("the code hid the error: %v", e)
+	}
+	if ExitCode(fmt.Errorf("cannot run: %w", As(Conflict, e))) != 127 || ExitCode(io.EOF) != 125 || WithExitCode(1, nil) != nil {
+		t.Fatal("wrong codes")
+	}
+}
