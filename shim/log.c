@@ -3,7 +3,9 @@
  * them to a file or pipe and rotates it. Never blocks the monitor's loop: what
  * cannot be written stays in the buffer, and log_feed takes less until it can.
  */
+#ifndef _GNU_SOURCE
 #define _GNU_SOURCE
+#endif
 #include "shim.h"
 
 #include <errno.h>

@@ -6,7 +6,9 @@
  * Descriptors at start: 0 to 2 /dev/null, 3 the first control socket, 4 the
  * container's run directory, which becomes the working directory.
  */
+#ifndef _GNU_SOURCE
 #define _GNU_SOURCE
+#endif
 #include "shim.h"
 
 #include <errno.h>
@@ -247,9 +249,10 @@ static bool any_ctl(void)
  * Clones a child that runs the stage. The parent gets the pid, its end of the
  * sync socket and the pidfd.
  */
-static pid_t spawn(uint64_t ns, int cgroup, bool foreign, int *sync, int *pidfd)
+static pid_t spawn(uint64_t ns, int cgroup, int userns, bool foreign, int *sync, int *pidfd)
 {
-	int sp[2];
+	int sp[2], back[2] = { -1, -1 };
+	pid_t pid;
 	struct clone3_args a = { .flags = (ns & NS_ALL) | CLONE_PIDFD, .exit_signal = SIGCHLD };
 
 	*pidfd = -1;
@@ -260,7 +263,40 @@ static pid_t spawn(uint64_t ns, int cgroup, bool foreign, int *sync, int *pidfd)
 	}
 	if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, sp) < 0)
 		return -errno;
-	pid_t pid = (pid_t)syscall(SYS_clone3, &a, sizeof a);
+	if (userns >= 0) {
+		/* To make namespaces that an existing user namespace owns one must be in
+		 * it, for which there is no way back: a child goes there and makes its
+		 * sibling, our child. */
+		if (pipe2(back, O_CLOEXEC) < 0 || (pid = fork()) < 0) {
+			int e = errno;
+			close(sp[0]), close(sp[1]), close(back[0]), close(back[1]);
+			return -e;
+		}
+		if (pid > 0) {
+			int32_t r = -ECHILD;
+			close(sp[1]);
+			close(back[1]);
+			while (read(back[0], &r, sizeof r) < 0 && errno == EINTR)
+				;
+			close(back[0]);
+			if (r > 0)
+				*pidfd = (int)syscall(SYS_pidfd_open, r, 0);
+			if (r < 0)
+				close(sp[0]);
+			else
+				*sync = sp[0];
+			return r;
+		}
+		a.flags = (a.flags & ~(uint64_t)CLONE_PIDFD) | CLONE_PARENT;
+		a.exit_signal = 0; /* the parent's */
+		pid = setns(userns, CLONE_NEWUSER) < 0 ? -1 : (pid_t)syscall(SYS_clone3, &a, sizeof a);
+		if (pid != 0) {
+			int32_t r = pid < 0 ? -errno : pid;
+			_exit(write(back[1], &r, sizeof r) != sizeof r);
+		}
+	} else {
+		pid = (pid_t)syscall(SYS_clone3, &a, sizeof a);
+	}
 	if (pid == 0) {
 		sigset_t none;
 		sigemptyset(&none);
@@ -309,7 +345,7 @@ static bool plan_ok(const char *b, size_t n)
 static void on_clone(int c, uint32_t cookie, const char *b, size_t n, struct fds *f)
 {
 	struct ctl_clone cl;
-	int cgroup = -1, k = 0, pidfd, err;
+	int cgroup = -1, userns = -1, k = 0, pidfd, err;
 
 	if (n != sizeof cl || M.state != STATE_EMPTY) {
 		ctl_fail(c, cookie, EINVAL, "clone");
@@ -325,8 +361,10 @@ static void on_clone(int c, uint32_t cookie, const char *b, size_t n, struct fds
 		}
 		M.pidns_entered = true;
 	}
+	if (cl.flags & CLONE_HAS_USERNS)
+		userns = k < f->n ? f->v[k++] : -1;
 	M.nice = cl.nice;
-	err = spawn(cl.ns, cgroup, (cl.flags & CLONE_HAS_PIDNS) != 0, &INIT->sync, &pidfd);
+	err = spawn(cl.ns, cgroup, userns, (cl.flags & CLONE_HAS_PIDNS) != 0, &INIT->sync, &pidfd);
 	if (err < 0) {
 		ctl_fail(c, cookie, -err, "clone");
 		return;
@@ -507,7 +545,7 @@ static void on_exec(int c, uint32_t cookie, const char *b, size_t n, struct fds 
 	}
 	if (ex.flags & EXEC_HAS_CGROUP)
 		cgroup = k < f->n ? f->v[k++] : -1;
-	err = spawn(0, cgroup, true, &p->sync, &pidfd);
+	err = spawn(0, cgroup, -1, true, &p->sync, &pidfd);
 	if (err < 0) {
 		ctl_fail(c, cookie, -err, "clone");
 		return;
@@ -540,7 +578,7 @@ static void on_plan(int c, uint32_t cookie, const char *b, size_t n, struct fds 
 {
 	int err = -EINVAL;
 
-	if (M.state == STATE_PARKED && INIT->wait == W_NONE && plan_ok(b, n)) {
+	if ((M.state == STATE_PARKED || M.state == STATE_HELD) && INIT->wait == W_NONE && plan_ok(b, n)) {
 		INIT->ctl = c;
 		INIT->plan_cookie = cookie;
 		INIT->wait = W_PLAN;

@@ -107,6 +107,7 @@ struct PACKED ctl_hdr {
 
 #define CLONE_HAS_CGROUP 1u /* v2 cgroup directory for CLONE_INTO_CGROUP */
 #define CLONE_HAS_PIDNS 2u  /* pid namespace to be born in */
+#define CLONE_HAS_USERNS 4u /* user namespace that owns what is created */
 
 struct PACKED ctl_clone {
 	uint64_t ns;    /* CLONE_NEW* */

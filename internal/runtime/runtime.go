@@ -105,6 +105,10 @@ type Log struct {
 	Format string
 	// Path is the file to append to (created 0640).
 	Path string
+	// Pipe is where format "pipe" writes; Start duplicates it. A record is u32
+	// length of the rest, u8 stream (1 stdout, 2 stderr), u8 partial, u16 0, u64
+	// nanoseconds since 1970, data; little endian.
+	Pipe *os.File
 	// MaxSize in bytes rotates the file at that size, 0 never; MaxFiles is how
 	// many files are kept (at least 1).
 	MaxSize  int64
@@ -132,6 +136,8 @@ type Exit struct {
 	OOMKilled bool
 	// Dropped counts log records lost in non-blocking mode.
 	Dropped uint64
+	// Error tells why the code is not the process's own: its monitor was killed.
+	Error string
 }
 
 // Task is a started container.
@@ -150,7 +156,9 @@ type Task interface {
 	Pause(ctx context.Context) error
 	Resume(ctx context.Context) error
 	// Attach connects a client to the streams. Output from the moment of the
-	// call on is delivered; it ends with the process.
+	// call on is delivered; it ends with the process. The first call after a
+	// start with Stdio.Attach returns the client connected then. That client makes
+	// the container wait while it reads slowly; later ones are dropped.
 	Attach(ctx context.Context, o AttachOptions) (Streams, error)
 	Resize(ctx context.Context, width, height uint16) error
 	Exec(ctx context.Context, req ExecRequest) (Exec, error)

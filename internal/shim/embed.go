@@ -81,6 +81,9 @@ func NewExecutable() (*Executable, error) {
 	return &Executable{f: f, null: null, path: procFD(high)}, nil
 }
 
+// Path is where the program can be executed by this process's children.
+func (e *Executable) Path() string { return e.path }
+
 // File is the program's descriptor, for others that run it.
 func (e *Executable) File() *os.File { return e.f }
 

@@ -47,6 +47,7 @@ const (
 const (
 	cloneHasCgroup uint32 = 1
 	cloneHasPIDNS  uint32 = 2
+	cloneHasUserNS uint32 = 4
 
 	startStdin     uint32 = 1
 	startStdout    uint32 = 2

@@ -32,9 +32,10 @@ type Handler interface {
 
 // Monitor is a control connection to a running servin-shim.
 type Monitor struct {
-	c   *conn
-	h   Handler
-	pid int // of the monitor, where it is our child
+	c    *conn
+	h    Handler
+	pid  int // of the monitor, where it is our child
+	peer int // of the monitor, where another process started it
 
 	mu      sync.Mutex
 	next    uint32
@@ -100,7 +101,9 @@ func Dial(dir string, h Handler) (*Monitor, error) {
 	if err != nil {
 		return nil, err
 	}
-	return newMonitor(c, 0, h), nil
+	m := newMonitor(c, 0, h)
+	m.peer = int(cr.Pid)
+	return m, nil
 }
 
 func newMonitor(c *conn, pid int, h Handler) *Monitor {
@@ -111,6 +114,17 @@ func newMonitor(c *conn, pid int, h Handler) *Monitor {
 
 // PID is the monitor's process id if it is our child, else 0.
 func (m *Monitor) PID() int { return m.pid }
+
+// Kill ends the monitor by force, and its container with it.
+func (m *Monitor) Kill() {
+	select {
+	case <-m.done:
+	default:
+		if pid := max(m.pid, m.peer); pid > 0 {
+			_ = syscall.Kill(pid, syscall.SIGKILL)
+		}
+	}
+}
 
 // Done is closed when the monitor has closed the connection. Its mount
 // namespace is gone then.

@@ -3,7 +3,9 @@ package shim
 import (
 	"context"
 	"errors"
+	"io"
 	"os"
+	"sync"
 
 	"github.com/cloudos-io/cloudos/internal/fault"
 	"golang.org/x/sys/unix"
@@ -89,6 +91,7 @@ type CloneRequest struct {
 	Namespaces uint64 // CLONE_NEW*
 	Cgroup     int    // v2 directory to be born in, -1 none
 	PIDNS      int    // pid namespace to be born in, -1 none
+	UserNS     int    // user namespace that owns what is created, -1 none
 	Nice       int    // what the process is to have once started
 }
 
@@ -106,6 +109,10 @@ func (m *Monitor) Clone(ctx context.Context, r CloneRequest) (Cloned, error) {
 	if r.PIDNS >= 0 {
 		flags |= cloneHasPIDNS
 		fds = append(fds, r.PIDNS)
+	}
+	if r.UserNS >= 0 {
+		flags |= cloneHasUserNS
+		fds = append(fds, r.UserNS)
 	}
 	b := le.AppendUint64(nil, r.Namespaces)
 	b = le.AppendUint32(le.AppendUint32(b, flags), uint32(int32(r.Nice)))
@@ -279,3 +286,50 @@ func (m *Monitor) State(ctx context.Context) (State, error) {
 func (m *Monitor) Quit() error {
 	return m.c.send([][]byte{header(ctlQuit, 0, 0)}, nil)
 }
+
+// Input is an attached client's way to standard input.
+type Input struct {
+	c    *conn
+	once sync.Once
+}
+
+// NewInput makes one; theirs goes to Attach as Stdin and is the caller's to close.
+func NewInput() (in *Input, theirs int, err error) {
+	sp, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, -1, os.NewSyscallError("socketpair", err)
+	}
+	c, err := newConn(sp[0])
+	if err != nil {
+		unix.Close(sp[1])
+		return nil, -1, err
+	}
+	return &Input{c: c}, sp[1], nil
+}
+
+const inputChunk = 16384
+
+// Write sends data; it waits while the container does not read.
+func (i *Input) Write(p []byte) (n int, err error) {
+	for n < len(p) {
+		part := p[n:min(len(p), n+inputChunk)]
+		if err := i.c.send([][]byte{{0}, part}, nil); err != nil {
+			return n, err
+		}
+		n += len(part)
+	}
+	return n, nil
+}
+
+// Close sends end of file.
+func (i *Input) Close() (err error) {
+	i.once.Do(func() { err = i.c.send([][]byte{{1}}, nil) })
+	return err
+}
+
+type abandon struct{ i *Input }
+
+func (a abandon) Close() error { return a.i.c.close() }
+
+// Abandon gives a closer that leaves without sending end of file.
+func (i *Input) Abandon() io.Closer { return abandon{i} }
