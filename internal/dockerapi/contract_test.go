@@ -23,14 +23,19 @@ type swagger struct {
 	}
 }
 
-func readSwagger(t *testing.T) swagger {
+func moduleDir(t *testing.T) string {
 	t.Helper()
 	out, err := exec.Command("go", "list", "-m", "-f", "{{.Dir}}", "github.com/moby/moby/api").Output()
 	dir := string(bytes.TrimSpace(out))
 	if err != nil || dir == "" {
 		t.Skipf("SKIP: the module github.com/moby/moby/api is not here: %v", err)
 	}
-	b, err := os.ReadFile(filepath.Join(dir, "swagger.yaml"))
+	return dir
+}
+
+func readSwagger(t *testing.T, path string) swagger {
+	t.Helper()
+	b, err := os.ReadFile(path)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -44,7 +49,7 @@ func readSwagger(t *testing.T) swagger {
 // TestContractRoutes: every path and method of the document is in the table,
 // and the newest version served is the document's.
 func TestContractRoutes(t *testing.T) {
-	s := readSwagger(t)
+	s := readSwagger(t, filepath.Join(moduleDir(t), "swagger.yaml"))
 	if s.Info.Version != MaxAPIVersion {
 		t.Errorf("the document is of version %s, we serve up to %s", s.Info.Version, MaxAPIVersion)
 	}
@@ -69,6 +74,34 @@ func TestContractRoutes(t *testing.T) {
 	}
 }
 
+// TestContractVersions: what a version's own document has is served to clients
+// of that version.
+func TestContractVersions(t *testing.T) {
+	docs, err := filepath.Glob(filepath.Join(moduleDir(t), "docs", "v1.*.yaml"))
+	if err != nil || len(docs) < 30 {
+		t.Fatalf("%d documents, %v", len(docs), err)
+	}
+	since := map[string]version{}
+	for _, r := range routes(Config{}) {
+		since[r.method+" "+normal(r.pattern)] = r.since
+	}
+	for _, doc := range docs {
+		s := readSwagger(t, doc)
+		v, _, err := cutVersion("/v" + s.Info.Version)
+		if err != nil {
+			t.Fatalf("%s: %v", doc, err)
+		}
+		for path, ops := range s.Paths {
+			for method := range ops {
+				key := strings.ToUpper(method) + " " + normal(path)
+				if from, ok := since[key]; !ok || v < from {
+					t.Errorf("%s: %s is documented and not served", v, key)
+				}
+			}
+		}
+	}
+}
+
 func normal(path string) string { return strings.ReplaceAll(path, "{id}", "{name}") }
 
 // undocumented lists statuses that we answer on purpose although the document
@@ -88,7 +121,7 @@ var undocumented = map[string][]int{
 // TestContractStatuses: what the cases of TestRoutes are answered with is
 // documented for the operation.
 func TestContractStatuses(t *testing.T) {
-	s := readSwagger(t)
+	s := readSwagger(t, filepath.Join(moduleDir(t), "swagger.yaml"))
 	allowed := map[string][]int{}
 	for path, ops := range s.Paths {
 		for method, op := range ops {

@@ -23,6 +23,7 @@ import (
 const (
 	maxJSON      = 4 << 20
 	maxJSONDepth = 64
+	bodyTimeout  = 30 * time.Second
 )
 
 // body reads a JSON body. An empty one yields nil.
@@ -37,6 +38,12 @@ func (r *request) body(w *response) ([]byte, error) {
 		if mt, _, err := mime.ParseMediaType(ct); err != nil || mt != "application/json" {
 			return nil, fault.New(fault.Invalid, "unsupported Content-Type header (%q): must be 'application/json'", ct)
 		}
+	}
+	if !isUnix(r.Request) {
+		// A peer on the network must not hold a request open for ever.
+		rc := http.NewResponseController(w.ResponseWriter)
+		_ = rc.SetReadDeadline(time.Now().Add(bodyTimeout))
+		defer func() { _ = rc.SetReadDeadline(time.Time{}) }()
 	}
 	rd := http.MaxBytesReader(w.ResponseWriter, r.Body, maxJSON)
 	var b []byte
