@@ -29,6 +29,9 @@ var capabilityNames = []string{
 	"CAP_CHECKPOINT_RESTORE",
 }
 
+// KnownCapabilities are all that Linux has had so far, by number.
+func KnownCapabilities() []string { return slices.Clone(capabilityNames) }
+
 const allCapabilities = "ALL"
 
 // normalCapabilities upper-cases, adds the prefix and refuses unknown names and
