@@ -1,7 +1,6 @@
 package seccomp
 
 import (
-	"bytes"
 	"compress/gzip"
 	"encoding/binary"
 	"encoding/json"
@@ -243,8 +242,10 @@ func TestInvalidProfiles(t *testing.T) {
 		"architecture":   func(c *specs.LinuxSeccomp) { c.Architectures = []specs.Arch{"SCMP_ARCH_Z80"} },
 		"flag":           func(c *specs.LinuxSeccomp) { c.Flags = []specs.LinuxSeccompFlag{"X"} },
 		"name":           func(c *specs.LinuxSeccomp) { c.Syscalls[0].Names = []string{""} },
-		"argument":       func(c *specs.LinuxSeccomp) { c.Syscalls[0].Args = []specs.LinuxSeccompArg{{Index: 6, Op: specs.OpEqualTo}} },
-		"operator":       func(c *specs.LinuxSeccomp) { c.Syscalls[0].Args = []specs.LinuxSeccompArg{{Op: "SCMP_CMP_MAYBE"}} },
+		"argument": func(c *specs.LinuxSeccomp) {
+			c.Syscalls[0].Args = []specs.LinuxSeccompArg{{Index: 6, Op: specs.OpEqualTo}}
+		},
+		"operator": func(c *specs.LinuxSeccomp) { c.Syscalls[0].Args = []specs.LinuxSeccompArg{{Op: "SCMP_CMP_MAYBE"}} },
 		"length": func(c *specs.LinuxSeccomp) {
 			for i := range 2000 {
 				c.Syscalls = append(c.Syscalls, specs.LinuxSyscall{Names: []string{"ioctl"}, Action: specs.ActAllow,
@@ -268,41 +269,43 @@ func TestInvalidProfiles(t *testing.T) {
 	}
 }
 
-func TestCache(t *testing.T) {
-	c := NewCache(2)
-	a, _ := Default(nil)
+func TestKey(t *testing.T) {
+	seen := map[Key]string{}
+	for name, change := range map[string]func(*specs.LinuxSeccomp){
+		"default":   func(c *specs.LinuxSeccomp) {},
+		"no flags":  func(c *specs.LinuxSeccomp) { c.Flags = []specs.LinuxSeccompFlag{} },
+		"action":    func(c *specs.LinuxSeccomp) { c.DefaultAction = specs.ActKill },
+		"errno":     func(c *specs.LinuxSeccomp) { c.DefaultErrnoRet = nil },
+		"names":     func(c *specs.LinuxSeccomp) { c.Syscalls[0].Names = c.Syscalls[0].Names[1:] },
+		"boundary":  func(c *specs.LinuxSeccomp) { c.Syscalls[0].Names[0] += c.Syscalls[0].Names[1] },
+		"arguments": func(c *specs.LinuxSeccomp) { c.Syscalls[2].Args[0].Value++ },
+		"archs":     func(c *specs.LinuxSeccomp) { c.Architectures = c.Architectures[:1] },
+	} {
+		cfg, err := Default(nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		change(cfg)
+		k := KeyOf(cfg)
+		if other, ok := seen[k]; ok {
+			t.Errorf("%q and %q have one key", name, other)
+		}
+		seen[k] = name
+	}
+	a, _ := Default([]string{"CAP_SYS_ADMIN"})
 	b, _ := Default([]string{"CAP_SYS_ADMIN"})
-	if KeyOf(a) == KeyOf(b) {
-		t.Fatal("two profiles have one key")
-	}
-	p1, err := c.Compile(a)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if p2, _ := c.Compile(a); p2 != p1 {
-		t.Fatal("compiled twice")
-	}
-	if p3, _ := c.Compile(b); bytes.Equal(p3.Filter, p1.Filter) {
-		t.Fatal("capabilities made no difference")
-	}
-	d, _ := Default([]string{"CAP_SYSLOG"})
-	c.Compile(d)
-	if len(c.kept) != 2 || len(c.order) != 2 {
-		t.Fatalf("%d programs are kept", len(c.kept))
-	}
-	if p4, _ := c.Compile(a); p4 == p1 || !bytes.Equal(p4.Filter, p1.Filter) {
-		t.Fatal("the least recently used program should have gone")
+	if KeyOf(a) != KeyOf(b) {
+		t.Error("the same profile has two keys")
 	}
 }
 
-func BenchmarkCached(b *testing.B) {
-	c := NewCache(4)
+func BenchmarkKey(b *testing.B) {
 	cfg, err := Default(nil)
 	if err != nil {
 		b.Fatal(err)
 	}
 	for b.Loop() {
-		c.Compile(cfg)
+		KeyOf(cfg)
 	}
 }
 
