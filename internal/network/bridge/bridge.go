@@ -1,0 +1,483 @@
+// Package bridge makes and removes the links of an engine: bridges, veth pairs
+// whose inner end is born inside a container's network namespace, and their
+// addresses and routes. It talks rtnetlink itself, several messages to a
+// system call, because attaching is on the path of every container start.
+// Package network imports it.
+package bridge
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"sync"
+
+	"golang.org/x/sys/unix"
+)
+
+// Links works on the links of the network namespace it was made in.
+type Links struct {
+	c *conn
+}
+
+// New opens the namespace of the calling thread.
+func New() (*Links, error) {
+	c, err := dial()
+	if err != nil {
+		return nil, err
+	}
+	return &Links{c: c}, nil
+}
+
+// Close gives the socket back.
+func (l *Links) Close() { l.c.close() }
+
+// Index finds a link by name; 0 if there is none.
+func (l *Links) Index(name string) int {
+	i, err := l.c.index(name)
+	if err != nil {
+		return 0
+	}
+	return i
+}
+
+// Spec describes a bridge device.
+type Spec struct {
+	Name  string
+	MTU   int
+	MAC   net.HardwareAddr
+	Addrs []netip.Prefix
+}
+
+// Ensure makes the bridge and brings it up with its addresses. An existing
+// one is taken over; created tells which.
+func (l *Links) Ensure(s Spec) (created bool, err error) {
+	r := &request{}
+	r.begin("create bridge "+s.Name, unix.RTM_NEWLINK, unix.NLM_F_CREATE|unix.NLM_F_EXCL)
+	r.ifinfo(0, 0, 0)
+	r.attrString(unix.IFLA_IFNAME, s.Name)
+	if len(s.MAC) == 6 {
+		// A bridge without an address of its own takes its ports' lowest and
+		// so changes it as containers come and go.
+		r.attr(unix.IFLA_ADDRESS, s.MAC)
+	}
+	if s.MTU > 0 {
+		r.attr32(unix.IFLA_MTU, uint32(s.MTU))
+	}
+	n := r.nest(unix.IFLA_LINKINFO)
+	r.attr(unix.IFLA_INFO_KIND, []byte("bridge"))
+	r.endNest(n)
+	r.end()
+	switch err := l.c.do(r); {
+	case err == nil:
+		created = true
+	case !errors.Is(err, unix.EEXIST):
+		return false, err
+	}
+	i, err := l.c.index(s.Name)
+	if err != nil {
+		return created, err
+	}
+	if !isBridge(s.Name) {
+		return false, fmt.Errorf("cannot use link %s as a bridge: it is of another kind", s.Name)
+	}
+	r = &request{}
+	linkLocal := false
+	for _, a := range s.Addrs {
+		linkLocal = linkLocal || a.Addr().Is6()
+	}
+	if !linkLocal {
+		r.noAutoAddress(i, "")
+	}
+	for _, a := range s.Addrs {
+		r.address(i, a)
+	}
+	r.begin("bring up bridge "+s.Name, unix.RTM_NEWLINK, 0)
+	r.ifinfo(i, unix.IFF_UP, unix.IFF_UP)
+	r.end()
+	if err := l.c.do(r); err != nil {
+		return created, err
+	}
+	// What a container says about routes is not for the host.
+	_ = SetSysctl("net/ipv6/conf/"+s.Name+"/accept_ra", "0")
+	return created, nil
+}
+
+// isBridge asks for the driver's name, which needs no dump of all links, and
+// no sysfs, whose mount may belong to another network namespace.
+func isBridge(name string) bool {
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return false
+	}
+	defer unix.Close(fd)
+	d, err := unix.IoctlGetEthtoolDrvinfo(fd, name)
+	if err != nil {
+		return false
+	}
+	return unix.ByteSliceToString(d.Driver[:]) == "bridge"
+}
+
+// Interface describes the inner end of a pair.
+type Interface struct {
+	Name  string
+	MAC   net.HardwareAddr
+	MTU   int
+	Addrs []netip.Prefix
+	// Gateways are the next hops of the default routes, one per family.
+	Gateways []netip.Addr
+}
+
+// Pair makes a veth pair: outer here, on no bridge, and the inner one, as
+// described and with its addresses, in ns. Both ends are up, so that joining
+// a bridge is all that is left to do. The loopback link of ns comes up too.
+func (l *Links) Pair(ns *os.File, outer string, in Interface) (index int, err error) {
+	r := &request{b: make([]byte, 0, 512)}
+	r.begin("create link "+outer, unix.RTM_NEWLINK, unix.NLM_F_CREATE|unix.NLM_F_EXCL)
+	r.ifinfo(0, 0, 0)
+	r.attrString(unix.IFLA_IFNAME, outer)
+	if in.MTU > 0 {
+		r.attr32(unix.IFLA_MTU, uint32(in.MTU))
+	}
+	info := r.nest(unix.IFLA_LINKINFO)
+	r.attr(unix.IFLA_INFO_KIND, []byte("veth"))
+	data := r.nest(unix.IFLA_INFO_DATA)
+	peer := r.nest(1) // VETH_INFO_PEER
+	r.ifinfo(0, 0, 0)
+	r.attrString(unix.IFLA_IFNAME, in.Name)
+	r.attr32(unix.IFLA_NET_NS_FD, uint32(ns.Fd()))
+	if in.MTU > 0 {
+		r.attr32(unix.IFLA_MTU, uint32(in.MTU))
+	}
+	if len(in.MAC) == 6 {
+		r.attr(unix.IFLA_ADDRESS, in.MAC)
+	}
+	r.endNest(peer)
+	r.endNest(data)
+	r.endNest(info)
+	r.end()
+	r.noAutoAddress(0, outer)
+	r.begin("bring up link "+outer, unix.RTM_NEWLINK, 0)
+	r.ifinfo(0, unix.IFF_UP, unix.IFF_UP)
+	r.attrString(unix.IFLA_IFNAME, outer)
+	r.end()
+	if err := l.c.do(r); err != nil {
+		return 0, err
+	}
+	if index, err = l.c.index(outer); err != nil {
+		return 0, err
+	}
+	if err := configure(ns, in, false); err != nil {
+		l.Delete(index)
+		return 0, err
+	}
+	return index, nil
+}
+
+// Reconfigure gives an inner end that Pair has set up another address, MAC and
+// routes.
+func (l *Links) Reconfigure(ns *os.File, in Interface) error {
+	return configure(ns, in, true)
+}
+
+func configure(ns *os.File, in Interface, reset bool) error {
+	c, err := dialAt(ns)
+	if err != nil {
+		return err
+	}
+	defer c.close()
+	i, err := c.index(in.Name)
+	if err != nil {
+		return err
+	}
+	r := &request{b: make([]byte, 0, 640)}
+	if reset {
+		// Taking the link down drops its routes; its IPv4 addresses stay and
+		// must be named to go, so they are asked for.
+		r.begin("take down "+in.Name, unix.RTM_NEWLINK, 0)
+		r.ifinfo(i, 0, unix.IFF_UP)
+		if len(in.MAC) == 6 {
+			r.attr(unix.IFLA_ADDRESS, in.MAC)
+		}
+		if in.MTU > 0 {
+			r.attr32(unix.IFLA_MTU, uint32(in.MTU))
+		}
+		r.end()
+		old, err := addresses(ns, in.Name)
+		if err != nil {
+			return err
+		}
+		for _, a := range old {
+			r.dropAddress(i, a)
+		}
+	}
+	r.noAutoAddress(i, "")
+	r.begin("bring up loopback", unix.RTM_NEWLINK, 0)
+	r.ifinfo(1, unix.IFF_UP, unix.IFF_UP)
+	r.end()
+	six := false
+	for _, a := range in.Addrs {
+		six = six || a.Addr().Is6()
+	}
+	r.begin("bring up "+in.Name, unix.RTM_NEWLINK, 0)
+	r.ifinfo(i, unix.IFF_UP, unix.IFF_UP)
+	r.end()
+	if six && len(in.MAC) == 6 {
+		r.address(i, linkLocal(in.MAC))
+	}
+	for _, a := range in.Addrs {
+		r.address(i, a)
+	}
+	for _, g := range in.Gateways {
+		r.defaultRoute(i, g, !onLink(in.Addrs, g))
+	}
+	return c.do(r)
+}
+
+func onLink(addrs []netip.Prefix, g netip.Addr) bool {
+	for _, a := range addrs {
+		if a.Masked().Contains(g) {
+			return true
+		}
+	}
+	return false
+}
+
+// linkLocal is the modified EUI-64 link-local address of a MAC (RFC 4291,
+// appendix A). The kernel would make it itself, but with duplicate address
+// detection, which a container should not wait for.
+func linkLocal(m net.HardwareAddr) netip.Prefix {
+	b := [16]byte{0: 0xfe, 1: 0x80, 8: m[0] ^ 2, 9: m[1], 10: m[2], 11: 0xff, 12: 0xfe, 13: m[3], 14: m[4], 15: m[5]}
+	return netip.PrefixFrom(netip.AddrFrom16(b), 64)
+}
+
+// SetGateways makes the default routes of ns lead through the named link;
+// without gateways the namespace's default routes of that link go.
+func (l *Links) SetGateways(ns *os.File, name string, addrs []netip.Prefix, gws []netip.Addr) error {
+	c, err := dialAt(ns)
+	if err != nil {
+		return err
+	}
+	defer c.close()
+	i, err := c.index(name)
+	if err != nil {
+		return err
+	}
+	r := &request{}
+	for _, g := range gws {
+		r.defaultRoute(i, g, !onLink(addrs, g))
+	}
+	if len(r.what) == 0 {
+		return nil
+	}
+	return c.do(r)
+}
+
+// DropGateway removes the default route of a family (4 or 6) from ns.
+func (l *Links) DropGateway(ns *os.File, family int) error {
+	c, err := dialAt(ns)
+	if err != nil {
+		return err
+	}
+	defer c.close()
+	r := &request{}
+	f := byte(unix.AF_INET)
+	if family == 6 {
+		f = unix.AF_INET6
+	}
+	r.begin("remove the default route", unix.RTM_DELROUTE, 0)
+	r.b = append(r.b, f, 0, 0, 0, unix.RT_TABLE_MAIN, 0, 0, 0, 0, 0, 0, 0)
+	r.end()
+	r.allow(unix.ESRCH)
+	return c.do(r)
+}
+
+func (r *request) defaultRoute(index int, gw netip.Addr, onlink bool) {
+	r.begin("add default route via "+gw.String(), unix.RTM_NEWROUTE, unix.NLM_F_CREATE|unix.NLM_F_REPLACE)
+	f := byte(unix.AF_INET)
+	if gw.Is6() {
+		f = unix.AF_INET6
+	}
+	r.b = append(r.b, f, 0, 0, 0, unix.RT_TABLE_MAIN, unix.RTPROT_BOOT, unix.RT_SCOPE_UNIVERSE, unix.RTN_UNICAST)
+	var flags uint32
+	if onlink {
+		flags = unix.RTNH_F_ONLINK
+	}
+	r.b = binary.NativeEndian.AppendUint32(r.b, flags)
+	r.attrAddr(unix.RTA_GATEWAY, gw)
+	r.attr32(unix.RTA_OIF, uint32(index))
+	if gw.Is6() {
+		r.attr32(unix.RTA_PRIORITY, 1024)
+	}
+	r.end()
+}
+
+func (r *request) address(index int, a netip.Prefix) {
+	r.begin("add address "+a.String(), unix.RTM_NEWADDR, unix.NLM_F_CREATE|unix.NLM_F_REPLACE)
+	r.addressBody(index, a)
+}
+
+func (r *request) dropAddress(index int, a netip.Prefix) {
+	r.begin("remove address "+a.String(), unix.RTM_DELADDR, 0)
+	r.addressBody(index, a)
+	r.allow(unix.EADDRNOTAVAIL)
+}
+
+func (r *request) addressBody(index int, a netip.Prefix) {
+	f, flags, scope := byte(unix.AF_INET), byte(0), byte(unix.RT_SCOPE_UNIVERSE)
+	if a.Addr().Is6() {
+		f, flags = unix.AF_INET6, unix.IFA_F_NODAD
+		if a.Addr().IsLinkLocalUnicast() {
+			scope = unix.RT_SCOPE_LINK
+		}
+	}
+	r.b = append(r.b, f, byte(a.Bits()), flags, scope)
+	r.b = binary.NativeEndian.AppendUint32(r.b, uint32(index))
+	r.attrAddr(unix.IFA_LOCAL, a.Addr())
+	r.attrAddr(unix.IFA_ADDRESS, a.Addr())
+	if a.Addr().Is4() && a.Bits() < 31 {
+		x := a.Addr().As4()
+		v := binary.BigEndian.Uint32(x[:]) | ^uint32(0)>>a.Bits()
+		binary.BigEndian.PutUint32(x[:], v)
+		r.attr(unix.IFA_BROADCAST, x[:])
+	}
+	r.end()
+}
+
+// noAutoAddress keeps the kernel from giving the link an IPv6 address of its
+// own making; a kernel without IPv6 need not be told.
+func (r *request) noAutoAddress(index int, name string) {
+	r.begin("set address generation", unix.RTM_NEWLINK, 0)
+	r.ifinfo(index, 0, 0)
+	if name != "" {
+		r.attrString(unix.IFLA_IFNAME, name)
+	}
+	spec := r.nest(unix.IFLA_AF_SPEC)
+	six := r.nest(unix.AF_INET6)
+	r.attr8(unix.IFLA_INET6_ADDR_GEN_MODE, 1) // IN6_ADDR_GEN_MODE_NONE
+	r.endNest(six)
+	r.endNest(spec)
+	r.end()
+	r.allow(anyErrno)
+}
+
+// Plug puts a link on a bridge. An isolated port reaches the bridge itself
+// and ports that are not isolated, but no other isolated one.
+func (l *Links) Plug(index, master int, isolated bool) error {
+	r := &request{b: make([]byte, 0, 128)}
+	r.begin("put the link on its bridge", unix.RTM_NEWLINK, 0)
+	r.ifinfo(index, unix.IFF_UP, unix.IFF_UP)
+	r.attr32(unix.IFLA_MASTER, uint32(master))
+	r.end()
+	if isolated {
+		const brportIsolated = 33 // IFLA_BRPORT_ISOLATED
+		r.begin("isolate the bridge port", unix.RTM_SETLINK, 0)
+		at := len(r.b)
+		r.ifinfo(index, 0, 0)
+		r.b[at] = unix.AF_BRIDGE
+		n := r.nest(unix.IFLA_PROTINFO)
+		r.attr8(brportIsolated, 1)
+		r.endNest(n)
+		r.end()
+	}
+	return l.c.do(r)
+}
+
+// Settle makes the kernel take note of a fresh pair's carrier now, instead of
+// when its work queue comes to it, so that the first packet is not lost.
+func (l *Links) Settle(name string) {
+	// Asking for the link state through ethtool synchronises it (Linux 6.8);
+	// on older kernels this is a harmless question.
+	settle(l.c.fd, name)
+}
+
+// Delete removes a link; one that is gone already is fine. The kernel waits
+// for every CPU to have let go of it (tens of milliseconds).
+func (l *Links) Delete(index int) error {
+	r := &request{}
+	r.begin("delete a link", unix.RTM_DELLINK, 0)
+	r.ifinfo(index, 0, 0)
+	r.end()
+	r.allow(unix.ENODEV)
+	return l.c.do(r)
+}
+
+// deleteGroup serialises group deletions, which share one group number.
+var deleteGroup sync.Mutex
+
+// DeleteAll removes many links for the price of about one: they are put in a
+// group of their own and the group is deleted. Links that went meanwhile are
+// fine.
+func (l *Links) DeleteAll(indexes []int) error {
+	if len(indexes) == 0 {
+		return nil
+	}
+	if len(indexes) == 1 {
+		return l.Delete(indexes[0])
+	}
+	deleteGroup.Lock()
+	defer deleteGroup.Unlock()
+	// Nobody else groups links under the number of one of the links about to
+	// go, with the top bit set.
+	group := uint32(1<<31) | uint32(indexes[0])
+	r := &request{}
+	for _, i := range indexes {
+		r.begin("group a link", unix.RTM_NEWLINK, 0)
+		r.ifinfo(i, 0, 0)
+		r.attr32(unix.IFLA_GROUP, group)
+		r.end()
+		r.allow(unix.ENODEV)
+	}
+	r.begin("delete links", unix.RTM_DELLINK, 0)
+	r.ifinfo(0, 0, 0)
+	r.attr32(unix.IFLA_GROUP, group)
+	r.end()
+	r.allow(unix.ENODEV)
+	return l.c.do(r)
+}
+
+// LoopbackUp brings up the loopback link of a namespace.
+func LoopbackUp(ns *os.File) error {
+	c, err := dialAt(ns)
+	if err != nil {
+		return err
+	}
+	defer c.close()
+	r := &request{}
+	r.begin("bring up loopback", unix.RTM_NEWLINK, 0)
+	r.ifinfo(1, unix.IFF_UP, unix.IFF_UP)
+	r.end()
+	return c.do(r)
+}
+
+// Configure brings up a link that is in ns already.
+func Configure(ns *os.File, in Interface) error { return configure(ns, in, false) }
+
+// DeleteInside removes a link of ns; one that is gone already is fine.
+func DeleteInside(ns *os.File, name string) error {
+	c, err := dialAt(ns)
+	if err != nil {
+		return err
+	}
+	defer c.close()
+	i, err := c.index(name)
+	if err != nil {
+		if errors.Is(err, unix.ENODEV) {
+			return nil
+		}
+		return err
+	}
+	return (&Links{c: c}).Delete(i)
+}
+
+// Up brings up a link by name.
+func (l *Links) Up(name string) error {
+	r := &request{}
+	r.begin("bring up "+name, unix.RTM_NEWLINK, 0)
+	r.ifinfo(0, unix.IFF_UP, unix.IFF_UP)
+	r.attrString(unix.IFLA_IFNAME, name)
+	r.end()
+	return l.c.do(r)
+}

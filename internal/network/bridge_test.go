@@ -1,0 +1,109 @@
+package network
+
+import (
+	"context"
+	"io"
+	"net"
+	"os"
+	"testing"
+	"time"
+
+	"github.com/cloudos-io/cloudos/internal/network/bridge"
+	mnetwork "github.com/moby/moby/api/types/network"
+)
+
+// ask tells what the echo server at addr says to a client in ns, or the
+// failure.
+func ask(ns *os.File, proto, addr string) (string, error) {
+	var c net.Conn
+	dial := func() (err error) {
+		c, err = net.DialTimeout(proto, addr, time.Second)
+		return err
+	}
+	var err error
+	if ns == nil {
+		err = dial()
+	} else {
+		err = bridge.Inside(ns, dial)
+	}
+	if err != nil {
+		return "", err
+	}
+	defer c.Close()
+	c.SetDeadline(time.Now().Add(time.Second))
+	if proto == "udp" {
+		c.Write([]byte("?"))
+		b := make([]byte, 100)
+		n, err := c.Read(b)
+		return string(b[:n]), err
+	}
+	b, err := io.ReadAll(c)
+	return string(b), err
+}
+
+func TestDefaultBridge(t *testing.T) {
+	m := newManager(t, nil)
+	a, b := newNS(t), newNS(t)
+	l, err := m.PrepareLink(context.Background(), a)
+	if err != nil {
+		t.Fatal(err)
+	}
+	aa := attach(t, m, a, "a", "bridge", func(r *AttachRequest) { r.Link = l })
+	ba := attach(t, m, b, "b", "bridge", nil)
+	t.Log(aa.Settings.IPAddress, ba.Settings.IPAddress)
+	echo(t, a, ":80")
+	got, err := ask(b, "tcp", aa.Settings.IPAddress.String()+":80")
+	if err != nil || got != ba.Settings.IPAddress.String() {
+		t.Fatalf("got %q, %v", got, err)
+	}
+	got, err = ask(nil, "tcp", aa.Settings.IPAddress.String()+":80")
+	if err != nil || got != aa.Settings.Gateway.String() {
+		t.Fatalf("got %q, %v", got, err)
+	}
+	if os.Getenv("SHOW") != "" {
+		t.Log(ruleset())
+	}
+}
+
+func BenchmarkAttach(b *testing.B) {
+	m := newManager(b, nil)
+	ctx := context.Background()
+	run := func(b *testing.B, park bool, netw string) {
+		var park_, at, rel time.Duration
+		for b.Loop() {
+			b.StopTimer()
+			ns := newNS(b)
+			var l *Link
+			t := time.Now()
+			if park {
+				var err error
+				if l, err = m.PrepareLink(ctx, ns); err != nil {
+					b.Fatal(err)
+				}
+			}
+			park_ += time.Since(t)
+			b.StartTimer()
+			t = time.Now()
+			attach(b, m, ns, "x", netw, func(r *AttachRequest) { r.Link = l })
+			at += time.Since(t)
+			t = time.Now()
+			if err := m.Release(ctx, "x"); err != nil {
+				b.Fatal(err)
+			}
+			rel += time.Since(t)
+			b.StopTimer()
+			ns.Close()
+			b.StartTimer()
+		}
+		n := float64(b.N) * 1000
+		b.ReportMetric(float64(park_.Nanoseconds())/n, "µs/prepare")
+		b.ReportMetric(float64(at.Nanoseconds())/n, "µs/attach")
+		b.ReportMetric(float64(rel.Nanoseconds())/n, "µs/release")
+	}
+	b.Run("parked", func(b *testing.B) { run(b, true, "bridge") })
+	b.Run("cold", func(b *testing.B) { run(b, false, "bridge") })
+	if _, err := m.Create(ctx, mnetwork.CreateRequest{Name: "n"}); err != nil {
+		b.Fatal(err)
+	}
+	b.Run("named", func(b *testing.B) { run(b, false, "n") })
+}
