@@ -24,11 +24,11 @@ const stagingPrefix = ".copy-"
 // (a directory or detached mount); path is resolved in it and cannot leave it. m
 // is the mapping that root was mounted with: owners are mapped back, so that
 // volumes hold the container's ids. A volume that holds anything is left alone, and
-// so is one where the image has nothing.
+// so is one where the image has nothing. Call it before Use.
 //
 // The copy is made aside and takes the place of the empty directory in one step,
 // so that a volume is never half filled.
-func (s *Store) CopyUp(ctx context.Context, root *os.File, inside, name, containerID string, m snapshot.IDMap) error {
+func (s *Store) CopyUp(ctx context.Context, root *os.File, inside, name string, m snapshot.IDMap) error {
 	v, err := s.get(name)
 	if err != nil {
 		return err
@@ -65,13 +65,9 @@ func (s *Store) CopyUp(ctx context.Context, root *os.File, inside, name, contain
 	defer src.Close()
 	c := &copier{ctx: ctx, m: m, links: map[inode]string{}}
 
-	// A mount cannot be replaced, and a directory that another container has
+	// A mount cannot be replaced, and a directory that a running container has
 	// mounted must not: there the copy goes in place.
-	others := len(v.uses)
-	if v.uses[containerID] {
-		others--
-	}
-	if v.rec.mounts() || others > 0 {
+	if v.rec.mounts() || len(v.uses) > 0 {
 		c.top = int(data.Fd())
 		return fail(c.dir(int(src.Fd()), int(data.Fd()), ""))
 	}

@@ -183,7 +183,7 @@ type CreateOptions struct {
 }
 
 // Create makes a volume, or returns the one of that name if its options are the
-// same. Without a name it makes an anonymous one.
+// same. Without a name it makes an anonymous one. Call Sync before it is acknowledged.
 func (s *Store) Create(ctx context.Context, req volume.CreateRequest, o CreateOptions) (*volume.Volume, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
@@ -279,12 +279,14 @@ func (s *Store) make(r stored) error {
 		_ = s.discard(tmp)
 		return fault.New(fault.Internal, "cannot create volume %s: %w", r.Name, err)
 	}
-	if r.Ephemeral {
-		return nil
-	}
+	return nil
+}
+
+// Sync makes the names of created volumes durable. Create leaves it to its
+// caller, so that a request which makes several waits for the disk once.
+func (s *Store) Sync() error {
 	if err := s.dir.Sync(); err != nil {
-		_ = s.moveToTrash(r.Name)
-		return fault.New(fault.Internal, "cannot create volume %s: %w", r.Name, err)
+		return fault.New(fault.Internal, "cannot sync volumes: %w", err)
 	}
 	return nil
 }
