@@ -6,11 +6,11 @@ import (
 	"time"
 
 	"github.com/moby/moby/api/types/container"
-	"github.com/moby/moby/api/types/mount"
 	"github.com/moby/moby/api/types/network"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/cloudos-io/cloudos/api"
+	"github.com/cloudos-io/cloudos/internal/volume"
 )
 
 // RecordVersion is the layout of Record on disk. A daemon reads every version
@@ -41,7 +41,9 @@ type Record struct {
 	// Ports are the published ports while it runs.
 	Ports network.PortMap `json:",omitempty"`
 
-	Mounts []Mount `json:",omitempty"`
+	Mounts []volume.Point `json:",omitempty"`
+	// Anonymous names the volumes that were made for it and go with it.
+	Anonymous []string `json:",omitempty"`
 	// UserNS is the container's own range of host ids; zero Size is the host's
 	// user namespace.
 	UserNS UserNS `json:",omitzero"`
@@ -64,22 +66,6 @@ type Image struct {
 
 // UserNS maps Size ids of the container, from 0, to the host's from Host on.
 type UserNS struct{ Host, Size uint32 }
-
-// Mount is one mount of a container with all that is needed to make it again.
-type Mount struct {
-	container.MountPoint
-	// Spec holds the options of --mount; nil for the short forms.
-	Spec *mount.Mount `json:",omitempty"`
-	// Anonymous volumes are removed with the container.
-	Anonymous bool `json:",omitempty"`
-	// NoCopy leaves an empty volume empty (otherwise the image's content at the
-	// destination is copied into it once).
-	NoCopy bool `json:",omitempty"`
-	// FromImage is a volume that the image's VOLUME line asks for.
-	FromImage bool `json:",omitempty"`
-	// Create makes a missing bind source (the short form does).
-	Create bool `json:",omitempty"`
-}
 
 // State is where a container is in its life.
 type State struct {

@@ -1,0 +1,356 @@
+package engine
+
+import (
+	"context"
+	"io"
+	"maps"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	mcontainer "github.com/moby/moby/api/types/container"
+	"github.com/moby/moby/api/types/events"
+	specs "github.com/opencontainers/runtime-spec/specs-go"
+
+	"github.com/cloudos-io/cloudos/internal/container"
+	"github.com/cloudos-io/cloudos/internal/fault"
+	"github.com/cloudos-io/cloudos/internal/oci"
+	"github.com/cloudos-io/cloudos/internal/runtime"
+)
+
+// execution is one exec of a container. It lives in memory: with the daemon it
+// is forgotten, though its process goes on.
+type execution struct {
+	id  string
+	u   *unit
+	req mcontainer.ExecCreateRequest
+
+	mu      sync.Mutex
+	started bool
+	proc    runtime.Exec
+	failed  *int // exit code of one that could not be started
+	doneAt  time.Time
+	size    [2]uint // height, width asked for before the start
+}
+
+// execTable holds the executions of all containers.
+type execTable struct {
+	mu sync.Mutex
+	m  map[string]*execution
+}
+
+func (t *execTable) get(id string) (*execution, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if x, ok := t.m[id]; ok {
+		return x, nil
+	}
+	return nil, fault.New(fault.NotFound, "No such exec instance: %s", id)
+}
+
+// executions that ended are kept for inspect this long, and at most so many.
+const (
+	execKeep    = 5 * time.Minute
+	execKeepMax = 4096
+)
+
+// add stores x and drops what ended long ago.
+func (t *execTable) add(x *execution) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.m[x.id] = x
+	if len(t.m) < 64 || len(t.m)%64 != 0 {
+		return
+	}
+	now := time.Now()
+	for id, o := range t.m {
+		o.mu.Lock()
+		old := !o.doneAt.IsZero() && (now.Sub(o.doneAt) > execKeep || len(t.m) > execKeepMax)
+		o.mu.Unlock()
+		if old {
+			delete(t.m, id)
+			o.u.mu.Lock()
+			delete(o.u.execs, id)
+			o.u.mu.Unlock()
+		}
+	}
+}
+
+// dropExecs forgets the executions of a container that ended.
+func (e *Engine) dropExecs(u *unit) {
+	u.mu.Lock()
+	ids := slices.Collect(maps.Keys(u.execs))
+	u.mu.Unlock()
+	if len(ids) == 0 {
+		return
+	}
+	// Clients still ask for the exit codes.
+	e.after(execKeep, func() {
+		e.execs.mu.Lock()
+		for _, id := range ids {
+			delete(e.execs.m, id)
+		}
+		e.execs.mu.Unlock()
+	})
+	u.mu.Lock()
+	u.execs = nil
+	u.mu.Unlock()
+}
+
+// after runs fn later, unless the engine ends before.
+func (e *Engine) after(d time.Duration, fn func()) {
+	t := time.AfterFunc(d, fn)
+	context.AfterFunc(e.ctx, func() { t.Stop() })
+}
+
+// ExecCreate notes what is to be executed.
+func (e *Engine) ExecCreate(_ context.Context, name string, req mcontainer.ExecCreateRequest) (string, error) {
+	u, err := e.lookup(name)
+	if err != nil {
+		return "", err
+	}
+	if len(req.Cmd) == 0 || req.Cmd[0] == "" {
+		return "", fault.New(fault.Invalid, "No exec command specified")
+	}
+	if _, err := u.needTask(); err != nil {
+		return "", err
+	}
+	if err := e.executable(u); err != nil {
+		return "", err
+	}
+	x := &execution{id: newID(), u: u, req: req}
+	if req.ConsoleSize != nil {
+		x.size = *req.ConsoleSize
+	}
+	u.mu.Lock()
+	if u.execs == nil {
+		u.execs = map[string]struct{}{}
+	}
+	u.execs[x.id] = struct{}{}
+	u.mu.Unlock()
+	e.execs.add(x)
+	e.publish(u, events.Action(string(events.ActionExecCreate)+": "+strings.Join(req.Cmd, " ")), map[string]string{"execID": x.id})
+	return x.id, nil
+}
+
+// executable refuses an exec where the state forbids it.
+func (e *Engine) executable(u *unit) error {
+	switch st := u.rec.Load().State.Status; st {
+	case mcontainer.StateRunning:
+		return nil
+	case mcontainer.StatePaused:
+		return fault.New(fault.Conflict, "container %s is paused, unpause the container before exec", u.id)
+	case mcontainer.StateRestarting:
+		return fault.New(fault.Conflict, "container %s is restarting, wait until the container is running", u.id)
+	default:
+		return fault.New(fault.Conflict, "container %s is not running", u.id)
+	}
+}
+
+// ExecStart runs it. The streams are connected before the process begins.
+func (e *Engine) ExecStart(ctx context.Context, id string, req mcontainer.ExecStartRequest) (Attached, error) {
+	x, err := e.execs.get(id)
+	if err != nil {
+		return Attached{}, err
+	}
+	u := x.u
+	t, err := u.needTask()
+	if err != nil {
+		return Attached{}, err
+	}
+	if err := e.executable(u); err != nil {
+		return Attached{}, err
+	}
+	x.mu.Lock()
+	if x.started {
+		x.mu.Unlock()
+		return Attached{}, fault.New(fault.Conflict, "exec command %s has already run", id)
+	}
+	x.started = true
+	if req.ConsoleSize != nil {
+		x.size = *req.ConsoleSize
+	}
+	x.mu.Unlock()
+
+	proc, err := e.runExec(context.WithoutCancel(ctx), u, t, x, req.Detach)
+	if err != nil {
+		code := startExitCode(err)
+		x.mu.Lock()
+		x.failed, x.doneAt = &code, time.Now()
+		x.mu.Unlock()
+		return Attached{}, explainExec(x.req.Cmd[0], err)
+	}
+	x.mu.Lock()
+	x.proc = proc
+	x.mu.Unlock()
+	e.publish(u, events.Action(string(events.ActionExecStart)+": "+strings.Join(x.req.Cmd, " ")), map[string]string{"execID": x.id})
+	e.spawn(func() {
+		select {
+		case <-proc.Exited():
+		case <-e.ctx.Done():
+			return
+		}
+		x.mu.Lock()
+		x.doneAt = time.Now()
+		x.mu.Unlock()
+		e.publish(u, events.ActionExecDie, map[string]string{"execID": x.id, "exitCode": itoa(proc.Exit().Code)})
+	})
+	if req.Detach {
+		return Attached{}, nil
+	}
+	s := proc.Streams()
+	a := Attached{Terminal: x.req.Tty, Stdout: s.Stdout, Stderr: s.Stderr, Close: s.Close, DetachKeys: x.req.DetachKeys}
+	in := stdinFor{Writer: io.Discard}
+	if s.Stdin != nil {
+		in.Writer, in.end = s.Stdin, s.Stdin.Close
+		if x.req.Tty {
+			in.end = nil // a terminal's input ends with its end-of-file character
+		}
+	}
+	a.Stdin = in
+	if !x.req.AttachStdout && !x.req.Tty {
+		a.Stdout = nil
+	}
+	if !x.req.AttachStderr {
+		a.Stderr = nil
+	}
+	return a, nil
+}
+
+// runExec starts the process.
+func (e *Engine) runExec(ctx context.Context, u *unit, t runtime.Task, x *execution, detach bool) (runtime.Exec, error) {
+	r := u.rec.Load()
+	init, err := e.initProcess(ctx, u, t, r)
+	if err != nil {
+		return nil, err
+	}
+	in := oci.ExecInput{Init: init, Config: r.Config, Request: x.req, User: init.User, Home: homeOf(init), Host: e.cfg.Host}
+	in.Request.ConsoleSize = nil
+	if x.size != [2]uint{} {
+		in.Request.ConsoleSize = &x.size
+	}
+	if x.req.User != "" {
+		root, err := t.Root()
+		if err != nil {
+			return nil, err
+		}
+		in.User, in.Home, err = oci.LookupUser(root, x.req.User, r.HostConfig.GroupAdd)
+		root.Close()
+		if err != nil {
+			return nil, err
+		}
+	}
+	p, err := oci.GenerateExec(in)
+	if err != nil {
+		return nil, err
+	}
+	return t.Exec(ctx, runtime.ExecRequest{ID: x.id, Process: p, Stdin: x.req.AttachStdin && !detach, Detach: detach})
+}
+
+// homeOf finds the home that a process was given.
+func homeOf(p *specs.Process) string {
+	for _, v := range p.Env {
+		if h, ok := strings.CutPrefix(v, "HOME="); ok {
+			return h
+		}
+	}
+	return ""
+}
+
+// initProcess is the container's own process as its spec had it. A daemon that
+// took the container over generates it again.
+func (e *Engine) initProcess(ctx context.Context, u *unit, t runtime.Task, r *container.Record) (*specs.Process, error) {
+	u.mu.Lock()
+	p := u.process
+	u.mu.Unlock()
+	if p != nil {
+		return p, nil
+	}
+	root, err := t.Root()
+	if err != nil {
+		return nil, err
+	}
+	defer root.Close()
+	bare := r.Clone()
+	bare.Mounts = nil // only the process is wanted
+	hc := *r.HostConfig
+	if hc.IpcMode.IsShareable() {
+		hc.IpcMode = mcontainer.IPCModePrivate
+	}
+	hc.NetworkMode, hc.PidMode = "none", ""
+	if hc.IpcMode.IsContainer() {
+		hc.IpcMode = mcontainer.IPCModePrivate
+	}
+	hc.Links = nil
+	bare.HostConfig = &hc
+	var s scope
+	defer s.close()
+	in, err := e.specInput(ctx, u, bare, root, &s)
+	if err != nil {
+		return nil, err
+	}
+	spec, _, err := oci.Generate(in)
+	if err != nil {
+		return nil, err
+	}
+	u.mu.Lock()
+	u.process = spec.Process
+	u.mu.Unlock()
+	return spec.Process, nil
+}
+
+// explainExec says why a command could not be executed, in words clients know.
+func explainExec(cmd string, err error) error {
+	return fault.WithExitCode(exitCodeOf(err), explainStart("OCI runtime exec failed: exec failed: ", cmd, err))
+}
+
+// ExecInspect describes an exec.
+func (e *Engine) ExecInspect(_ context.Context, id string) (mcontainer.ExecInspectResponse, error) {
+	x, err := e.execs.get(id)
+	if err != nil {
+		return mcontainer.ExecInspectResponse{}, err
+	}
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	priv := x.req.Privileged
+	out := mcontainer.ExecInspectResponse{
+		ID: x.id, ContainerID: x.u.id,
+		OpenStdin: x.req.AttachStdin, OpenStdout: x.req.AttachStdout, OpenStderr: x.req.AttachStderr,
+		ProcessConfig: &mcontainer.ExecProcessConfig{Tty: x.req.Tty, Entrypoint: x.req.Cmd[0], Arguments: x.req.Cmd[1:], Privileged: &priv, User: x.req.User},
+		DetachKeys:    []byte{},
+	}
+	if x.failed != nil {
+		out.ExitCode, out.CanRemove = x.failed, true
+	}
+	if x.proc == nil {
+		return out, nil
+	}
+	out.Pid = x.proc.Pid()
+	select {
+	case <-x.proc.Exited():
+		code := x.proc.Exit().Code
+		out.ExitCode, out.CanRemove, out.Pid = &code, true, 0
+	default:
+		out.Running = true
+	}
+	return out, nil
+}
+
+// ExecResize sets the size of its terminal.
+func (e *Engine) ExecResize(ctx context.Context, id string, width, height uint16) error {
+	x, err := e.execs.get(id)
+	if err != nil {
+		return err
+	}
+	x.mu.Lock()
+	p := x.proc
+	if p == nil {
+		x.size = [2]uint{uint(height), uint(width)}
+	}
+	x.mu.Unlock()
+	if p == nil {
+		return nil
+	}
+	return p.Resize(ctx, width, height)
+}

@@ -1,0 +1,172 @@
+package engine
+
+import (
+	"bytes"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/moby/moby/api/types/network"
+
+	"github.com/cloudos-io/cloudos/internal/container"
+	"github.com/cloudos-io/cloudos/internal/oci"
+)
+
+// names of the generated files in a unit's directory, as Docker has them.
+const (
+	hostsFile    = "hosts"
+	hostnameFile = "hostname"
+	resolvFile   = "resolv.conf"
+)
+
+// filePaths tells where a container's generated files lie; one that shares
+// another's network shares its files.
+func (e *Engine) filePaths(u *unit, r *container.Record) oci.Files {
+	dir := u.dir
+	if r.HostConfig.NetworkMode.IsContainer() {
+		if o, err := e.lookup(r.HostConfig.NetworkMode.ConnectedContainer()); err == nil {
+			dir = o.dir
+		}
+	}
+	return oci.Files{
+		Hosts: filepath.Join(dir, hostsFile), Hostname: filepath.Join(dir, hostnameFile), ResolvConf: filepath.Join(dir, resolvFile),
+	}
+}
+
+// put writes a small file in place: a running container may have it mounted, so
+// it must stay the same inode.
+func put(path string, b []byte) error {
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o644)
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(b)
+	if cerr := f.Close(); err == nil {
+		err = cerr
+	}
+	return err
+}
+
+func (e *Engine) writeHostname(u *unit, r *container.Record) error {
+	return put(filepath.Join(u.dir, hostnameFile), []byte(r.Config.Hostname+"\n"))
+}
+
+// hostEntry is a line of a hosts file.
+type hostEntry struct {
+	ip    netip.Addr
+	names string
+}
+
+// writeHosts generates /etc/hosts from the endpoints in use, links and --add-host.
+func (e *Engine) writeHosts(u *unit, r *container.Record, eps map[string]*network.EndpointSettings, links []hostEntry) error {
+	path := filepath.Join(u.dir, hostsFile)
+	if r.HostConfig.NetworkMode.IsHost() && len(r.HostConfig.ExtraHosts) == 0 {
+		b, err := os.ReadFile("/etc/hosts")
+		if err == nil {
+			return put(path, b)
+		}
+	}
+	var b bytes.Buffer
+	b.WriteString("127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\nfe00::\tip6-localnet\nff00::\tip6-mcastprefix\nff02::1\tip6-allnodes\nff02::2\tip6-allrouters\n")
+	line := func(ip netip.Addr, names string) {
+		if ip.IsValid() && names != "" {
+			b.WriteString(ip.String() + "\t" + names + "\n")
+		}
+	}
+	for _, l := range links {
+		line(l.ip, l.names)
+	}
+	gateway := hostGateway(eps)
+	for _, x := range r.HostConfig.ExtraHosts {
+		name, ip, ok := strings.Cut(x, ":")
+		if n, i, eq := strings.Cut(x, "="); eq && (!ok || len(n) < len(name)) {
+			name, ip = n, i
+		}
+		if ip == "host-gateway" {
+			line(gateway, name)
+		} else if a, err := netip.ParseAddr(strings.Trim(ip, "[]")); err == nil {
+			line(a, name)
+		}
+	}
+	own := r.Config.Hostname
+	if d := r.Config.Domainname; d != "" {
+		own = r.Config.Hostname + "." + d + " " + r.Config.Hostname
+	}
+	for _, name := range sortedEndpoints(r, eps) {
+		ep := eps[name]
+		line(ep.IPAddress, own)
+		line(ep.GlobalIPv6Address, own)
+	}
+	return put(path, b.Bytes())
+}
+
+// hostGateway is the address under which a container reaches its host.
+func hostGateway(eps map[string]*network.EndpointSettings) netip.Addr {
+	if ep := eps[network.NetworkBridge]; ep != nil && ep.Gateway.IsValid() {
+		return ep.Gateway
+	}
+	for _, ep := range eps {
+		if ep.Gateway.IsValid() {
+			return ep.Gateway
+		}
+	}
+	return netip.AddrFrom4([4]byte{127, 0, 0, 1})
+}
+
+// writeResolvConf generates /etc/resolv.conf: the servers that the network says,
+// else those asked for, else the host's without loopback ones, which a container
+// cannot reach.
+func (e *Engine) writeResolvConf(u *unit, r *container.Record, servers []string) error {
+	hc := r.HostConfig
+	host, _ := os.ReadFile("/etc/resolv.conf")
+	var hostServers, search, options []string
+	for line := range strings.SplitSeq(string(host), "\n") {
+		f := strings.Fields(line)
+		if len(f) < 2 {
+			continue
+		}
+		switch f[0] {
+		case "nameserver":
+			a, err := netip.ParseAddr(f[1])
+			if err == nil && (hc.NetworkMode.IsHost() || !a.Unmap().IsLoopback()) {
+				hostServers = append(hostServers, f[1])
+			}
+		case "search", "domain":
+			search = f[1:]
+		case "options":
+			options = append(options, f[1:]...)
+		}
+	}
+	if len(hc.DNSSearch) > 0 {
+		search = hc.DNSSearch
+		if len(search) == 1 && search[0] == "." {
+			search = nil
+		}
+	}
+	if len(hc.DNSOptions) > 0 {
+		options = hc.DNSOptions
+	}
+	if len(servers) == 0 {
+		for _, a := range hc.DNS {
+			servers = append(servers, a.String())
+		}
+	}
+	if len(servers) == 0 {
+		servers = hostServers
+	}
+	if len(servers) == 0 && !hc.NetworkMode.IsHost() && !hc.NetworkMode.IsNone() {
+		servers = []string{"8.8.8.8", "8.8.4.4"} // as every engine does for want of a reachable one
+	}
+	var b bytes.Buffer
+	for _, s := range servers {
+		b.WriteString("nameserver " + s + "\n")
+	}
+	if len(search) > 0 {
+		b.WriteString("search " + strings.Join(search, " ") + "\n")
+	}
+	if len(options) > 0 {
+		b.WriteString("options " + strings.Join(options, " ") + "\n")
+	}
+	return put(filepath.Join(u.dir, resolvFile), b.Bytes())
+}

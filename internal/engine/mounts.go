@@ -1,0 +1,303 @@
+package engine
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/docker/go-units"
+	mcontainer "github.com/moby/moby/api/types/container"
+	"github.com/moby/moby/api/types/mount"
+	"github.com/moby/moby/api/types/volume"
+	"golang.org/x/sys/unix"
+
+	"github.com/cloudos-io/cloudos/internal/container"
+	"github.com/cloudos-io/cloudos/internal/fault"
+	"github.com/cloudos-io/cloudos/internal/oci"
+	"github.com/cloudos-io/cloudos/internal/snapshot"
+	vol "github.com/cloudos-io/cloudos/internal/volume"
+)
+
+func ramInBytes(s string) (int64, error) { return units.RAMInBytes(s) }
+
+// createMounts resolves what the request says about mounts, makes the volumes
+// it needs and fills new ones from the image.
+func (e *Engine) createMounts(ctx context.Context, r *container.Record, chain snapshot.Chain, back *undo) (warnings []string, err error) {
+	hc := r.HostConfig
+	if len(hc.Binds)+len(hc.Mounts)+len(hc.Tmpfs)+len(hc.VolumesFrom)+len(r.Config.Volumes) == 0 {
+		return nil, nil
+	}
+	points, err := vol.Resolve(r.Config, hc, e.volumesOf)
+	if err != nil {
+		return nil, err
+	}
+	made, fill := false, []*vol.Point{}
+	for i := range points {
+		p := &points[i]
+		switch p.Type {
+		case mount.TypeBind:
+			if _, err := os.Stat(p.Source); errors.Is(err, os.ErrNotExist) && !p.CreateSource {
+				return nil, fault.New(fault.Invalid, "invalid mount config for type \"bind\": bind source path does not exist: %s", p.Source)
+			}
+		case mount.TypeVolume:
+			anonymous := p.Name == ""
+			v, err := e.cfg.Volumes.Create(ctx, volume.CreateRequest{Name: p.Name, Driver: p.Driver, DriverOpts: p.DriverOpts, Labels: p.Labels},
+				vol.CreateOptions{For: r.ID, Ephemeral: r.Ephemeral && anonymous})
+			if err != nil {
+				return nil, err
+			}
+			p.Name, p.Source, p.Driver = v.Name, v.Mountpoint, v.Driver
+			if anonymous {
+				r.Anonymous = append(r.Anonymous, v.Name)
+			}
+			name := v.Name
+			back.add(func(ctx context.Context) {
+				e.cfg.Volumes.Unreference(name, r.ID)
+				if anonymous {
+					_ = e.cfg.Volumes.Remove(ctx, name, true)
+				}
+			})
+			made = made || !r.Ephemeral || !anonymous
+			if !p.NoCopy && !p.Inherited && p.Subpath == "" {
+				fill = append(fill, p)
+			}
+		case mount.TypeImage:
+			if _, err := e.cfg.Images.Resolve(ctx, p.Source, ""); err != nil {
+				return nil, err
+			}
+		}
+	}
+	if made {
+		if err := e.cfg.Volumes.Sync(); err != nil {
+			return nil, err
+		}
+	}
+	if len(fill) > 0 && len(chain.Dirs) > 0 {
+		root, err := e.cfg.Snapshots.MountChain(ctx, chain, snapshot.IDMap{})
+		if err != nil {
+			return nil, fmt.Errorf("cannot read the image's content for a volume: %w", err)
+		}
+		defer root.Close()
+		for _, p := range fill {
+			if err := e.cfg.Volumes.CopyUp(ctx, root, p.Target, p.Name, snapshot.IDMap{}); err != nil {
+				return nil, fmt.Errorf("cannot fill volume %s from the image: %w", p.Name, err)
+			}
+		}
+	}
+	r.Mounts = points
+	return nil, nil
+}
+
+// volumesOf serves HostConfig.VolumesFrom.
+func (e *Engine) volumesOf(name string) ([]vol.Point, error) {
+	u, err := e.lookup(name)
+	if err != nil {
+		return nil, err
+	}
+	return u.rec.Load().Mounts, nil
+}
+
+// startMounts makes the sources of a container's mounts ready and describes them
+// for the spec.
+func (e *Engine) startMounts(ctx context.Context, u *unit, r *container.Record, back *scope) ([]oci.Mount, error) {
+	if len(r.Mounts) == 0 {
+		return nil, nil
+	}
+	out := make([]oci.Mount, 0, len(r.Mounts))
+	for i, p := range r.Mounts {
+		m := oci.Mount{
+			Type: "bind", Source: p.Source, Target: p.Target, ReadOnly: p.ReadOnly, Propagation: string(p.Propagation),
+			NonRecursive: p.NonRecursive, ReadOnlyNonRecursive: p.ReadOnlyNonRecursive, ReadOnlyForceRecursive: p.ReadOnlyForceRecursive,
+			IDMap: p.IDMap,
+		}
+		switch p.Type {
+		case mount.TypeBind:
+			if p.CreateSource {
+				if err := os.MkdirAll(p.Source, 0o755); err != nil && !errors.Is(err, unix.ENOTDIR) && !errors.Is(err, os.ErrExist) {
+					return nil, fault.New(fault.Invalid, "error while creating mount source path '%s': %w", p.Source, err)
+				}
+			}
+		case mount.TypeVolume:
+			path, err := e.cfg.Volumes.Use(ctx, p.Name, r.ID)
+			if err != nil {
+				return nil, err
+			}
+			name := p.Name
+			back.add(func(ctx context.Context) { _ = e.cfg.Volumes.Release(ctx, name, r.ID) })
+			m.Source = path
+			// Ranges of containers are disjoint: what is on disk are the ids as
+			// the containers see them.
+			m.IDMap = r.UserNS.Size != 0
+			if p.Subpath != "" {
+				f, err := e.subpath(p.Name, p.Subpath)
+				if err != nil {
+					return nil, err
+				}
+				back.hold(f)
+				m.Source = fdPath(f)
+			}
+		case mount.TypeTmpfs:
+			m.Type, m.Source, m.Options = "tmpfs", "tmpfs", p.Options
+		case mount.TypeImage:
+			path, err := e.imageMount(ctx, u, r, i, p)
+			if err != nil {
+				return nil, err
+			}
+			m.Source, m.ReadOnly, m.IDMap = path, true, false
+		default:
+			return nil, fault.New(fault.Unsupported, "cannot mount at %s: mounts of type %s are not supported", p.Target, p.Type)
+		}
+		out = append(out, m)
+	}
+	return out, nil
+}
+
+// subpath opens a part of a volume; links cannot lead out of it.
+func (e *Engine) subpath(name, sub string) (*os.File, error) {
+	root, err := e.cfg.Volumes.Open(name)
+	if err != nil {
+		return nil, err
+	}
+	defer root.Close()
+	f, err := openIn(root, sub, unix.O_PATH, 0)
+	if err != nil {
+		return nil, fault.New(fault.Invalid, "cannot access subpath %s of volume %s: %w", sub, name, err)
+	}
+	return f, nil
+}
+
+// hostDir is where mounts of a running container are kept on the host: a shared
+// /dev/shm and other images' file systems.
+func (e *Engine) hostDir(u *unit) string { return filepath.Join(e.stateDir(true), u.id, "mnt") }
+
+// imageMount mounts another image for the container.
+func (e *Engine) imageMount(ctx context.Context, u *unit, r *container.Record, i int, p vol.Point) (string, error) {
+	img, err := e.cfg.Images.Resolve(ctx, p.Source, "")
+	if err != nil {
+		return "", err
+	}
+	f, err := e.cfg.Snapshots.MountChain(ctx, img.Chain, idMap(r))
+	if err != nil {
+		return "", fmt.Errorf("cannot mount image %s: %w", p.Source, err)
+	}
+	defer f.Close()
+	dir := filepath.Join(e.hostDir(u), "image-"+strconv.Itoa(i))
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return "", err
+	}
+	if err := unix.MoveMount(int(f.Fd()), "", unix.AT_FDCWD, dir, unix.MOVE_MOUNT_F_EMPTY_PATH); err != nil {
+		return "", fmt.Errorf("cannot mount image %s: %w", p.Source, err)
+	}
+	if p.Subpath == "" {
+		return dir, nil
+	}
+	root, err := os.OpenFile(dir, unix.O_PATH|unix.O_DIRECTORY, 0)
+	if err != nil {
+		return "", err
+	}
+	defer root.Close()
+	sub, err := openIn(root, p.Subpath, unix.O_PATH, 0)
+	if err != nil {
+		return "", fault.New(fault.Invalid, "cannot access subpath %s of image %s: %w", p.Subpath, p.Source, err)
+	}
+	defer sub.Close()
+	// The mount is read-only: what was resolved inside it stays what it is.
+	return os.Readlink("/proc/self/fd/" + strconv.Itoa(int(sub.Fd())))
+}
+
+// sharedShm mounts the /dev/shm that other containers may join.
+func (e *Engine) sharedShm(u *unit, r *container.Record) (string, error) {
+	dir := filepath.Join(e.hostDir(u), "shm")
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return "", err
+	}
+	opts := "mode=1777,size=" + strconv.FormatInt(r.HostConfig.ShmSize, 10)
+	if r.UserNS.Size != 0 {
+		opts += fmt.Sprintf(",uid=%d,gid=%d", r.UserNS.Host, r.UserNS.Host)
+	}
+	if err := unix.Mount("shm", dir, "tmpfs", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, opts); err != nil {
+		return "", fmt.Errorf("cannot mount the shared /dev/shm: %w", err)
+	}
+	return dir, nil
+}
+
+// dropHostMounts unmounts what hostDir holds.
+func (e *Engine) dropHostMounts(u *unit) {
+	dir := e.hostDir(u)
+	list, err := os.ReadDir(dir)
+	if err != nil {
+		return
+	}
+	for _, d := range list {
+		p := filepath.Join(dir, d.Name())
+		for unix.Unmount(p, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW) == nil {
+		}
+		_ = os.Remove(p)
+	}
+	_ = os.Remove(dir)
+	if u.dir != filepath.Dir(dir) {
+		_ = os.Remove(filepath.Dir(dir))
+	}
+}
+
+// releaseMounts ends the use of a container's volumes.
+func (e *Engine) releaseMounts(ctx context.Context, r *container.Record) {
+	for _, p := range r.Mounts {
+		if p.Type == mount.TypeVolume {
+			if err := e.cfg.Volumes.Release(ctx, p.Name, r.ID); err != nil {
+				e.log.Warn("cannot release a volume", "volume", p.Name, "container", r.ID, "cause", err)
+			}
+		}
+	}
+}
+
+// dropVolumes takes back the references of a removed container and, if asked,
+// its anonymous volumes.
+func (e *Engine) dropVolumes(ctx context.Context, r *container.Record, anonymous bool) {
+	for _, p := range r.Mounts {
+		if p.Type != mount.TypeVolume {
+			continue
+		}
+		e.cfg.Volumes.Unreference(p.Name, r.ID)
+		if anonymous && slices.Contains(r.Anonymous, p.Name) {
+			if err := e.cfg.Volumes.Remove(ctx, p.Name, true); err != nil && !fault.Is(err, fault.Conflict) {
+				e.log.Warn("cannot remove an anonymous volume", "volume", p.Name, "container", r.ID, "cause", err)
+			}
+		}
+	}
+}
+
+// openIn opens name below root as if root were the file system's root: neither
+// "..", nor absolute links, nor magic links lead out of it.
+func openIn(root *os.File, name string, flags int, mode uint32) (*os.File, error) {
+	name = strings.TrimLeft(name, "/")
+	if name == "" {
+		name = "."
+	}
+	how := unix.OpenHow{Flags: uint64(flags | unix.O_CLOEXEC), Mode: uint64(mode), Resolve: unix.RESOLVE_IN_ROOT | unix.RESOLVE_NO_MAGICLINKS}
+	for range 128 {
+		fd, err := unix.Openat2(int(root.Fd()), name, &how)
+		if errors.Is(err, unix.EAGAIN) || errors.Is(err, unix.EINTR) {
+			continue // something on the way was renamed meanwhile
+		}
+		if err != nil {
+			return nil, &os.PathError{Op: "open", Path: "/" + name, Err: err}
+		}
+		return os.NewFile(uintptr(fd), "/"+name), nil
+	}
+	return nil, &os.PathError{Op: "open", Path: "/" + name, Err: unix.EAGAIN}
+}
+
+// mountPoints describes mounts for inspect and list.
+func mountPoints(r *container.Record) []mcontainer.MountPoint {
+	out := make([]mcontainer.MountPoint, 0, len(r.Mounts))
+	for _, p := range r.Mounts {
+		out = append(out, p.MountPoint())
+	}
+	return out
+}

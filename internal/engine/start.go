@@ -1,0 +1,571 @@
+package engine
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path"
+	"strings"
+	"time"
+
+	"github.com/cyphar/filepath-securejoin/pathrs-lite"
+	mcontainer "github.com/moby/moby/api/types/container"
+	"github.com/moby/moby/api/types/events"
+	"github.com/moby/moby/api/types/network"
+	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
+
+	"github.com/cloudos-io/cloudos/internal/container"
+	"github.com/cloudos-io/cloudos/internal/fault"
+	net "github.com/cloudos-io/cloudos/internal/network"
+	"github.com/cloudos-io/cloudos/internal/oci"
+	"github.com/cloudos-io/cloudos/internal/runtime"
+	"github.com/cloudos-io/cloudos/internal/store"
+)
+
+// ContainerStart starts a container; fault.NotModified if it runs already.
+func (e *Engine) ContainerStart(ctx context.Context, name string, _ StartOptions) error {
+	u, err := e.lookup(name)
+	if err != nil {
+		return err
+	}
+	if err := u.acquire(ctx); err != nil {
+		return err
+	}
+	defer u.release()
+	u.mu.Lock()
+	if u.restart != nil { // a pending restart happens now
+		u.restart()
+		u.restart = nil
+	}
+	u.lastDelay = 0
+	u.mu.Unlock()
+	r := u.rec.Load()
+	switch r.State.Status {
+	case mcontainer.StateRunning:
+		return fault.New(fault.NotModified, "container %s is already running", r.Name)
+	case mcontainer.StatePaused:
+		return fault.New(fault.Conflict, "cannot start a paused container, try unpause instead")
+	case mcontainer.StateRemoving, mcontainer.StateDead:
+		return fault.New(fault.Conflict, "container is marked for removal and cannot be started")
+	}
+	p, err := e.launch(ctx, u, launch{})
+	if err != nil {
+		return err
+	}
+	return p.Wait()
+}
+
+// launch says how a start differs from the ordinary one.
+type launch struct {
+	// attach is the first client, for ContainerRun.
+	attach *attachment
+	// restart: the policy starts it, not a user.
+	restart bool
+	// create: the record was not stored yet, and its "create" not published.
+	create bool
+}
+
+// launch starts the container's process; the operation token is held. The
+// change of the record is on its way to the disk when it returns.
+func (e *Engine) launch(ctx context.Context, u *unit, o launch) (p store.Pending, err error) {
+	begin := time.Now()
+	if e.closed.Load() || e.noRestarts.Load() {
+		return p, fault.New(fault.Unavailable, "cannot start container: the engine is shutting down")
+	}
+	// A client that goes away does not leave half a container behind: a start
+	// once begun is finished, or undone as a whole.
+	ctx = context.WithoutCancel(ctx)
+	if err := u.settled(ctx); err != nil {
+		return p, err
+	}
+	r := u.rec.Load()
+	if _, err := container.Next(r.State.Status, container.EventStart); err != nil {
+		return p, err
+	}
+	var back scope
+	defer back.close()
+	var task runtime.Task
+	var spec *specs.Process
+	var att attached
+	pend := e.takePending(u, o.attach)
+	defer func() {
+		if err != nil {
+			back.run(ctx)
+			pend.fail(err)
+			e.startFailed(u, err, o)
+			err = explain(r, err)
+		}
+	}()
+
+	drv, err := e.driver(r.HostConfig.Runtime)
+	if err != nil {
+		return p, err
+	}
+	req, err := e.prepare(ctx, u, r, &back)
+	if err != nil {
+		return p, err
+	}
+	req.Stdio.Attach = pend.first
+	req.StopAfterCreate = pend.more()
+	if !r.HostConfig.NetworkMode.IsContainer() && !r.HostConfig.NetworkMode.IsHost() && len(r.Endpoints) > 0 && !r.Config.NetworkDisabled {
+		req.Network = func(ctx context.Context, sb runtime.Sandbox) error {
+			var err error
+			att, err = e.connect(ctx, u, r, sb)
+			return err
+		}
+		if !r.HostConfig.NetworkMode.IsNone() {
+			back.add(func(ctx context.Context) { _ = e.cfg.Networks.Release(ctx, r.ID) })
+		}
+	}
+	if req.Network == nil && !r.HostConfig.NetworkMode.IsContainer() {
+		if err := e.writeNetworkFiles(u, r, attached{}); err != nil {
+			return p, err
+		}
+	}
+	spec = req.Spec.Process
+	task, err = drv.Start(ctx, req)
+	if err != nil {
+		return p, err
+	}
+	if err := pend.connect(ctx, task); err != nil {
+		e.log.Warn("cannot attach a waiting client", "container", u.id, "cause", err)
+	}
+	if req.StopAfterCreate {
+		if err := task.Release(ctx); err != nil {
+			_ = task.Signal(ctx, int(unix.SIGKILL), true)
+			_ = task.Delete(ctx)
+			return p, err
+		}
+	}
+
+	u.mu.Lock()
+	u.task, u.process, u.noRestart = task, spec, false
+	u.ended = make(chan struct{})
+	nr, p, cerr := e.changeLocked(u, func(n *container.Record) {
+		if serr := step(n, container.EventStart); serr != nil {
+			e.log.Error("unexpected state", "container", u.id, "cause", serr)
+		}
+		n.State = container.State{
+			Status: n.State.Status, Pid: task.Pid(), StartedAt: task.StartedAt().UTC(), BootID: e.bootID,
+			FinishedAt: n.State.FinishedAt,
+		}
+		if _, ok := container.NewHealthCheck(n.Config.Healthcheck); ok {
+			n.State.Health = &mcontainer.Health{Status: mcontainer.Starting, Log: []*mcontainer.HealthcheckResult{}}
+		}
+		n.Attached, n.Ports = att.endpoints, att.ports
+		if o.restart {
+			n.RestartCount++
+		} else {
+			n.RestartCount = 0
+		}
+	})
+	u.mu.Unlock()
+	if cerr != nil {
+		e.log.Error("cannot encode a container's record", "container", u.id, "cause", cerr)
+	}
+	if o.create {
+		e.publish(u, events.ActionCreate, nil)
+	}
+	e.publish(u, events.ActionStart, nil)
+	e.meters.started(time.Since(begin))
+	e.spawn(func() { e.await(u, task) })
+	e.startHealth(u, nr, task)
+	return p, nil
+}
+
+// startFailed notes why a start failed.
+func (e *Engine) startFailed(u *unit, cause error, o launch) {
+	if o.create {
+		return // the container goes away with the request
+	}
+	_, p, err := e.change(u, func(n *container.Record) {
+		if serr := step(n, container.EventStartFailed); serr != nil {
+			return
+		}
+		n.State.Error = cause.Error()
+		n.State.ExitCode = startExitCode(cause)
+		n.Attached, n.Ports = nil, nil
+	})
+	e.saved(u, p, err)
+	e.publish(u, events.ActionDie, map[string]string{"exitCode": fmt.Sprint(startExitCode(cause))})
+	e.notify(u, true)
+}
+
+// startExitCode is what a shell would give for the failure: 126 where the
+// command cannot be executed, 127 where it cannot be found, 128 otherwise.
+func startExitCode(err error) int {
+	var se *runtime.StartError
+	if errors.As(err, &se) && se.Step == "exec" || errors.As(err, &se) && strings.HasPrefix(se.Step, "exec") {
+		if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENOTDIR) {
+			return 127
+		}
+		return 126
+	}
+	return 128
+}
+
+// explain says what went wrong in words that clients know, and what a command
+// line should exit with.
+func explain(r *container.Record, err error) error {
+	return fault.WithExitCode(exitCodeOf(err), explainStart("failed to create task for container: ", r.Path, err))
+}
+
+// exitCodeOf is 126 or 127 where the command is to blame, else 125.
+func exitCodeOf(err error) int {
+	if c := startExitCode(err); c != 128 {
+		return c
+	}
+	return 125
+}
+
+func explainStart(prefix, cmd string, err error) error {
+	var se *runtime.StartError
+	if !errors.As(err, &se) {
+		return err
+	}
+	if strings.HasPrefix(se.Step, "exec") {
+		switch {
+		case errors.Is(se.Err, unix.ENOENT) && !strings.Contains(cmd, "/"):
+			return fault.New(fault.Invalid, "%sexec: %q: executable file not found in $PATH", prefix, cmd)
+		case errors.Is(se.Err, unix.ENOENT), errors.Is(se.Err, unix.ENOTDIR):
+			return fault.New(fault.Invalid, "%sexec: %q: stat %s: no such file or directory", prefix, cmd, cmd)
+		case errors.Is(se.Err, unix.EACCES), errors.Is(se.Err, unix.EISDIR), errors.Is(se.Err, unix.ENOEXEC):
+			return fault.New(fault.Invalid, "%sexec: %q: %s", prefix, cmd, execError(se.Err))
+		}
+	}
+	if fault.Of(err) != fault.Internal {
+		return err
+	}
+	kind := fault.Internal
+	for _, e := range []error{unix.ENOENT, unix.ENOTDIR, unix.EINVAL, unix.EACCES, unix.EPERM, unix.ELOOP, unix.ENODEV, unix.EROFS, unix.ENAMETOOLONG} {
+		if errors.Is(err, e) {
+			kind = fault.Invalid // something that the request names is not as it must be
+		}
+	}
+	return fault.New(kind, "%s%w", prefix, err)
+}
+
+func execError(err error) string {
+	if errors.Is(err, unix.ENOEXEC) {
+		return "exec format error"
+	}
+	if errors.Is(err, unix.EISDIR) {
+		return "is a directory: permission denied"
+	}
+	return "permission denied"
+}
+
+// prepare makes everything ready that a start needs but its network.
+func (e *Engine) prepare(ctx context.Context, u *unit, r *container.Record, back *scope) (req runtime.StartRequest, err error) {
+	hc := r.HostConfig
+	root, err := e.cfg.Snapshots.Mount(ctx, r.ID, false, idMap(r))
+	if err != nil {
+		return req, fmt.Errorf("cannot mount the container's file system: %w", err)
+	}
+	keep := false
+	defer func() {
+		if !keep {
+			root.Close()
+		}
+	}()
+	log, err := e.logSettings(hc.LogConfig)
+	if err != nil {
+		return req, err
+	}
+	log.Path = u.log
+	if err := os.Mkdir(u.dir, 0o710); err != nil && !errors.Is(err, os.ErrExist) {
+		return req, fmt.Errorf("cannot make the container's directory: %w", err)
+	}
+	if !hc.NetworkMode.IsContainer() {
+		if err := e.writeHostname(u, r); err != nil {
+			return req, fmt.Errorf("cannot write the container's files: %w", err)
+		}
+	}
+	if wd := r.Config.WorkingDir; wd != "" && wd != "/" {
+		if err := ensureDir(root, wd, r); err != nil {
+			return req, err
+		}
+	}
+	in, err := e.specInput(ctx, u, r, root, back)
+	if err != nil {
+		return req, err
+	}
+	spec, warnings, err := oci.Generate(in)
+	if err != nil {
+		return req, err
+	}
+	for _, w := range warnings {
+		e.log.Warn("container starts with a restriction", "container", u.id, "warning", w)
+	}
+	keep = true
+	req = runtime.StartRequest{
+		ID: r.ID, Key: e.sandboxKey(r.Config, hc), Spec: spec, RootFS: root, Log: log, Ephemeral: r.Ephemeral,
+		Init: oci.InitWanted(hc, e.cfg.Init),
+		Stdio: runtime.Stdio{
+			Terminal: r.Config.Tty, Stdin: r.Config.OpenStdin, StdinOnce: r.Config.StdinOnce,
+			Width: uint16(min(hc.ConsoleSize[1], 1<<16-1)), Height: uint16(min(hc.ConsoleSize[0], 1<<16-1)),
+		},
+	}
+	return req, nil
+}
+
+// specInput gathers what the spec depends on. Things that must stay until the
+// start are undone by back.
+func (e *Engine) specInput(ctx context.Context, u *unit, r *container.Record, root *os.File, back *scope) (in oci.Input, err error) {
+	hc := r.HostConfig
+	in = oci.Input{
+		ID: r.ID, Name: r.Name, Config: r.Config, HostConfig: hc, Files: e.filePaths(u, r), IDMap: idMap(r),
+		CgroupPath: e.cgroupPath(r), CgroupV2: e.cfg.CgroupV2, Rootless: e.cfg.Rootless,
+		Devices: oci.DevicesAt, Host: e.cfg.Host, Seccomp: e.cfg.Profiles, AppArmorProfile: e.cfg.AppArmorProfile,
+		NoNewPrivileges: e.cfg.NoNewPrivileges,
+	}
+	if in.User, in.Home, err = oci.LookupUser(root, r.Config.User, hc.GroupAdd); err != nil {
+		return in, err
+	}
+	if in.Mounts, err = e.startMounts(ctx, u, r, back); err != nil {
+		return in, err
+	}
+	if hc.Privileged {
+		if in.AllDevices, err = e.devices.get(); err != nil {
+			return in, err
+		}
+	}
+	if e.cfg.Host.SELinux {
+		o, err := oci.ParseSecurityOpt(hc.SecurityOpt)
+		if err != nil {
+			return in, err
+		}
+		if in.ProcessLabel, in.MountLabel, err = oci.Labels(o, hc.Privileged); err != nil {
+			return in, err
+		}
+	}
+	if in.LinkEnv, err = e.linkEnv(r); err != nil {
+		return in, err
+	}
+	if hc.IpcMode.IsHost() {
+		in.ShmSource = "/dev/shm"
+	}
+	if hc.IpcMode.IsShareable() {
+		if in.ShmSource, err = e.sharedShm(u, r); err != nil {
+			return in, err
+		}
+		back.add(func(context.Context) { e.dropHostMounts(u) })
+	}
+	err = e.join(r, &in, back)
+	return in, err
+}
+
+// join opens the namespaces of the containers that this one shares some with.
+func (e *Engine) join(r *container.Record, in *oci.Input, back *scope) error {
+	hc := r.HostConfig
+	open := func(name, kind string) (*unit, string, error) {
+		o, err := e.lookup(name)
+		if err != nil {
+			return nil, "", err
+		}
+		t := o.running()
+		if t == nil {
+			return nil, "", fault.New(fault.Conflict, "cannot join %s namespace of a non running container: container %s is %s", kind, o.rec.Load().Name, o.rec.Load().State.Status)
+		}
+		f, err := openNamespace(t, kind)
+		if err != nil {
+			return nil, "", err
+		}
+		back.hold(f)
+		return o, fdPath(f), nil
+	}
+	if m := hc.NetworkMode; m.IsContainer() {
+		o, p, err := open(m.ConnectedContainer(), "net")
+		if err != nil {
+			return err
+		}
+		in.Join.Network = p
+		if err := e.joinUser(o, in, back); err != nil {
+			return err
+		}
+	}
+	if m := hc.IpcMode; m.IsContainer() {
+		o, p, err := open(m.Container(), "ipc")
+		if err != nil {
+			return err
+		}
+		or := o.rec.Load()
+		if !or.HostConfig.IpcMode.IsShareable() {
+			return fault.New(fault.Invalid, "cannot join IPC of container %s: non-shareable IPC (hint: use IpcMode:shareable for the donor container)", or.Name)
+		}
+		in.Join.IPC, in.ShmSource = p, e.hostDir(o)+"/shm"
+		if err := e.joinUser(o, in, back); err != nil {
+			return err
+		}
+	}
+	if m := hc.PidMode; m.IsContainer() {
+		o, p, err := open(m.Container(), "pid")
+		if err != nil {
+			return err
+		}
+		in.Join.PID = p
+		if err := e.joinUser(o, in, back); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// joinUser joins the user namespace that owns the namespaces joined.
+func (e *Engine) joinUser(o *unit, in *oci.Input, back *scope) error {
+	if in.Join.User != "" || o.rec.Load().UserNS.Size == 0 {
+		return nil
+	}
+	t := o.running()
+	if t == nil {
+		return fault.New(fault.Conflict, "cannot join user namespace of a non running container: %s", o.id)
+	}
+	f, err := openNamespace(t, "user")
+	if err != nil {
+		return err
+	}
+	back.hold(f)
+	in.Join.User = fdPath(f)
+	return nil
+}
+
+// openNamespace opens a namespace of the task's process. The pid may have been
+// given to somebody else only after the task ended.
+func openNamespace(t runtime.Task, kind string) (*os.File, error) {
+	f, err := os.Open(fmt.Sprintf("/proc/%d/ns/%s", t.Pid(), kind))
+	if err != nil {
+		return nil, fault.New(fault.Conflict, "cannot join %s namespace: %w", kind, err)
+	}
+	select {
+	case <-t.Exited():
+		f.Close()
+		return nil, fault.New(fault.Conflict, "cannot join %s namespace: container %s has ended", kind, t.ID())
+	default:
+		return f, nil
+	}
+}
+
+// fdPath names a descriptor so that other processes of ours can open it too.
+func fdPath(f *os.File) string { return fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), f.Fd()) }
+
+// ensureDir makes the working directory inside the root, if it is missing.
+func ensureDir(root *os.File, dir string, r *container.Record) error {
+	f, err := openIn(root, dir, unix.O_PATH, 0)
+	if err == nil {
+		defer f.Close()
+		var st unix.Stat_t
+		if err := unix.Fstat(int(f.Fd()), &st); err == nil && st.Mode&unix.S_IFMT != unix.S_IFDIR {
+			return fault.New(fault.Invalid, "Cannot mkdir: %s is not a directory", dir)
+		}
+		return nil
+	}
+	if !errors.Is(err, unix.ENOENT) {
+		return fault.New(fault.Invalid, "cannot use working directory %s: %w", dir, err)
+	}
+	if r.UserNS.Size != 0 {
+		return nil // the runtime makes it, with ids that are mapped
+	}
+	h, err := pathrs.MkdirAllHandle(root, strings.TrimPrefix(path.Clean(dir), "/"), 0o755)
+	if err != nil {
+		return fault.New(fault.Invalid, "cannot make working directory %s: %w", dir, err)
+	}
+	return h.Close()
+}
+
+// cgroupPath is where the container's cgroup is made.
+func (e *Engine) cgroupPath(r *container.Record) string {
+	parent := r.HostConfig.CgroupParent
+	if parent == "" {
+		parent = e.cfg.CgroupParent
+	}
+	if e.cfg.CgroupDriver == "systemd" {
+		if parent == "" || strings.Contains(parent, "/") {
+			parent = "system.slice"
+		}
+		return parent + ":servin:" + r.ID
+	}
+	return path.Join("/", parent, r.ID)
+}
+
+// writeNetworkFiles generates hosts and resolv.conf for the endpoints in use.
+func (e *Engine) writeNetworkFiles(u *unit, r *container.Record, a attached) error {
+	if err := e.writeHosts(u, r, a.endpoints, e.linkHosts(r)); err != nil {
+		return fmt.Errorf("cannot write the container's hosts file: %w", err)
+	}
+	if err := e.writeResolvConf(u, r, a.dns); err != nil {
+		return fmt.Errorf("cannot write the container's resolv.conf: %w", err)
+	}
+	return nil
+}
+
+// attached is what a container's endpoints came to be.
+type attached struct {
+	endpoints map[string]*network.EndpointSettings
+	ports     network.PortMap
+	dns       []string
+}
+
+// connect attaches the container to its networks and writes the files that
+// depend on the addresses.
+func (e *Engine) connect(ctx context.Context, u *unit, r *container.Record, sb runtime.Sandbox) (attached, error) {
+	a := attached{endpoints: make(map[string]*network.EndpointSettings, len(r.Endpoints))}
+	if r.HostConfig.NetworkMode.IsNone() {
+		a.endpoints[network.NetworkNone] = &network.EndpointSettings{}
+		return a, e.writeNetworkFiles(u, r, a)
+	}
+	for i, name := range sortedEndpoints(r, r.Endpoints) {
+		req := e.attachRequest(r, name, r.Endpoints[name])
+		req.NetNS = sb.NetNS
+		if i == 0 {
+			req.Link, _ = sb.Link.(*net.Link)
+			req.Ports = publishedPorts(r)
+		}
+		at, err := e.cfg.Networks.Attach(ctx, req)
+		if err != nil {
+			return a, err
+		}
+		ep := at.Settings
+		a.endpoints[name] = &ep
+		for p, b := range at.Ports {
+			if a.ports == nil {
+				a.ports = network.PortMap{}
+			}
+			a.ports[p] = b
+		}
+		if len(a.dns) == 0 {
+			a.dns = at.DNS
+		}
+		for _, w := range at.Warnings {
+			e.log.Warn("network attached with a restriction", "container", u.id, "network", name, "warning", w)
+		}
+	}
+	return a, e.writeNetworkFiles(u, r, a)
+}
+
+// attachRequest describes one endpoint to the networks.
+func (e *Engine) attachRequest(r *container.Record, name string, ep *network.EndpointSettings) net.AttachRequest {
+	return net.AttachRequest{
+		ContainerID: r.ID, ContainerName: r.Name, Hostname: r.Config.Hostname, Network: name, Settings: ep.Copy(),
+		DNS: r.HostConfig.DNS, PublishThrough: r.Extra.PublishThrough, Ephemeral: r.Ephemeral,
+	}
+}
+
+// publishedPorts are the bindings asked for, with those of --publish-all.
+func publishedPorts(r *container.Record) network.PortMap {
+	hc := r.HostConfig
+	if !hc.PublishAllPorts {
+		return hc.PortBindings
+	}
+	m := make(network.PortMap, len(hc.PortBindings)+len(r.Config.ExposedPorts))
+	for p := range r.Config.ExposedPorts {
+		m[p] = []network.PortBinding{{}}
+	}
+	for p, b := range hc.PortBindings {
+		if len(b) > 0 {
+			m[p] = b
+		}
+	}
+	return m
+}
