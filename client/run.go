@@ -50,9 +50,9 @@ func (c *Client) Run(ctx context.Context, req *api.RunRequest) (*RunStream, erro
 
 var errStop = errors.New("stop")
 
-// Copy copies output until the container ends. It returns nil with no error when
-// the stream ended without the container's end being told: it was detached from,
-// or the engine went away (the container then still runs; see ContainerWait).
+// Copy copies output until the container ends or is detached from. It returns nil
+// with no error when the stream ended without either being told: the engine went
+// away, and the container goes on (see ContainerWait).
 func (r *RunStream) Copy(stdout, stderr io.Writer) (*api.RunExited, error) {
 	err := demux(stdout, stderr, r.Stream, func(b []byte) error {
 		r.exited = new(api.RunExited)

@@ -4,7 +4,6 @@ import (
 	"context"
 	"encoding/json"
 	"net"
-	"net/url"
 	"strconv"
 	"time"
 
@@ -77,11 +76,7 @@ func (c *Client) Prune(ctx context.Context, req api.PruneRequest) (api.PruneRepo
 // Shutdown stops the engine; with containers it stops them too and takes every
 // mount, link and rule away.
 func (c *Client) Shutdown(ctx context.Context, containers bool) error {
-	q := url.Values{}
-	if containers {
-		q.Set("containers", "1")
-	}
-	return c.post(ctx, api.Root+"/shutdown", q, nil, nil)
+	return c.post(ctx, api.Root+"/shutdown", nil, api.ShutdownRequest{Containers: containers}, nil)
 }
 
 // Dial opens a bare connection to the engine, for relays.

@@ -233,3 +233,5 @@ func (a *App) eachName(names []string, fn func(name string) error) error {
 	}
 	return joined(errs)
 }
+
+func (a *App) inIsTerminal() bool { return terminal.Is(a.Stdin) }

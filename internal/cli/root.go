@@ -1,6 +1,8 @@
 package cli
 
 import (
+	"context"
+
 	"github.com/cloudos-io/cloudos/internal/cli/command"
 )
 
@@ -54,33 +56,76 @@ func (a *App) commands() []*command.Command {
 		as(a.cmdRun(), "run", groupCommon),
 		as(a.cmdExec(), "exec", groupCommon),
 		as(a.cmdPs(), "ps", groupCommon),
+		as(a.cmdLogs(), "logs", groupCommon),
+		as(a.cmdStop(), "stop", groupCommon),
+		as(a.cmdRm(), "rm", groupCommon),
 		as(a.cmdPull(), "pull", groupCommon),
 		as(a.cmdPush(), "push", groupCommon),
-		as(a.cmdLogs(), "logs", groupCommon),
-		as(a.cmdInspectAny(), "inspect", groupOther),
+		as(a.cmdBuild(), "build", groupCommon),
+		as(a.cmdLogin(), "login", groupCommon),
+		as(a.cmdInfo(), "info", groupCommon),
+		as(a.cmdVersion(), "version", groupCommon),
 
-		listing("containers", "Containers", []string{"container"}, a.containers),
-		listing("images", "Images", []string{"image"}, a.images),
+		listing("containers", "Containers: everything about them", []string{"container"}, a.containers),
+		listing("images", "Images; alone, list them", []string{"image"}, a.images),
+		listing("volumes", "Volumes", []string{"volume"}, a.volumes),
+		listing("networks", "Networks", []string{"network"}, a.networks),
+		group("system", "The engine and its host", nil, a.system),
+		group("context", "Engines by name", nil, a.contexts),
+		group("registry", "Registries' credentials", nil, a.registries),
+		group("mode", "Where containers run", nil, a.mode),
+		group("vm", "The virtual machine of VM mode", nil, a.vm),
+		a.bundled("compose", "Run the services of a Compose file", groupManage),
+		a.bundled("tui", "Look and act in a full-screen interface", groupManage),
 
 		as(a.cmdAttach(), "attach", groupOther),
+		as(a.cmdCommit(), "commit", groupOther),
+		as(a.cmdCompletion(), "completion", groupOther),
+		as(a.cmdCp(), "cp", groupOther),
 		as(a.cmdCreate(), "create", groupOther),
 		as(a.cmdDiff(), "diff", groupOther),
+		as(a.cmdEvents(), "events", groupOther),
+		as(a.cmdExport(), "export", groupOther),
 		as(a.cmdHistory(), "history", groupOther),
+		as(a.cmdImport(), "import", groupOther),
+		as(a.cmdInspectAny(), "inspect", groupOther),
 		as(a.cmdKill(), "kill", groupOther),
+		as(a.cmdLoad(), "load", groupOther),
+		as(a.cmdLogout(), "logout", groupOther),
 		as(a.cmdPause(), "pause", groupOther),
 		as(a.cmdPort(), "port", groupOther),
 		as(a.cmdRename(), "rename", groupOther),
 		as(a.cmdRestart(), "restart", groupOther),
-		as(a.cmdRm(), "rm", groupOther),
 		as(a.cmdRmi(), "rmi", groupOther),
+		as(a.cmdSave(), "save", groupOther),
 		as(a.cmdStart(), "start", groupOther),
-		as(a.cmdStop(), "stop", groupOther),
+		as(a.cmdStats(), "stats", groupOther),
 		as(a.cmdTag(), "tag", groupOther),
 		as(a.cmdTop(), "top", groupOther),
 		as(a.cmdUnpause(), "unpause", groupOther),
 		as(a.cmdUpdate(), "update", groupOther),
 		as(a.cmdWait(), "wait", groupOther),
+		a.cmdSearch(),
+		a.cmdComplete(),
+		a.cmdHelp(),
 	}
+}
+
+// cmdHelp is "servin help COMMAND".
+func (a *App) cmdHelp() *command.Command {
+	return &command.Command{Name: "help", Args: "[COMMAND...]", Short: "Show the help of a command", Hidden: true, Raw: true, Max: -1,
+		Run: func(ctx context.Context, args []string) error {
+			root := a.root()
+			cmd, path := root, root.Name
+			for _, w := range args {
+				next := cmd.Find(w)
+				if next == nil {
+					return &command.UnknownError{Path: path, Name: w, Nested: true}
+				}
+				cmd, path = next, path+" "+next.Name
+			}
+			return a.help(root, &command.Invocation{Command: cmd, Path: path})
+		}}
 }
 
 // listing is a group that lists when no command follows.
@@ -93,14 +138,15 @@ func listing(name, short string, aliases []string, sub func() []*command.Command
 
 func (a *App) containers() []*command.Command {
 	return []*command.Command{
-		a.cmdPs(), a.cmdCreate(), a.cmdRun(), a.cmdStart(), a.cmdStop(), a.cmdRm(), a.cmdRestart(), a.cmdKill(), a.cmdPause(), a.cmdUnpause(),
-		a.cmdRename(), a.cmdUpdate(), a.cmdWait(), a.cmdAttach(), a.cmdExec(), a.cmdLogs(), a.cmdTop(),
-		a.cmdDiff(), a.cmdPort(), a.cmdInspectContainer(),
+		a.cmdPs(), a.cmdCreate(), a.cmdStart(), a.cmdStop(), a.cmdRm(), a.cmdRun(), a.cmdExec(), a.cmdLogs(), a.cmdAttach(),
+		a.cmdCommit(), a.cmdCp(), a.cmdDiff(), a.cmdExport(), a.cmdInspectContainer(), a.cmdKill(), a.cmdPause(), a.cmdPort(),
+		a.cmdContainerPrune(), a.cmdRename(), a.cmdRestart(), a.cmdStats(), a.cmdTop(), a.cmdUnpause(), a.cmdUpdate(), a.cmdWait(),
 	}
 }
 
 func (a *App) images() []*command.Command {
 	return []*command.Command{
-		a.cmdImages(), a.cmdPull(), a.cmdPush(), a.cmdTag(), a.cmdRmi(), a.cmdHistory(), a.cmdInspectImage(),
+		a.cmdImages(), a.cmdPull(), a.cmdBuild(), a.cmdPush(), a.cmdHistory(), a.cmdImport(), a.cmdInspectImage(), a.cmdLoad(),
+		a.cmdImagePrune(), a.cmdRmi(), a.cmdSave(), a.cmdTag(),
 	}
 }

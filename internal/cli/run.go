@@ -228,6 +228,9 @@ func (a *App) follow(ctx context.Context, c *client.Client, r *client.RunStream,
 	})
 	var we *client.WriteError
 	switch {
+	case end != nil && end.Detached:
+		fmt.Fprintf(a.Stderr, "\nservin: detached; come back with 'servin attach %s'\n", pick(o.name, short(id)))
+		return nil
 	case end != nil && end.Error != "":
 		return exitWith(pickCode(end.ExitCode), errors.New(end.Error))
 	case end != nil:
@@ -239,12 +242,12 @@ func (a *App) follow(ctx context.Context, c *client.Client, r *client.RunStream,
 	case err != nil && !errors.Is(err, client.ErrConnectionLost):
 		return engineError(err)
 	}
-	return a.lost(ctx, c, id, o.tty || req.Stdin)
+	return a.lost(ctx, c, id)
 }
 
-// lost finds out why a stream ended without the container's end: it was detached
-// from, or the engine went away and may come back, for the container goes on.
-func (a *App) lost(ctx context.Context, c *client.Client, id string, interactive bool) error {
+// lost waits for an engine that went away while the container went on, and for
+// the container's end.
+func (a *App) lost(ctx context.Context, c *client.Client, id string) error {
 	deadline := time.Now().Add(30 * time.Second)
 	told := false
 	for {
@@ -252,10 +255,6 @@ func (a *App) lost(ctx context.Context, c *client.Client, id string, interactive
 		var ce *client.ConnectError
 		switch {
 		case err == nil && info.State != nil && info.State.Running:
-			if interactive && !told {
-				fmt.Fprintf(a.Stderr, "\nservin: detached; come back with 'servin attach %s'\n", strings.TrimPrefix(info.Name, "/"))
-				return nil
-			}
 			w, err := c.ContainerWait(ctx, id, container.WaitConditionNotRunning)
 			if err == nil {
 				return exitWithCode(int(w.StatusCode))

@@ -197,7 +197,7 @@ func count(n int) string {
 
 // suggest finds the visible command closest to a mistyped one.
 func suggest(c *Command, name string) string {
-	best, dist := "", 3
+	best, dist := "", 1+min(2, len(name)/3)
 	if c.Sub == nil {
 		return ""
 	}

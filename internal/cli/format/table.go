@@ -16,7 +16,8 @@ import (
 	"unicode/utf8"
 )
 
-// Column is a field of a row: its name in templates, its heading, its text.
+// Column is a field of a row: its name in templates, its heading, its text. One
+// whose name begins in lower case is for the default table alone.
 type Column[T any] struct {
 	Name, Heading string
 	Text          func(T) string
@@ -151,7 +152,9 @@ func (r row) MarshalJSON() ([]byte, error) {
 func (l *List[T]) fields(r T) row {
 	m := make(row, len(l.Columns)+1)
 	for _, c := range l.Columns {
-		m[c.Name] = c.Text(r)
+		if c.Name[0] < 'a' {
+			m[c.Name] = c.Text(r)
+		}
 	}
 	if l.Labels != nil {
 		m[labelsKey] = l.Labels(r)
