@@ -118,7 +118,8 @@ func (s *Service) Collect(ctx context.Context) error {
 		return fmt.Errorf("cannot collect: %w", err)
 	}
 	if c, ok := s.layers.(snapshots.Cleaner); ok {
-		if err := c.Cleanup(ctx); err != nil {
+		// A store without any layer yet has no table of them.
+		if err := c.Cleanup(ctx); err != nil && !errdefs.IsNotFound(err) {
 			return fmt.Errorf("cannot delete unused layers: %w", err)
 		}
 	}

@@ -66,13 +66,14 @@ func newTransport() *http.Transport {
 	}
 }
 
-// resolver reaches registries with one user's credentials.
-func (s *Service) resolver(auth *registry.AuthConfig) remotes.Resolver {
+// resolver reaches registries with one user's credentials; tracker, if any,
+// follows uploads.
+func (s *Service) resolver(auth *registry.AuthConfig, tracker docker.StatusTracker) remotes.Resolver {
 	h := http.Header{}
 	if s.cfg.Registries.UserAgent != "" {
 		h.Set("User-Agent", s.cfg.Registries.UserAgent)
 	}
-	return docker.NewResolver(docker.ResolverOptions{Hosts: s.hosts(auth), Headers: h})
+	return docker.NewResolver(docker.ResolverOptions{Hosts: s.hosts(auth), Headers: h, Tracker: tracker})
 }
 
 // hosts lists the endpoints of a registry: mirrors, then the registry.
