@@ -2,7 +2,6 @@ package seccomp
 
 import (
 	"cmp"
-	"encoding/binary"
 	"maps"
 	"slices"
 
@@ -10,37 +9,6 @@ import (
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 )
-
-// insn is struct sock_filter.
-type insn struct {
-	code   uint16
-	jt, jf uint8
-	k      uint32
-}
-
-const (
-	opLoad = 0x20 // ld [k]
-	opAnd  = 0x54 // and #k
-	opJump = 0x05 // ja
-	opJeq  = 0x15
-	opJgt  = 0x25
-	opJge  = 0x35
-	opRet  = 0x06
-
-	offNumber = 0
-	offArch   = 4
-	offArgs   = 16
-)
-
-func encode(p []insn) []byte {
-	out := make([]byte, 0, len(p)*8)
-	for _, i := range p {
-		out = binary.LittleEndian.AppendUint16(out, i.code)
-		out = append(out, i.jt, i.jf)
-		out = binary.LittleEndian.AppendUint32(out, i.k)
-	}
-	return out
-}
 
 // rule is what the profile says of one call by name.
 type rule struct {
@@ -227,8 +195,8 @@ func permissive(act uint32) bool {
 	return false
 }
 
-// program lays out: architecture, then number, then arguments.
-func (c *compiler) program(archs []arch) ([]insn, error) {
+// program decides by architecture, then number, then arguments.
+func (c *compiler) program(archs []arch) ([]byte, error) {
 	groups := map[uint32][]arch{}
 	var order []uint32
 	for _, a := range archs {
@@ -237,35 +205,30 @@ func (c *compiler) program(archs []arch) ([]insn, error) {
 		}
 		groups[a.audit] = append(groups[a.audit], a)
 	}
-	out := []insn{{code: opLoad, k: offArch}}
-	for _, audit := range order {
-		body := append([]insn{{code: opLoad, k: offNumber}}, c.numbers(groups[audit])...)
-		if len(body) <= 255 {
-			out = append(out, insn{code: opJeq, jf: uint8(len(body)), k: audit})
-		} else {
-			out = append(out, insn{code: opJeq, jt: 1, k: audit}, insn{code: opJump, k: uint32(len(body))})
-		}
-		out = append(out, body...)
+	asm := &assembler{rets: map[uint32]place{}}
+	next := asm.ret(retKillThread) // any other architecture
+	for _, audit := range slices.Backward(order) {
+		entry := asm.load(offNumber, c.numbers(asm, groups[audit]))
+		next = asm.branch(opJeq, audit, entry, next)
 	}
-	out = append(out, insn{code: opRet, k: retKillThread}) // any other architecture
-	if len(out) > unix.BPF_MAXINSNS {
-		return nil, fault.New(fault.Invalid, "cannot compile seccomp profile: it needs %d instructions (limit %d)", len(out), unix.BPF_MAXINSNS)
+	asm.load(offArch, next)
+	if len(asm.rev) > unix.BPF_MAXINSNS {
+		return nil, fault.New(fault.Invalid, "cannot compile seccomp profile: it needs %d instructions (limit %d)", len(asm.rev), unix.BPF_MAXINSNS)
 	}
-	return out, nil
+	return asm.encode(), nil
 }
 
 // numbers decides by the call's number, x32's numbers lying above the others.
-func (c *compiler) numbers(group []arch) []insn {
-	var all []span
-	native, hasX32, amd64 := group[0], false, group[0].oci == specs.ArchX86_64
-	all = c.spans(native, 0)
+func (c *compiler) numbers(asm *assembler, group []arch) place {
+	native, hasX32 := group[0], false
+	all := c.spans(native, 0)
 	for _, a := range group[1:] {
 		if a.x32 {
 			hasX32 = true
 			all = append(all, c.spans(a, x32Bit)...)
 		}
 	}
-	if amd64 && !hasX32 {
+	if native.oci == specs.ArchX86_64 && !hasX32 {
 		// Not an architecture of the profile; -1 is no number of it but a
 		// tracer's way of skipping a call.
 		beyond := all[len(all)-1].leaf
@@ -275,117 +238,77 @@ func (c *compiler) numbers(group []arch) []insn {
 		}
 		all = append(all, span{0xffffffff, leaf{act: c.def}})
 	}
-	return c.tree(all, native.wide)
+	return tree(asm, all, native.wide)
 }
 
 // tree bisects the spans. Every path ends in a return.
-func (c *compiler) tree(all []span, wide bool) []insn {
+func tree(asm *assembler, all []span, wide bool) place {
 	if len(all) == 1 {
-		return c.code(all[0].leaf, wide && all[0].from < x32Bit)
+		return all[0].leaf.assemble(asm, wide && all[0].from < x32Bit)
 	}
 	mid := len(all) / 2
-	left, right := c.tree(all[:mid], wide), c.tree(all[mid:], wide)
-	var out []insn
-	if len(left) <= 255 {
-		out = append(out, insn{code: opJge, jt: uint8(len(left)), k: all[mid].from})
-	} else {
-		out = append(out, insn{code: opJge, jf: 1, k: all[mid].from}, insn{code: opJump, k: uint32(len(left))})
-	}
-	return append(append(out, left...), right...)
+	right := tree(asm, all[mid:], wide)
+	left := tree(asm, all[:mid], wide)
+	return asm.branch(opJge, all[mid].from, right, left)
 }
 
-func (c *compiler) code(l leaf, wide bool) []insn {
-	var out []insn
-	for _, m := range l.matches {
-		out = append(out, m.code(wide)...)
-	}
-	return append(out, insn{code: opRet, k: l.act})
-}
-
-// Jumps are written against these marks and resolved once lengths are known.
-const (
-	toNext = 0xff // to the next condition
-	toFail = 0xfe // to the next match
-)
-
-func (m match) code(wide bool) []insn {
-	var out []insn
-	for _, x := range m.conds {
-		out = append(out, x.code(wide)...)
-	}
-	return resolveFail(append(out, insn{code: opRet, k: m.act}))
-}
-
-func resolveFail(p []insn) []insn {
-	for i := range p {
-		rest := uint8(len(p) - i - 1)
-		if p[i].code&7 == 5 && p[i].code != opJump {
-			if p[i].jt == toFail {
-				p[i].jt = rest
-			}
-			if p[i].jf == toFail {
-				p[i].jf = rest
-			}
+func (l leaf) assemble(asm *assembler, wide bool) place {
+	next := asm.ret(l.act)
+	for _, m := range slices.Backward(l.matches) {
+		yes := asm.ret(m.act)
+		for _, x := range slices.Backward(m.conds) {
+			yes = x.assemble(asm, yes, next, wide)
 		}
+		next = yes
 	}
-	return p
+	return next
 }
 
-// code compares one argument. 64 bits are compared by halves, the high one first.
-func (x condition) code(wide bool) []insn {
+// assemble compares one argument. 64 bits are compared by halves, the high one
+// first.
+func (x condition) assemble(asm *assembler, yes, no place, wide bool) place {
 	lo := uint32(offArgs + 8*x.index)
 	hi := lo + 4
-	ld := func(off uint32) insn { return insn{code: opLoad, k: off} }
-	j := func(code uint16, k uint32, jt, jf uint8) insn { return insn{code: code, jt: jt, jf: jf, k: k} }
 	vh, vl := uint32(x.value>>32), uint32(x.value)
-	var p []insn
+	// what the low half decides, and the high half if it does not leave it to the low
+	code, k := uint16(opJeq), vl
+	below, above := no, no
 	switch x.op {
-	case specs.OpEqualTo:
-		if wide {
-			p = append(p, ld(hi), j(opJeq, vh, 0, toFail))
-		}
-		p = append(p, ld(lo), j(opJeq, vl, 0, toFail))
 	case specs.OpNotEqual:
-		if wide {
-			p = append(p, ld(hi), j(opJeq, vh, 0, toNext))
-		}
-		p = append(p, ld(lo), j(opJeq, vl, toFail, 0))
+		yes, no = no, yes
+		below, above = no, no
+	case specs.OpGreaterThan:
+		code, above = opJgt, yes
+	case specs.OpGreaterEqual:
+		code, above = opJge, yes
+	case specs.OpLessThan:
+		code, below = opJge, yes
+		yes, no = no, yes
+	case specs.OpLessEqual:
+		code, below = opJgt, yes
+		yes, no = no, yes
 	case specs.OpMaskedEqual:
 		// value is the mask, valueTwo what is to be left
-		th, tl := uint32(x.two>>32)&vh, uint32(x.two)&vl
-		if wide {
-			p = append(p, ld(hi), insn{code: opAnd, k: vh}, j(opJeq, th, 0, toFail))
-		}
-		p = append(p, ld(lo), insn{code: opAnd, k: vl}, j(opJeq, tl, 0, toFail))
-	case specs.OpGreaterThan, specs.OpGreaterEqual:
-		if wide {
-			p = append(p, ld(hi), j(opJgt, vh, toNext, 0), j(opJeq, vh, 0, toFail))
-		}
-		op := uint16(opJgt)
-		if x.op == specs.OpGreaterEqual {
-			op = opJge
-		}
-		p = append(p, ld(lo), j(op, vl, 0, toFail))
-	case specs.OpLessThan, specs.OpLessEqual:
-		if wide {
-			p = append(p, ld(hi), j(opJgt, vh, toFail, 0), j(opJeq, vh, 0, toNext))
-		}
-		op := uint16(opJge)
-		if x.op == specs.OpLessEqual {
-			op = opJgt
-		}
-		p = append(p, ld(lo), j(op, vl, toFail, 0))
+		k = uint32(x.two) & vl
 	}
-	for i := range p {
-		rest := uint8(len(p) - i - 1)
-		if p[i].code&7 == 5 {
-			if p[i].jt == toNext {
-				p[i].jt = rest
-			}
-			if p[i].jf == toNext {
-				p[i].jf = rest
-			}
-		}
+	p := asm.branch(code, k, yes, no)
+	if x.op == specs.OpMaskedEqual {
+		p = asm.and(vl, p)
 	}
-	return p
+	p = asm.load(lo, p)
+	if !wide {
+		return p
+	}
+	switch {
+	case x.op == specs.OpMaskedEqual && vh == 0:
+		return p
+	case x.op == specs.OpMaskedEqual:
+		p = asm.branch(opJeq, uint32(x.two>>32)&vh, p, no)
+		return asm.load(hi, asm.and(vh, p))
+	case below == above:
+		p = asm.branch(opJeq, vh, p, below)
+	default:
+		p = asm.branch(opJgt, vh, above, asm.branch(opJeq, vh, p, below))
+	}
+	return asm.load(hi, p)
 }

@@ -96,11 +96,9 @@ func compile(cfg *specs.LinuxSeccomp, goarch string, table *table) (*Program, er
 	for i := range cfg.Syscalls {
 		c.mentioned = append(c.mentioned, cfg.Syscalls[i].Names...)
 	}
-	insns, err := c.program(archs)
-	if err != nil {
+	if p.Filter, err = c.program(archs); err != nil {
 		return nil, err
 	}
-	p.Filter = encode(insns)
 	return p, nil
 }
 
