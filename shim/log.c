@@ -10,6 +10,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <poll.h>
 #include <signal.h>
 #include <stdbool.h>
 #include <stdio.h>
@@ -34,6 +35,7 @@ static struct {
 	uint64_t dropped;
 	bool broken;    /* the pipe's reader is gone */
 	size_t len, off; /* obuf[off..len) is pending */
+	size_t torn;     /* bytes in the file of the record that obuf begins in the midst of */
 	size_t line_len[2];
 	char line[2][LOG_LINE];
 	char obuf[OBUF];
@@ -238,18 +240,33 @@ int log_flush(void)
 		L.off += (size_t)n;
 		L.size += (uint64_t)n;
 	}
-	L.off = L.len = 0;
+	L.off = L.len = L.torn = 0;
 	return 0;
+}
+
+/* Bytes of the record written in part that are in the file. */
+static size_t torn(void)
+{
+	for (size_t i = L.off; i > 0; i--)
+		if (L.obuf[i - 1] == '\n')
+			return L.off - i;
+	return L.torn + L.off;
+}
+
+static void compact(void)
+{
+	if (L.off == 0)
+		return;
+	L.torn = torn();
+	memmove(L.obuf, L.obuf + L.off, L.len - L.off);
+	L.len -= L.off, L.off = 0;
 }
 
 /* Appends one record to the buffer; false when there is no room. */
 static bool record(int stream, uint64_t ns, const char *p, size_t n, int full)
 {
 	if (sizeof L.obuf - L.len < n * 6 + 256 && log_flush() < 0) {
-		if (L.off > 0) {
-			memmove(L.obuf, L.obuf + L.off, L.len - L.off);
-			L.len -= L.off, L.off = 0;
-		}
+		compact();
 		if (sizeof L.obuf - L.len < n * 6 + 256) {
 			L.dropped += L.c.nonblock != 0;
 			return L.c.nonblock != 0;
@@ -327,6 +344,7 @@ void log_eof(int stream)
 static _Noreturn void writer_main(int in)
 {
 	size_t n = 0;
+	int patience = 20; /* tries after the end */
 	sigset_t none;
 
 	sigemptyset(&none);
@@ -353,10 +371,19 @@ static _Noreturn void writer_main(int in)
 			}
 			while (cut < stop) {
 				ssize_t w = write(sink, L.obuf + cut, stop - cut);
-				if (w > 0)
+				if (w > 0) {
 					cut += (size_t)w, L.size += (uint64_t)w;
-				else if (errno != EINTR)
-					nanosleep(&(struct timespec){ .tv_nsec = 100000000 }, NULL);
+					continue;
+				}
+				if (errno == EINTR)
+					continue;
+				nanosleep(&(struct timespec){ .tv_nsec = 100000000 }, NULL);
+				struct pollfd p = { .fd = in, .events = POLLIN };
+				if (poll(&p, 1, 0) > 0 && p.revents & POLLHUP && patience-- <= 0) {
+					L.off = cut, L.len = stop, L.torn = 0;
+					size_t half = torn();
+					_exit(ftruncate(sink, (off_t)(L.size - half)) < 0);
+				}
 			}
 		}
 		if (r <= 0)
@@ -459,6 +486,11 @@ void log_abandon(void)
 	/* Records are not counted apart any more: at least one is lost. */
 	if (L.off < L.len || L.line_len[0] || L.line_len[1])
 		L.dropped++;
+	/* Half a record would make the next one unreadable. */
+	size_t half = torn();
+	if (L.off < L.len && half > 0 && !L.writer && L.c.format != LOG_PIPE && sink >= 0 && half <= L.size &&
+	    ftruncate(sink, (off_t)(L.size - half)) == 0)
+		L.size -= half;
 	L.off = L.len = L.line_len[0] = L.line_len[1] = 0;
 	L.c.format = LOG_NONE;
 }
@@ -470,7 +502,7 @@ void log_close(void)
 	sink = -1;
 	if (L.writer > 0) {
 		/* It empties its pipe; a stalled disk must not hold the exit back. */
-		for (int i = 0; i < 500; i++) {
+		for (int i = 0; i < 350; i++) {
 			if (waitpid(L.writer, NULL, WNOHANG) != 0)
 				break;
 			nanosleep(&(struct timespec){ .tv_nsec = i < 50 ? 200000 : 10000000 }, NULL);

@@ -386,9 +386,10 @@ static void serve(void)
 	M.listen = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
 	if (M.listen < 0)
 		return;
-	/* The umask is 0177: the socket is its owner's alone. */
+	mode_t old = umask(0177);
 	if (bind(M.listen, (struct sockaddr *)&a, sizeof a) < 0 || listen(M.listen, 16) < 0)
 		close_fd(&M.listen);
+	umask(old);
 }
 
 static void kill_init(void)
@@ -1249,7 +1250,7 @@ int monitor_main(void)
 	if (fcntl(3, F_SETFD, FD_CLOEXEC) < 0 || fchdir(4) < 0)
 		return 1;
 	close(4);
-	umask(0177);
+	umask(022); /* the container's, too, unless it says otherwise */
 	prctl(PR_SET_NAME, "servin-shim");
 	prctl(PR_SET_CHILD_SUBREAPER, 1);
 	signal(SIGPIPE, SIG_IGN);

@@ -50,11 +50,15 @@ type relay struct {
 	born func(pid, pidfd int)
 }
 
+// bind names who is told from now on; nil is nobody.
 func (r *relay) bind(h shim.Handler) {
 	r.mu.Lock()
 	r.to = h
 	gone, exit := r.gone, r.exit
 	r.mu.Unlock()
+	if h == nil {
+		return
+	}
 	if exit != nil {
 		h.Exited(*exit)
 	}

@@ -38,6 +38,7 @@ func (d *Driver) Start(ctx context.Context, req contract.StartRequest) (contract
 	t, err := s.run(ctx)
 	if err != nil {
 		if s.sb != nil {
+			s.sb.relay.bind(nil)
 			s.sb.discard()
 		}
 		return nil, err
@@ -295,6 +296,14 @@ func (s *start) launch(ctx context.Context, fds []int, network chan error) (err 
 	s.d.mu.Lock()
 	s.d.tasks[t.id] = t
 	s.d.mu.Unlock()
+	t.mu.Lock()
+	t.live = true
+	t.mu.Unlock()
+	select {
+	case <-s.sb.relay.lost: // meanwhile
+		t.lost()
+	default:
+	}
 	if !t.held {
 		t.poststart(ctx)
 	}

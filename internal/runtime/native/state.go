@@ -149,7 +149,7 @@ func (t *task) reconnect(ctx context.Context, st state) error {
 		cancel()
 		if serr == nil && ms.Phase >= shim.Starting {
 			t.pid, t.at, t.terminal = ms.PID, time.Unix(0, ms.StartedAt), ms.Terminal
-			t.held = ms.Phase == shim.Held
+			t.held, t.live = ms.Phase == shim.Held, true
 			if ms.Phase != shim.Exited {
 				// The monitor has not reaped it, so the number is still its own.
 				if fd, e := unix.PidfdOpen(t.pid, 0); e == nil {

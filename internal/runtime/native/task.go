@@ -41,6 +41,7 @@ type task struct {
 	pidfd    int
 	at       time.Time
 	held     bool
+	live     bool // the start has succeeded
 	exit     contract.Exit
 	over     bool
 	deleting bool
@@ -190,6 +191,12 @@ func (n notices) Gone() { n.t.lost() }
 // lost is called when the monitor has gone: with a record if it ended in
 // order, else whatever it watched is killed.
 func (t *task) lost() {
+	t.mu.Lock()
+	live := t.live
+	t.mu.Unlock()
+	if !live {
+		return // whoever starts it sees that, too
+	}
 	select {
 	case <-t.exited:
 	default:
