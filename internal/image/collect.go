@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"sync"
 	"time"
 
@@ -130,7 +131,7 @@ func (s *Service) Collect(ctx context.Context) error {
 func (s *Service) pin(ctx context.Context) error {
 	want := map[string]struct{}{}
 	if s.cfg.PinnedChains != nil {
-		want = s.cfg.PinnedChains()
+		maps.Copy(want, s.cfg.PinnedChains())
 	}
 	for _, c := range s.ready.recent() {
 		want[c] = struct{}{}

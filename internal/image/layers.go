@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 
@@ -28,7 +29,9 @@ import (
 const (
 	upperLabel = "containerd.io/snapshot/overlay.upperdir"
 	// bootLabel holds the boot id of a layer that is not yet known to be on disk.
-	bootLabel   = "io.servin.unsynced"
+	bootLabel = "io.servin.unsynced"
+	// sizeLabel holds the bytes of a layer's files, as Docker counts them.
+	sizeLabel   = "io.servin.size"
 	gcSnapshot  = "containerd.io/gc.ref.snapshot." + snapshotterName
 	unpackedKey = "servin-unpack-"
 )
@@ -151,7 +154,7 @@ func (s *Service) unpackLayer(ctx context.Context, l *stacked, below <-chan stru
 	if err := s.finishLayer(dir, lowers, res); err != nil {
 		return fmt.Errorf("cannot unpack layer %s: %w", short(l.desc.Digest), err)
 	}
-	opts := []snapshots.Opt{snapshots.WithLabels(map[string]string{bootLabel: s.boot})}
+	opts := []snapshots.Opt{snapshots.WithLabels(map[string]string{bootLabel: s.boot, sizeLabel: strconv.FormatInt(res.Size, 10)})}
 	if l.parent != "" {
 		opts = append(opts, snapshots.WithParent(l.parent.String()))
 	}

@@ -13,6 +13,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/distribution/distribution/v3/configuration"
 	"github.com/distribution/distribution/v3/registry/handlers"
@@ -434,13 +435,21 @@ func TestPullResumes(t *testing.T) {
 		defer rc.Close()
 		w.Header().Set("Content-Length", fmt.Sprint(size))
 		_, _ = io.CopyN(w, rc, size/2)
-		w.(http.Flusher).Flush()
-		cancel()
-		<-r.Context().Done()
+		// Trickle on until the client has seen enough and leaves.
+		for r.Context().Err() == nil {
+			_, _ = io.CopyN(w, rc, 10)
+			w.(http.Flusher).Flush()
+			time.Sleep(10 * time.Millisecond)
+		}
 		return true
 	}
 	s := newService(t, root)
-	if err := s.Pull(ctx, PullOptions{Ref: reg + "/x:1"}); err == nil {
+	enough := func(p Progress) {
+		if p.Action == "Downloading" && p.Current >= size/2 {
+			cancel()
+		}
+	}
+	if err := s.Pull(ctx, PullOptions{Ref: reg + "/x:1", Progress: enough}); err == nil {
 		t.Fatal("the first pull succeeded")
 	}
 	if err := s.Collect(context.Background()); err != nil {

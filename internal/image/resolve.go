@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"maps"
+	"strconv"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -266,6 +267,9 @@ func (s *Service) layerSize(ctx context.Context, name string) (size int64, paren
 	info, err := s.snaps.Stat(ctx, name)
 	if err != nil {
 		return 0, "", asFault(fmt.Errorf("cannot find layer %s: %w", name, err))
+	}
+	if n, err := strconv.ParseInt(info.Labels[sizeLabel], 10, 64); err == nil {
+		return n, info.Parent, nil
 	}
 	u, err := s.snaps.Usage(ctx, name)
 	if err != nil {
