@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
@@ -17,6 +18,8 @@ import (
 	"github.com/moby/moby/api/types/registry"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 
+	"github.com/cloudos-io/cloudos/api"
+	"github.com/cloudos-io/cloudos/internal/cdi"
 	"github.com/cloudos-io/cloudos/internal/event"
 	"github.com/cloudos-io/cloudos/internal/fault"
 	"github.com/cloudos-io/cloudos/internal/logs"
@@ -65,10 +68,22 @@ type Config struct {
 	// RegistryMirrors are shown by info.
 	RegistryConfig *registry.ServiceConfig
 	// Checks are further questions to the host for doctor.
-	Checks func(ctx context.Context) []Check
+	Checks func(ctx context.Context) []api.Finding
+	// CDI adds devices of CDI specs; nil refuses them.
+	CDI *cdi.Injector
+	// PublishThrough lets every published port bypass the host's input rules.
+	PublishThrough bool
+	// Resolver is written to resolv.conf instead of the host's.
+	Resolver Resolver
 	// Pool is how many sandboxes the driver parks, for info.
 	Pool   int
 	Logger *slog.Logger
+}
+
+// Resolver is what containers' resolv.conf says unless they say otherwise.
+type Resolver struct {
+	Servers         []netip.Addr
+	Search, Options []string
 }
 
 // Runtime is another OCI runtime.

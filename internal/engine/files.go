@@ -48,6 +48,23 @@ func put(path string, b []byte) error {
 	return err
 }
 
+// touch makes an empty file unless there is one.
+func touch(path string) error {
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE, 0o644)
+	if err != nil {
+		return err
+	}
+	return f.Close()
+}
+
+// servers are the DNS servers that a container asked for, or the engine's.
+func (e *Engine) servers(r *container.Record) []netip.Addr {
+	if len(r.HostConfig.DNS) > 0 {
+		return r.HostConfig.DNS
+	}
+	return e.cfg.Resolver.Servers
+}
+
 func (e *Engine) writeHostname(u *unit, r *container.Record) error {
 	return put(filepath.Join(u.dir, hostnameFile), []byte(r.Config.Hostname+"\n"))
 }
@@ -138,6 +155,12 @@ func (e *Engine) writeResolvConf(u *unit, r *container.Record, servers []string)
 			options = append(options, f[1:]...)
 		}
 	}
+	if l := e.cfg.Resolver.Search; len(l) > 0 {
+		search = l
+	}
+	if l := e.cfg.Resolver.Options; len(l) > 0 {
+		options = l
+	}
 	if len(hc.DNSSearch) > 0 {
 		search = hc.DNSSearch
 		if len(search) == 1 && search[0] == "." {
@@ -148,7 +171,7 @@ func (e *Engine) writeResolvConf(u *unit, r *container.Record, servers []string)
 		options = hc.DNSOptions
 	}
 	if len(servers) == 0 {
-		for _, a := range hc.DNS {
+		for _, a := range e.servers(r) {
 			servers = append(servers, a.String())
 		}
 	}

@@ -14,6 +14,3 @@ type IDMaps interface {
 	// Retain releases the ranges of all containers but those that exist.
 	Retain(exists func(containerID string) bool) error
 }
-
-// Check is one finding about the host.
-type Check struct{ Severity, Title, Detail, Fix string }

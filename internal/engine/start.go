@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path"
+	"path/filepath"
 	"strings"
 	"time"
 
@@ -16,6 +17,7 @@ import (
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
+	"github.com/cloudos-io/cloudos/internal/cdi"
 	"github.com/cloudos-io/cloudos/internal/container"
 	"github.com/cloudos-io/cloudos/internal/fault"
 	net "github.com/cloudos-io/cloudos/internal/network"
@@ -282,6 +284,12 @@ func (e *Engine) prepare(ctx context.Context, u *unit, r *container.Record, back
 		if err := e.writeHostname(u, r); err != nil {
 			return req, fmt.Errorf("cannot write the container's files: %w", err)
 		}
+		// They are opened for the mounts before the network says what is in them.
+		for _, f := range []string{hostsFile, resolvFile} {
+			if err := touch(filepath.Join(u.dir, f)); err != nil {
+				return req, fmt.Errorf("cannot write the container's files: %w", err)
+			}
+		}
 	}
 	if wd := r.Config.WorkingDir; wd != "" && wd != "/" {
 		if err := ensureDir(root, wd, r); err != nil {
@@ -292,7 +300,19 @@ func (e *Engine) prepare(ctx context.Context, u *unit, r *container.Record, back
 	if err != nil {
 		return req, err
 	}
+	devices, plain := cdi.Wanted(hc)
+	if len(devices) > 0 {
+		if e.cfg.CDI == nil {
+			return req, fault.New(fault.Unsupported, "cannot add devices: this engine has no CDI")
+		}
+		without := *hc
+		without.Devices = plain
+		in.HostConfig = &without
+	}
 	spec, warnings, err := oci.Generate(in)
+	if err == nil && len(devices) > 0 {
+		err = e.cfg.CDI.Inject(ctx, spec, devices)
+	}
 	if err != nil {
 		return req, err
 	}
@@ -548,7 +568,7 @@ func (e *Engine) connect(ctx context.Context, u *unit, r *container.Record, sb r
 func (e *Engine) attachRequest(r *container.Record, name string, ep *network.EndpointSettings) net.AttachRequest {
 	return net.AttachRequest{
 		ContainerID: r.ID, ContainerName: r.Name, Hostname: r.Config.Hostname, Network: name, Settings: ep.Copy(),
-		DNS: r.HostConfig.DNS, PublishThrough: r.Extra.PublishThrough, Ephemeral: r.Ephemeral,
+		DNS: e.servers(r), PublishThrough: r.Extra.PublishThrough || e.cfg.PublishThrough, Ephemeral: r.Ephemeral,
 	}
 }
 

@@ -268,9 +268,7 @@ func (s *SystemService) DiskUsage(ctx context.Context, types []string, verbose b
 func (s *SystemService) Doctor(ctx context.Context) ([]api.Finding, error) {
 	var out []api.Finding
 	if s.e.cfg.Checks != nil {
-		for _, c := range s.e.cfg.Checks(ctx) {
-			out = append(out, api.Finding{Severity: c.Severity, Title: c.Title, Detail: c.Detail, Fix: c.Fix})
-		}
+		out = append(out, s.e.cfg.Checks(ctx)...)
 	}
 	for _, f := range s.e.cfg.Networks.Doctor(ctx) {
 		out = append(out, api.Finding{Severity: f.Severity, Title: f.Title, Detail: f.Detail, Fix: f.Fix})

@@ -1,0 +1,140 @@
+// Package daemon is the process around an engine: listeners, signals, readiness,
+// memory. cmd/servind calls it; it imports the composition root's pieces through
+// its Config alone.
+package daemon
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"runtime"
+	"runtime/debug"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/cloudos-io/cloudos/internal/dockerapi"
+)
+
+// Config of a daemon.
+type Config struct {
+	Listen  []string
+	Options dockerapi.ListenOptions
+	Handler http.Handler
+	// Stop ends the daemon from inside (POST /servin/shutdown).
+	Stop   <-chan struct{}
+	Logger *slog.Logger
+}
+
+// Serve opens the listeners and serves until ctx, a signal or Stop ends it.
+func Serve(ctx context.Context, c Config) error {
+	ctx, cancel := signal.NotifyContext(ctx, syscall.SIGTERM, syscall.SIGINT)
+	defer cancel()
+	var ls []net.Listener
+	defer func() {
+		for _, l := range ls {
+			_ = l.Close()
+		}
+	}()
+	for _, addr := range c.Listen {
+		if p, ok := strings.CutPrefix(addr, "unix://"); ok {
+			if err := os.MkdirAll(filepath.Dir(p), 0o711); err != nil {
+				return err
+			}
+		}
+		l, err := dockerapi.Listen(addr, c.Options)
+		if err != nil {
+			return err
+		}
+		ls = append(ls, l)
+		c.Logger.Info("listening", "address", addr)
+	}
+	if c.Stop != nil {
+		go func() {
+			select {
+			case <-c.Stop:
+				// The answer to the request that asked for it goes out first.
+				time.Sleep(50 * time.Millisecond)
+				cancel()
+			case <-ctx.Done():
+			}
+		}()
+	}
+	notifyReady()
+	go trim(ctx)
+	return dockerapi.Serve(ctx, ls, c.Handler)
+}
+
+// notifyReady tells a service manager, as sd_notify(3) does.
+func notifyReady() {
+	path := os.Getenv("NOTIFY_SOCKET")
+	if path == "" {
+		return
+	}
+	if path[0] == '@' {
+		path = "\x00" + path[1:]
+	}
+	c, err := net.DialUnix("unixgram", nil, &net.UnixAddr{Name: path, Net: "unixgram"})
+	if err != nil {
+		return
+	}
+	defer c.Close()
+	_, _ = c.Write([]byte("READY=1\n"))
+}
+
+// Memory settings. A daemon lives long and is mostly idle: a small heap is worth
+// a few more collections.
+const (
+	gcPercent   = 50
+	memoryLimit = 192 << 20 // soft: beyond it collections get frequent
+	trimEvery   = 20 * time.Second
+)
+
+// TuneMemory sets them; the environment (GOGC, GOMEMLIMIT) wins.
+func TuneMemory() {
+	if os.Getenv("GOGC") == "" {
+		debug.SetGCPercent(gcPercent)
+	}
+	if os.Getenv("GOMEMLIMIT") == "" {
+		debug.SetMemoryLimit(memoryLimit)
+	}
+}
+
+// trim gives memory back to the system once a burst of work is over: when the
+// daemon allocated since the last look, but not much in the latest period.
+func trim(ctx context.Context) {
+	t := time.NewTicker(trimEvery)
+	defer t.Stop()
+	var ms runtime.MemStats
+	var last, trimmed uint64
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-t.C:
+		}
+		runtime.ReadMemStats(&ms)
+		busy := ms.TotalAlloc-last > 4<<20
+		last = ms.TotalAlloc
+		if busy || ms.TotalAlloc-trimmed < 1<<20 {
+			continue
+		}
+		debug.FreeOSMemory()
+		runtime.ReadMemStats(&ms)
+		last, trimmed = ms.TotalAlloc, ms.TotalAlloc
+	}
+}
+
+// Logger makes the daemon's own log: JSON lines on standard error.
+func Logger(level string) (*slog.Logger, error) {
+	var l slog.Level
+	if err := l.UnmarshalText([]byte(level)); err != nil {
+		return nil, errors.New("cannot use log level " + level + ": write debug, info, warn or error")
+	}
+	return slog.New(slog.NewJSONHandler(os.Stderr, &slog.HandlerOptions{Level: l})), nil
+}
