@@ -13,6 +13,7 @@ type builder struct {
 	namespaces map[specs.LinuxNamespaceType]string // type to path, "" for a new one
 	late       []string                            // mounts that become read-only once filled
 	keepGroups bool                                // setgroups is denied in the user namespace
+	preparing  bool                                // mounts are made, not attached
 }
 
 func (b *builder) fail(format string, args ...any) {
@@ -81,6 +82,10 @@ type mountFS struct {
 }
 
 func (b *builder) mount(m mountFS) {
+	if b.preparing {
+		b.prepare(m)
+		return
+	}
 	e := new(enc).str(m.target).str(m.fstype).str(m.source).u64(m.attr).u64(m.propagation).count(len(m.params))
 	for _, p := range m.params {
 		e.str(p[0]).str(p[1])

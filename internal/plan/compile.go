@@ -66,10 +66,11 @@ func Compile(spec *specs.Spec, o Options) (*Plan, error) {
 
 // Park is the plan carried out when a sandbox is parked: everything that
 // depends on the key alone. No mount of the host is left when it is done. The
-// hostname, the mounts and the process follow with Compile's plan. netns tells
-// whether the child has a network namespace of its own.
+// hostname, the mounts and the process follow with Compile's plan, which uses
+// the file systems made here (Options.Prepare) where it asks for the same ones.
+// netns tells whether the child has a network namespace of its own.
 func Park(netns bool, o Options) (*Plan, error) {
-	b := &builder{}
+	b := &builder{namespaces: map[specs.LinuxNamespaceType]string{specs.CgroupNamespace: ""}}
 	b.enterCgroups(o)
 	b.unshare(unix.CLONE_NEWCGROUP, "cgroup")
 	if netns {
@@ -77,11 +78,40 @@ func Park(netns bool, o Options) (*Plan, error) {
 	}
 	b.private()
 	b.base()
+	likely := o.Prepare
+	if likely == nil {
+		likely = usualMounts()
+	}
+	b.preparing = true
+	for i := range likely {
+		m := &likely[i]
+		if m.Type == "sysfs" && !netns || m.Type == "bind" || slices.Contains(m.Options, "bind") || slices.Contains(m.Options, "rbind") {
+			continue
+		}
+		if err := b.oneMount(&specs.Spec{}, m, o); err != nil {
+			return nil, err
+		}
+	}
+	b.p.Ops = slices.DeleteFunc(b.p.Ops, func(op Op) bool { return op.Kind == OpSymlink || op.Kind == OpAttr })
 	b.p.CloneFlags = unix.CLONE_NEWNS | unix.CLONE_NEWUTS | unix.CLONE_NEWIPC | unix.CLONE_NEWPID
 	if netns {
 		b.p.CloneFlags |= unix.CLONE_NEWNET
 	}
 	return b.finish()
+}
+
+// usualMounts are those of a container of which nothing special is asked.
+func usualMounts() []specs.Mount {
+	ro := []string{"ro", "nosuid", "noexec", "nodev"}
+	return []specs.Mount{
+		{Destination: "/proc", Type: "proc", Source: "proc", Options: ro[1:]},
+		{Destination: "/dev", Type: "tmpfs", Source: "tmpfs", Options: []string{"nosuid", "strictatime", "mode=755", "size=65536k"}},
+		{Destination: "/dev/pts", Type: "devpts", Source: "devpts", Options: []string{"nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"}},
+		{Destination: "/sys", Type: "sysfs", Source: "sysfs", Options: ro},
+		{Destination: "/sys/fs/cgroup", Type: "cgroup", Source: "cgroup", Options: ro},
+		{Destination: "/dev/mqueue", Type: "mqueue", Source: "mqueue", Options: ro[1:]},
+		{Destination: "/dev/shm", Type: "tmpfs", Source: "shm", Options: append(ro[1:3:3], "nodev", "mode=1777", "size=67108864")},
+	}
 }
 
 // parkable reports why a spec cannot be started in a parked sandbox.

@@ -106,6 +106,10 @@ type Options struct {
 	Init bool
 	// Parked is set when the park plan has been carried out already.
 	Parked bool
+	// Prepare, for Park, are the mounts that the container is likely to have (those
+	// of the last one started, for instance); nil is Docker's usual ones. Of binds
+	// nothing is prepared.
+	Prepare []specs.Mount
 	// PreserveFDs is how many descriptors from 3 on the process inherits.
 	PreserveFDs int
 	// UserNS reports, for Exec alone, that the container has a user namespace of

@@ -25,6 +25,9 @@ var stageBinary = sync.OnceValues(func() (string, error) {
 	if err != nil {
 		return "", err
 	}
+	if err := os.Chmod(dir, 0o755); err != nil { // root of a user namespace runs it too
+		return "", err
+	}
 	src, err := filepath.Glob("../../shim/stage*.c")
 	if err != nil {
 		return "", err
@@ -47,7 +50,7 @@ func TestMain(m *testing.M) {
 
 // sandbox drives one stage child as the monitor does.
 type sandbox struct {
-	t    *testing.T
+	t    testing.TB
 	cmd  *exec.Cmd
 	sync int
 	fds  map[uint32]*os.File // what came back in FD messages
@@ -55,7 +58,7 @@ type sandbox struct {
 	done bool
 }
 
-func needStage(t *testing.T) string {
+func needStage(t testing.TB) string {
 	t.Helper()
 	if os.Getuid() != 0 {
 		t.Skip("SKIP: plans are carried out as root")
@@ -70,7 +73,7 @@ func needStage(t *testing.T) string {
 	return bin
 }
 
-func startStage(t *testing.T, p *Plan) *sandbox {
+func startStage(t testing.TB, p *Plan) *sandbox {
 	t.Helper()
 	bin := needStage(t)
 	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
@@ -94,6 +97,10 @@ func startStage(t *testing.T, p *Plan) *sandbox {
 		s.cmd.SysProcAttr.GidMappings = append(s.cmd.SysProcAttr.GidMappings, syscall.SysProcIDMap{ContainerID: int(m.ContainerID), HostID: int(m.HostID), Size: int(m.Size)})
 	}
 	s.cmd.SysProcAttr.GidMappingsEnableSetgroups = true
+	if len(p.UIDMap) > 0 {
+		// the monitor's child does not exec, so it keeps its capabilities
+		s.cmd.SysProcAttr.Credential = &syscall.Credential{}
+	}
 	if err := s.cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
@@ -288,7 +295,7 @@ func (s *sandbox) wait() (string, int) {
 }
 
 // rootfs makes a root with busybox in it.
-func rootfs(t *testing.T) string {
+func rootfs(t testing.TB) string {
 	t.Helper()
 	busybox, err := exec.LookPath("busybox")
 	if err != nil {
@@ -307,7 +314,7 @@ func rootfs(t *testing.T) string {
 	if err := os.WriteFile(filepath.Join(dir, "bin/busybox"), raw, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	for _, a := range strings.Fields("sh cat ls true id stat mount echo hostname sleep env pwd touch tty kill ip readlink grep ulimit false mkdir head") {
+	for _, a := range strings.Fields("sh cat ls true id stat stty mount umask echo hostname sleep env pwd touch tty kill ip readlink grep ulimit false mkdir head") {
 		if err := os.Symlink("busybox", filepath.Join(dir, "bin", a)); err != nil {
 			t.Fatal(err)
 		}
@@ -335,7 +342,7 @@ func defaultSpec(t testing.TB, root string, args ...string) *specs.Spec {
 }
 
 // start runs the spec to exec.
-func start(t *testing.T, spec *specs.Spec, o Options) *sandbox {
+func start(t testing.TB, spec *specs.Spec, o Options) *sandbox {
 	t.Helper()
 	p, err := Compile(spec, o)
 	if err != nil {
