@@ -37,7 +37,7 @@
 #define MAXPROC 256
 #define RBUF 16384
 #define TAIL (4u << 20)      /* most that is read after the end for slow clients */
-#define LAG_MS 3000          /* a client that takes nothing for so long is dropped */
+#define LAG_MS 2000          /* a client that takes nothing for so long is dropped */
 #define LOG_RETRY_MS 100
 #define LOG_GIVEUP_MS 5000   /* after the exit */
 #define MAXFDS 253           /* SCM_MAX_FD */
@@ -86,7 +86,7 @@ static struct {
 	int ctl[MAXCTL], listen, sig, mntns, pty, stdin_fd;
 	uint32_t state, flags, in_off, in_len;
 	int32_t nice;
-	bool pidns_entered, exited, recorded, stdin_client, stdin_close, log_opened, done;
+	bool pidns_entered, was_held, exited, recorded, stdin_client, stdin_close, log_opened, done;
 	int status;
 	uint64_t started_ns, exited_ns;
 	int64_t log_deadline, log_retry;
@@ -644,8 +644,10 @@ static void on_sync(struct proc *p)
 		uint32_t cookie = p->wait == W_PLAN ? p->plan_cookie : p->cookie;
 		switch (m.h.type) {
 		case SYNC_DONE:
-			if (p->wait == W_SETUP)
+			if (p->wait == W_SETUP) {
 				M.state = STATE_HELD;
+				M.was_held = true;
+			}
 			if (p->wait != W_NONE) {
 				p->wait = W_NONE;
 				ctl_send(p->ctl, CTL_DONE, cookie, NULL, 0, f.v, f.n);
@@ -950,7 +952,7 @@ static void finish(void)
 	}
 	if (!whole) {
 		if (!M.log_deadline)
-			M.log_deadline = now_ms() + LOG_GIVEUP_MS;
+			M.log_deadline = now_ms() + (M.flags & START_NONBLOCK ? LOG_GIVEUP_MS / 10 : LOG_GIVEUP_MS);
 		if (now_ms() < M.log_deadline)
 			return;
 		log_abandon();
@@ -982,8 +984,10 @@ static void on_child(pid_t pid, int status)
 			M.status = status;
 			M.exited_ns = wall_ns();
 			M.exited = true;
-			if (!p->started || p->failed)
-				M.done = true; /* never ran: the engine has been told */
+			/* One that never ran is no container yet: the engine has been told. One
+			 * that was held has been acknowledged, so its end is recorded. */
+			if ((!p->started || p->failed) && !M.was_held)
+				M.done = true;
 		} else {
 			struct ctl_exited e = { status, wall_ns(), 0 };
 			if (p->started && !p->failed)

@@ -41,6 +41,7 @@ type Monitor struct {
 	next    uint32
 	waiting map[uint32]chan message
 	gone    bool
+	left    bool
 	done    chan struct{}
 }
 
@@ -134,6 +135,15 @@ func (m *Monitor) Done() <-chan struct{} { return m.done }
 // one that has started nothing ends.
 func (m *Monitor) Close() error { return m.c.close() }
 
+// Leave is Close without any further notice, for a daemon that goes down and
+// leaves the container to the next one.
+func (m *Monitor) Leave() {
+	m.mu.Lock()
+	m.left = true
+	m.mu.Unlock()
+	m.c.close()
+}
+
 func (m *Monitor) read() {
 	var buf [1024]byte
 	for {
@@ -150,6 +160,7 @@ func (m *Monitor) read() {
 		m.dispatch(msg)
 	}
 	m.mu.Lock()
+	left := m.left
 	m.gone = true
 	for k, ch := range m.waiting {
 		close(ch)
@@ -157,6 +168,13 @@ func (m *Monitor) read() {
 	}
 	m.mu.Unlock()
 	m.c.close()
+	if left {
+		close(m.done)
+		if m.pid > 0 {
+			_, _ = syscall.Wait4(m.pid, nil, 0, nil)
+		}
+		return
+	}
 	if m.pid > 0 {
 		// Ends right after it closed its sockets.
 		for {

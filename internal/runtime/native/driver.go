@@ -246,7 +246,7 @@ func (d *Driver) Close() error {
 	d.pool.close()
 	d.tear.flush()
 	for _, t := range tasks {
-		_ = t.mon.Close()
+		t.leave()
 	}
 	if len(tasks) == 0 {
 		d.cg.RemoveParent(d.parent)

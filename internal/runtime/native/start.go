@@ -39,6 +39,14 @@ func (d *Driver) Start(ctx context.Context, req contract.StartRequest) (contract
 	if err != nil {
 		if s.sb != nil {
 			s.sb.relay.bind(nil)
+			if t := s.task; t != nil {
+				t.mu.Lock()
+				s.sb.pidfd, t.pidfd = t.pidfd, -1
+				if t.first != nil {
+					t.first.Close()
+				}
+				t.mu.Unlock()
+			}
 			s.sb.discard()
 		}
 		return nil, err

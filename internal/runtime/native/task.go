@@ -242,6 +242,23 @@ func (t *task) requestError(what string, err error) error {
 	return err
 }
 
+// leave lets go of everything of a task whose container goes on.
+func (t *task) leave() {
+	if t.mon != nil {
+		t.mon.Leave()
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.first != nil {
+		t.first.Close()
+		t.first = nil
+	}
+	if t.pidfd >= 0 {
+		unix.Close(t.pidfd)
+		t.pidfd = -1
+	}
+}
+
 // Release implements runtime.Task.
 func (t *task) Release(ctx context.Context) error {
 	t.mu.Lock()

@@ -258,7 +258,7 @@ func testLimits(t *testing.T, dr Driver) {
 		t.Errorf("%+v %v", s, err)
 	}
 	// More forks than permitted fail.
-	x := e.exec(task, false, Process("/bin/sh", "-c", "i=0; while [ $i -lt 40 ]; do sleep 5 & i=$((i+1)); done"))
+	x := e.exec(task, false, Process("/bin/sh", "-c", "i=0; while [ $i -lt 40 ]; do sleep 1 & i=$((i+1)); done"))
 	if _, errs := e.drain(x.Streams()); !strings.Contains(errs, "fork") {
 		t.Errorf("%q", errs)
 	}
@@ -307,7 +307,10 @@ func testHeld(t *testing.T, dr Driver) {
 	e := dr.env(t)
 	for _, restart := range []bool{false, true} {
 		log := filepath.Join(e.dir, fmt.Sprint("log", restart))
-		task := e.start(sh("echo ran"), logged(log), func(r *contract.StartRequest) { r.StopAfterCreate = true })
+		task, err := e.d.Start(e.ctx(), e.request(sh("echo ran"), logged(log), func(r *contract.StartRequest) { r.StopAfterCreate = true }))
+		if err != nil {
+			t.Fatal(err)
+		}
 		if task.Pid() <= 0 {
 			t.Error("no pid")
 		}
@@ -317,7 +320,6 @@ func testHeld(t *testing.T, dr Driver) {
 		}
 		if restart {
 			e.restart()
-			var err error
 			if task, err = e.d.Restore(e.ctx(), task.ID()); err != nil {
 				t.Fatal(err)
 			}
@@ -339,9 +341,7 @@ func testHeld(t *testing.T, dr Driver) {
 		if err := task.Release(e.ctx()); err == nil {
 			t.Error("released twice")
 		}
-		if restart {
-			e.remove(task)
-		}
+		e.remove(task)
 	}
 	// One that is never released can be removed.
 	e.start(Spec("/bin/true"), func(r *contract.StartRequest) { r.StopAfterCreate = true })

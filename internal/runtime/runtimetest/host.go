@@ -272,10 +272,11 @@ func testCancel(t *testing.T, dr Driver) {
 	for _, after := range []time.Duration{0, 200 * time.Microsecond, 500 * time.Microsecond, time.Millisecond, 2 * time.Millisecond, 3 * time.Millisecond} {
 		for i := range 6 {
 			ctx, cancel := context.WithTimeout(context.Background(), after)
-			r := e.request(Spec("/bin/true"))
-			if i%2 == 1 {
-				plain(&r)
-			}
+			r := e.request(Spec("/bin/true"), func(r *contract.StartRequest) {
+				if i%2 == 1 {
+					plain(r)
+				}
+			})
 			task, err := e.d.Start(ctx, r)
 			cancel()
 			if err == nil {
@@ -312,10 +313,11 @@ func testCycles(t *testing.T, dr Driver) {
 		n = 20
 	}
 	cycle := func(i int) error {
-		r := e.request(Spec("/bin/true"))
-		if i%4 == 3 {
-			plain(&r)
-		}
+		r := e.request(Spec("/bin/true"), func(r *contract.StartRequest) {
+			if i%4 == 3 {
+				plain(r)
+			}
+		})
 		task, err := e.d.Start(e.ctx(), r)
 		if err != nil {
 			return err

@@ -100,8 +100,12 @@ func (e *env) request(spec *specs.Spec, opts ...option) contract.StartRequest {
 		spec.Root.Path = e.root.Dir
 	}
 	r.RootFS = e.root.Mount(e)
+	reserved := r.ID
 	for _, o := range opts {
 		o(&r)
+	}
+	if r.ID != reserved {
+		e.d.Release(reserved)
 	}
 	return r
 }
