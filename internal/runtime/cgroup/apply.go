@@ -380,6 +380,7 @@ func (g *Group) setDevices(rules []specs.LinuxDeviceCgroup) error {
 	if dir == "" {
 		return nil
 	}
+	rules = append(slices.Clip(rules), alwaysAllowed()...)
 	var err error
 	if g.h.Mode == V1 && allowList(rules) {
 		err = write(dir, "devices.deny", "a")
@@ -404,6 +405,22 @@ func (g *Group) setDevices(rules []specs.LinuxDeviceCgroup) error {
 	}
 	g.rule = key
 	return nil
+}
+
+// alwaysAllowed are the devices that every container may use, as the runtime
+// spec demands (config-linux, default devices), and the making of nodes of any
+// kind, which gives no access. runc adds the same ones last, too.
+func alwaysAllowed() []specs.LinuxDeviceCgroup {
+	any := int64(-1)
+	out := []specs.LinuxDeviceCgroup{
+		{Allow: true, Type: "c", Major: &any, Minor: &any, Access: "m"},
+		{Allow: true, Type: "b", Major: &any, Minor: &any, Access: "m"},
+	}
+	// null, zero, full, random, urandom, tty, ptmx, and every pts
+	for _, d := range [][2]int64{{1, 3}, {1, 5}, {1, 7}, {1, 8}, {1, 9}, {5, 0}, {5, 2}, {136, -1}} {
+		out = append(out, specs.LinuxDeviceCgroup{Allow: true, Type: "c", Major: &d[0], Minor: &d[1], Access: "rwm"})
+	}
+	return out
 }
 
 // allowList reports the ordinary form: deny everything, then allow some.
