@@ -158,18 +158,34 @@ func (c *Client) exchange(ctx context.Context, k *conn, r *request, msg []byte) 
 	var sent chan error
 	if r.body != nil {
 		sent = make(chan error, 1)
-		go func() { sent <- sendChunked(k, r.body) }()
-	}
-	if _, err := k.br.Peek(1); err != nil {
-		if sent != nil {
-			select {
-			case serr := <-sent:
-				if serr != nil {
-					return nil, fail(serr)
+		go func() {
+			err := sendChunked(k, r.body)
+			sent <- err
+			if err != nil {
+				// Cut it off: the engine must not take half for the whole.
+				k.SetWriteDeadline(time.Unix(1, 0))
+				if cw, ok := k.Conn.(interface{ CloseWrite() error }); ok {
+					cw.CloseWrite()
 				}
-			default:
 			}
+		}()
+	}
+	_, err := k.br.Peek(1)
+	if sent != nil {
+		// What broke the body comes before what the engine made of half of it.
+		select {
+		case serr := <-sent:
+			var be *bodyError
+			if errors.As(serr, &be) {
+				return nil, fail(be.err)
+			}
+			if serr != nil && err != nil {
+				return nil, fail(serr)
+			}
+		default:
 		}
+	}
+	if err != nil {
 		if err == io.EOF || errors.Is(err, errReset) {
 			if k.reused {
 				return nil, fail(errStale)
@@ -522,11 +538,12 @@ func sendChunked(w io.Writer, r io.Reader) error {
 			return err
 		}
 		if err != nil {
-			// Cut the connection: the engine must not take half for the whole.
-			if c, ok := w.(io.Closer); ok {
-				c.Close()
-			}
-			return err
+			return &bodyError{err}
 		}
 	}
 }
+
+// bodyError is a failure to read what was to be sent.
+type bodyError struct{ err error }
+
+func (e *bodyError) Error() string { return e.err.Error() }
