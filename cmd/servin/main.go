@@ -6,21 +6,28 @@ import (
 	"os"
 	"runtime/debug"
 
+	"github.com/cloudos-io/cloudos/api"
 	"github.com/cloudos-io/cloudos/internal/cli"
 )
 
-// Set by the linker.
-var (
-	version = "0.1.0-dev"
-	commit  = "unknown"
-)
-
 func main() {
-	// A command lives for milliseconds: collecting before 64 MB is wasted time.
+	// A command lives for milliseconds: collecting is seldom worth its time.
 	debug.SetGCPercent(400)
 	os.Exit(cli.Main(context.Background(), cli.Config{
 		Args: os.Args, Stdin: os.Stdin, Stdout: os.Stdout, Stderr: os.Stderr,
 		Getenv: os.Getenv, LookupEnv: os.LookupEnv, Environ: os.Environ,
-		Version: version, Commit: commit,
+		Version: api.Version, Commit: commit,
 	}))
+}
+
+// commit is what the toolchain recorded of the source.
+func commit() string {
+	if info, ok := debug.ReadBuildInfo(); ok {
+		for _, s := range info.Settings {
+			if s.Key == "vcs.revision" && len(s.Value) > 12 {
+				return s.Value[:12]
+			}
+		}
+	}
+	return "unknown"
 }

@@ -34,7 +34,7 @@ type Config struct {
 	LookupEnv func(string) (string, bool)
 	Environ   func() []string
 	Version   string
-	Commit    string
+	Commit    func() string
 }
 
 // App is one run of the command line.
@@ -81,7 +81,7 @@ func (a *App) run(ctx context.Context) error {
 		return err
 	}
 	if a.version {
-		fmt.Fprintf(a.out, "servin version %s, build %s\n", a.Version, a.Commit)
+		fmt.Fprintf(a.out, "servin version %s, build %s\n", a.Version, a.Commit())
 		return nil
 	}
 	if inv.Help {

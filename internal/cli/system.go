@@ -37,7 +37,7 @@ func (a *App) cmdVersion() *command.Command {
 	return &command.Command{Name: "version", Short: "Show the versions of the command line and the engine", Flags: o.declare,
 		Run: func(ctx context.Context, args []string) error {
 			v := versionOutput{Client: clientVersion{Version: a.Version, APIVersion: client.APIVersion, GoVersion: runtime.Version(),
-				GitCommit: a.Commit, Os: runtime.GOOS, Arch: runtime.GOARCH}}
+				GitCommit: a.Commit(), Os: runtime.GOOS, Arch: runtime.GOARCH}}
 			x, err := a.context()
 			if err != nil {
 				return err
