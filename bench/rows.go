@@ -133,14 +133,14 @@ func (b *bench) all() error {
 		},
 		func() error {
 			return b.row("exec C true", "ms", "less", "10 times faster", "docker", func(r *row) error {
-				for _, c := range [][]string{with(e.servin, "run", "-d", "--name", "x", imageRef, "sleep", "1000"), with(e.docker, "run", "-d", "--name", "x", imageRef, "sleep", "1000"), with(e.podman, "run", "-d", "--name", "x", podImage, "sleep", "1000")} {
+				for _, c := range [][]string{with(e.servin, "run", "-d", "--name", "xx", imageRef, "sleep", "1000"), with(e.docker, "run", "-d", "--name", "xx", imageRef, "sleep", "1000"), with(e.podman, "run", "-d", "--name", "xx", podImage, "sleep", "1000")} {
 					if _, err := run(b.ctx, c...); err != nil {
 						return err
 					}
 				}
-				b.alternate(r, n, always("servin", with(e.servin, "exec", "x", "true")), always("docker", with(e.docker, "exec", "x", "true")), always("podman", with(e.podman, "exec", "x", "true")))
+				b.alternate(r, n, always("servin", with(e.servin, "exec", "xx", "true")), always("docker", with(e.docker, "exec", "xx", "true")), always("podman", with(e.podman, "exec", "xx", "true")))
 				for _, c := range [][]string{e.servin, e.docker, e.podman} {
-					if _, err := run(b.ctx, with(c, "rm", "-f", "x")...); err != nil {
+					if _, err := run(b.ctx, with(c, "rm", "-f", "xx")...); err != nil {
 						return err
 					}
 				}

@@ -54,14 +54,14 @@ func TestDaemonKilled(t *testing.T) {
 // TestExitWhileDown lets a container end while no daemon runs.
 func TestExitWhileDown(t *testing.T) {
 	e := start(t)
-	e.must("run", "-d", "--name", "c", "bb", "sh", "-c", "sleep 1; echo last words; exit 42")
+	e.must("run", "-d", "--name", "cc", "bb", "sh", "-c", "sleep 1; echo last words; exit 42")
 	e.kill()
 	time.Sleep(1500 * time.Millisecond)
 	e.boot()
-	if got := e.must("inspect", "--format", "{{.State.Status}} {{.State.ExitCode}}", "c"); got != "exited 42" {
+	if got := e.must("inspect", "--format", "{{.State.Status}} {{.State.ExitCode}}", "cc"); got != "exited 42" {
 		t.Errorf("state %q", got)
 	}
-	if got := e.must("logs", "c"); got != "last words" {
+	if got := e.must("logs", "cc"); got != "last words" {
 		t.Errorf("log %q", got)
 	}
 	e.must("run", "-d", "--name", "always", "--restart", "always", "bb", "sleep", "1000")

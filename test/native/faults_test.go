@@ -14,8 +14,8 @@ import (
 // unwatched, and the engine must say what happened.
 func TestMonitorKilled(t *testing.T) {
 	e := start(t)
-	id := e.must("run", "-d", "--name", "c", "bb", "sleep", "1000")
-	pid := e.must("inspect", "--format", "{{.State.Pid}}", "c")
+	id := e.must("run", "-d", "--name", "cc", "bb", "sleep", "1000")
+	pid := e.must("inspect", "--format", "{{.State.Pid}}", "cc")
 	status, err := os.ReadFile("/proc/" + pid + "/status")
 	if err != nil {
 		t.Fatal(err)
@@ -34,16 +34,16 @@ func TestMonitorKilled(t *testing.T) {
 		t.Fatal(err)
 	}
 	eventually(t, "exit noticed", 5*time.Second, func() bool {
-		return e.must("inspect", "--format", "{{.State.Running}}", "c") == "false"
+		return e.must("inspect", "--format", "{{.State.Running}}", "cc") == "false"
 	})
-	if got := e.must("inspect", "--format", "{{.State.ExitCode}}", "c"); got == "0" {
+	if got := e.must("inspect", "--format", "{{.State.ExitCode}}", "cc"); got == "0" {
 		t.Errorf("exit code %s after the monitor was killed", got)
 	}
 	if _, err := os.Stat("/proc/" + pid); err == nil {
 		t.Error("the container lives on unwatched")
 	}
-	e.must("start", "c")
-	e.must("rm", "-f", "c")
+	e.must("start", "cc")
+	e.must("rm", "-f", "cc")
 }
 
 // TestDiskFull fills the file system under the engine: requests fail with the

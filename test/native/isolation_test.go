@@ -152,11 +152,11 @@ func TestEscapes(t *testing.T) {
 		t.Errorf("the shim is visible inside: %q", out)
 	}
 	// The same while an exec is being set up, many times.
-	e.must("run", "-d", "--name", "x", "bb", "sh", "-c", `while :; do for p in /proc/[0-9]*; do e=$(readlink $p/exe 2>/dev/null); case "$e" in *shim*|*memfd*) (echo pwned > $p/exe) 2>/dev/null && echo "WRITTEN $p"; ls -l $p/fd 2>/dev/null | grep -v denied | grep -- '->' && echo "FDS $p"; ls $p/root/ 2>/dev/null | grep -q servin && echo "ROOT $p";; esac; done; done`)
+	e.must("run", "-d", "--name", "xx", "bb", "sh", "-c", `while :; do for p in /proc/[0-9]*; do e=$(readlink $p/exe 2>/dev/null); case "$e" in *shim*|*memfd*) (echo pwned > $p/exe) 2>/dev/null && echo "WRITTEN $p"; ls -l $p/fd 2>/dev/null | grep -v denied | grep -- '->' && echo "FDS $p"; ls $p/root/ 2>/dev/null | grep -q servin && echo "ROOT $p";; esac; done; done`)
 	for range 30 {
-		e.must("exec", "x", "true")
+		e.must("exec", "xx", "true")
 	}
-	if out := e.must("logs", "x"); strings.Contains(out, "WRITTEN") || strings.Contains(out, "ROOT") || strings.Contains(out, "FDS") {
+	if out := e.must("logs", "xx"); strings.Contains(out, "WRITTEN") || strings.Contains(out, "ROOT") || strings.Contains(out, "FDS") {
 		t.Errorf("a process of ours is open to the container while exec is set up: %q", out)
 	}
 	// A working directory outside the root (CVE-2024-21626).

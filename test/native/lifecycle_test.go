@@ -18,7 +18,7 @@ func TestExitCodes(t *testing.T) {
 	}{
 		{[]string{"run", "--rm", "bb", "true"}, 0},
 		{[]string{"run", "--rm", "bb", "sh", "-c", "exit 7"}, 7},
-		{[]string{"run", "--rm", "bb", "sh", "-c", "kill -9 $$"}, 137},
+		{[]string{"run", "--rm", "bb", "sh", "-c", "sh -c 'kill -9 $$'; exit $?"}, 137},
 		{[]string{"run", "--rm", "bb", "/nothing-there"}, 127},
 		{[]string{"run", "--rm", "bb", "/etc/passwd"}, 126},
 		{[]string{"run", "--rm", "--no-such-flag", "bb"}, 125},
@@ -45,15 +45,15 @@ func TestStreams(t *testing.T) {
 	if r := e.pipe(strings.NewReader(big), "run", "--rm", "-i", "bb", "cat"); r.out != big {
 		t.Errorf("1 MiB through cat came back as %d bytes, exit %d, %s", len(r.out), r.code, r.err)
 	}
-	e.must("run", "-d", "--name", "x", "bb", "sleep", "1000")
-	if r := e.pipe(strings.NewReader(big), "exec", "-i", "x", "cat"); r.out != big {
+	e.must("run", "-d", "--name", "xx", "bb", "sleep", "1000")
+	if r := e.pipe(strings.NewReader(big), "exec", "-i", "xx", "cat"); r.out != big {
 		t.Errorf("1 MiB through exec cat came back as %d bytes, exit %d, %s", len(r.out), r.code, r.err)
 	}
-	if r := e.run("exec", "x", "sh", "-c", "echo o; echo e >&2; exit 5"); r.code != 5 || r.out != "o\n" || r.err != "e\n" {
+	if r := e.run("exec", "xx", "sh", "-c", "echo o; echo e >&2; exit 5"); r.code != 5 || r.out != "o\n" || r.err != "e\n" {
 		t.Errorf("exec: %s", r)
 	}
 	for cmd, code := range map[string]int{"/nothing": 127, "/etc/passwd": 126} {
-		if r := e.run("exec", "x", cmd); r.code != code {
+		if r := e.run("exec", "xx", cmd); r.code != code {
 			t.Errorf("exec %s: want %d, got %s", cmd, code, r)
 		}
 	}
@@ -61,47 +61,47 @@ func TestStreams(t *testing.T) {
 
 func TestLifecycle(t *testing.T) {
 	e := start(t)
-	id := e.must("create", "--name", "c", "bb", "sh", "-c", "trap 'exit 3' TERM; echo ready; while :; do sleep 0.05; done")
+	id := e.must("create", "--name", "cc", "bb", "sh", "-c", "trap 'exit 3' TERM; echo ready; while :; do sleep 0.05; done")
 	if len(id) != 64 {
 		t.Fatalf("id %q", id)
 	}
-	e.must("start", "c")
-	eventually(t, "log line", 5*time.Second, func() bool { return strings.Contains(e.must("logs", "c"), "ready") })
-	state := func() string { return e.must("inspect", "--format", "{{.State.Status}} {{.State.ExitCode}}", "c") }
+	e.must("start", "cc")
+	eventually(t, "log line", 5*time.Second, func() bool { return strings.Contains(e.must("logs", "cc"), "ready") })
+	state := func() string { return e.must("inspect", "--format", "{{.State.Status}} {{.State.ExitCode}}", "cc") }
 	if s := state(); s != "running 0" {
 		t.Errorf("state %q", s)
 	}
-	e.must("pause", "c")
+	e.must("pause", "cc")
 	if s := state(); s != "paused 0" {
 		t.Errorf("state %q", s)
 	}
-	e.must("unpause", "c")
-	e.must("rename", "c", "d")
-	if out := e.must("ps", "--format", "{{.Names}}"); out != "d" {
+	e.must("unpause", "cc")
+	e.must("rename", "cc", "dd")
+	if out := e.must("ps", "--format", "{{.Names}}"); out != "dd" {
 		t.Errorf("ps says %q", out)
 	}
-	e.must("stop", "-t", "5", "d")
-	if s := e.must("inspect", "--format", "{{.State.Status}} {{.State.ExitCode}}", "d"); s != "exited 3" {
+	e.must("stop", "-t", "5", "dd")
+	if s := e.must("inspect", "--format", "{{.State.Status}} {{.State.ExitCode}}", "dd"); s != "exited 3" {
 		t.Errorf("after stop: %q", s)
 	}
-	e.must("restart", "-t", "1", "d")
-	e.must("kill", "-s", "KILL", "d")
-	if out := e.must("wait", "d"); out != "137" {
+	e.must("restart", "-t", "1", "dd")
+	e.must("kill", "-s", "KILL", "dd")
+	if out := e.must("wait", "dd"); out != "137" {
 		t.Errorf("wait says %q", out)
 	}
-	e.must("rm", "d")
-	if r := e.run("inspect", "d"); r.code == 0 {
+	e.must("rm", "dd")
+	if r := e.run("inspect", "dd"); r.code == 0 {
 		t.Error("inspect of a removed container succeeded")
 	}
 }
 
 func TestRestartPolicy(t *testing.T) {
 	e := start(t)
-	e.must("run", "-d", "--name", "r", "--restart", "on-failure:2", "bb", "sh", "-c", "echo once; exit 4")
+	e.must("run", "-d", "--name", "rr", "--restart", "on-failure:2", "bb", "sh", "-c", "echo once; exit 4")
 	eventually(t, "three runs", 20*time.Second, func() bool {
-		return e.must("inspect", "--format", "{{.RestartCount}} {{.State.Status}}", "r") == "2 exited"
+		return e.must("inspect", "--format", "{{.RestartCount}} {{.State.Status}}", "rr") == "2 exited"
 	})
-	if n := strings.Count(e.must("logs", "r"), "once"); n != 3 {
+	if n := strings.Count(e.must("logs", "rr"), "once"); n != 3 {
 		t.Errorf("ran %d times, want 3", n)
 	}
 	e.must("run", "-d", "--name", "always", "--restart", "always", "bb", "sleep", "1000")
@@ -122,21 +122,21 @@ func TestRestartPolicy(t *testing.T) {
 
 func TestResources(t *testing.T) {
 	e := start(t)
-	e.must("run", "-d", "--name", "m", "-m", "64m", "--pids-limit", "20", "--cpus", "0.5", "bb", "sleep", "1000")
+	e.must("run", "-d", "--name", "mm", "-m", "64m", "--pids-limit", "20", "--cpus", "0.5", "bb", "sleep", "1000")
 	var got []struct {
 		HostConfig struct{ Memory, NanoCpus, PidsLimit int64 }
 	}
-	if err := json.Unmarshal([]byte(e.must("inspect", "m")), &got); err != nil {
+	if err := json.Unmarshal([]byte(e.must("inspect", "mm")), &got); err != nil {
 		t.Fatal(err)
 	}
 	if h := got[0].HostConfig; h.Memory != 64<<20 || h.NanoCpus != 5e8 || h.PidsLimit != 20 {
 		t.Errorf("limits %+v", h)
 	}
-	if r := e.run("exec", "m", "sh", "-c", "for i in $(seq 40); do sleep 5 & done; wait"); !strings.Contains(r.err, "fork") {
+	if r := e.run("exec", "mm", "sh", "-c", "for i in $(seq 40); do sleep 5 & done; wait"); !strings.Contains(r.err, "fork") {
 		t.Errorf("the pids limit did not bite: %s", r)
 	}
-	e.must("update", "-m", "128m", "--memory-swap", "128m", "m")
-	if out := e.must("inspect", "--format", "{{.HostConfig.Memory}}", "m"); out != fmt.Sprint(128<<20) {
+	e.must("update", "-m", "128m", "--memory-swap", "128m", "mm")
+	if out := e.must("inspect", "--format", "{{.HostConfig.Memory}}", "mm"); out != fmt.Sprint(128<<20) {
 		t.Errorf("updated memory %s", out)
 	}
 	r := e.run("run", "--name", "oom", "-m", "16m", "--memory-swap", "16m", "bb", "sh", "-c", "head -c 100m /dev/zero | tail")
@@ -176,29 +176,29 @@ func TestVolumes(t *testing.T) {
 func TestCopy(t *testing.T) {
 	e := start(t)
 	dir := t.TempDir()
-	e.must("run", "-d", "--name", "c", "bb", "sh", "-c", "mkdir /in; echo deep > /in/f; ln -s /etc /in/l; sleep 1000")
-	eventually(t, "file", 5*time.Second, func() bool { return e.run("exec", "c", "test", "-e", "/in/l").code == 0 })
-	e.must("cp", "c:/in", dir)
+	e.must("run", "-d", "--name", "cc", "bb", "sh", "-c", "mkdir /in; echo deep > /in/f; ln -s /etc /in/l; sleep 1000")
+	eventually(t, "file", 5*time.Second, func() bool { return e.run("exec", "cc", "test", "-e", "/in/l").code == 0 })
+	e.must("cp", "cc:/in", dir)
 	if data, err := os.ReadFile(dir + "/in/f"); err != nil || string(data) != "deep\n" {
 		t.Errorf("copied out: %q, %v", data, err)
 	}
-	e.must("cp", dir+"/in/f", "c:/tmp/g")
-	if out := e.must("exec", "c", "cat", "/tmp/g"); out != "deep" {
+	e.must("cp", dir+"/in/f", "cc:/tmp/g")
+	if out := e.must("exec", "cc", "cat", "/tmp/g"); out != "deep" {
 		t.Errorf("copied in: %q", out)
 	}
 	// A link that points outside must lead inside.
-	e.must("exec", "c", "sh", "-c", "ln -s /../../../../etc /esc")
-	e.must("cp", dir+"/in/f", "c:/esc/planted")
+	e.must("exec", "cc", "sh", "-c", "ln -s /../../../../etc /esc")
+	e.must("cp", dir+"/in/f", "cc:/esc/planted")
 	if _, err := os.Stat("/etc/planted"); err == nil {
 		t.Error("cp followed a link out of the container")
 		_ = os.Remove("/etc/planted")
 	}
-	e.must("stop", "-t", "0", "c")
-	e.must("cp", "c:/tmp/g", dir+"/h")
-	if out := e.must("diff", "c"); !strings.Contains(out, "A /in/f") {
+	e.must("stop", "-t", "0", "cc")
+	e.must("cp", "cc:/tmp/g", dir+"/h")
+	if out := e.must("diff", "cc"); !strings.Contains(out, "A /in/f") {
 		t.Errorf("diff: %q", out)
 	}
-	e.must("commit", "c", "made:1")
+	e.must("commit", "cc", "made:1")
 	if out := e.must("run", "--rm", "made:1", "cat", "/in/f"); out != "deep" {
 		t.Errorf("committed: %q", out)
 	}

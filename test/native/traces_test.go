@@ -117,8 +117,8 @@ func TestShutdownLeavesNothing(t *testing.T) {
 	before := (&engine{t: t, exited: closed()}).take()
 	e := start(t)
 	e.must("networks", "create", "extra")
-	e.must("run", "-d", "--name", "a", "-p", "18099:80", "bb", "sleep", "1000")
-	e.must("run", "-d", "--name", "b", "--network", "extra", "-v", "vol:/v", "bb", "sleep", "1000")
+	e.must("run", "-d", "--name", "aa", "-p", "18099:80", "bb", "sleep", "1000")
+	e.must("run", "-d", "--name", "bb1", "--network", "extra", "-v", "vol:/v", "bb", "sleep", "1000")
 	e.must("system", "shutdown", "--force")
 	select {
 	case <-e.exited:
