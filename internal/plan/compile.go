@@ -121,11 +121,11 @@ func (b *builder) parkable(spec *specs.Spec) error {
 			return fault.New(fault.Invalid, "a parked sandbox has a %s namespace of its own, the container has not", t)
 		}
 	}
-	for _, t := range []specs.LinuxNamespaceType{specs.UserNamespace, specs.TimeNamespace} {
-		if _, ok := b.namespaces[t]; ok {
-			return fault.New(fault.Invalid, "a parked sandbox has no %s namespace of its own", t)
-		}
+	if _, ok := b.namespaces[specs.UserNamespace]; ok {
+		return fault.New(fault.Invalid, "a parked sandbox has no user namespace of its own")
 	}
+	// A time namespace is unshared by the container's own plan and entered at
+	// exec, so that a parked sandbox need not have one.
 	if h := spec.Hooks; h != nil && (len(h.CreateContainer) != 0 || len(h.Prestart) != 0 || len(h.CreateRuntime) != 0) {
 		return fault.New(fault.Invalid, "hooks of the creation need the host's mounts, which a parked sandbox has not")
 	}
