@@ -20,21 +20,22 @@ import (
 
 // sandbox is a monitor with a stage child in its namespaces and cgroup.
 type sandbox struct {
-	d     *Driver
-	id    string
-	key   contract.SandboxKey
-	dir   string
-	group *cgroup.Group
-	tasks []int // cgroup v1 tasks files, while they are needed
-	cgdir int   // cgroup v2 directory
-	mon   *shim.Monitor
-	pid   int
-	pidfd int
-	netns *os.File
-	link  any
-	flags uint64 // CLONE_NEW* of the stage child
-	plan  bool   // the park plan has been carried out
-	relay relay  // passes the monitor's notices on once there is a task
+	d        *Driver
+	id       string
+	key      contract.SandboxKey
+	dir      string
+	group    *cgroup.Group
+	tasks    []int // cgroup v1 tasks files, while they are needed
+	cgdir    int   // cgroup v2 directory
+	mon      *shim.Monitor
+	pid      int
+	pidfd    int
+	pidStart uint64
+	netns    *os.File
+	link     any
+	flags    uint64 // CLONE_NEW* of the stage child
+	plan     bool   // the park plan has been carried out
+	relay    relay  // passes the monitor's notices on once there is a task
 
 	once sync.Once
 }
@@ -196,6 +197,7 @@ func (s *sandbox) clone(ctx context.Context, flags uint64, pidns, userns string,
 		return startError(err)
 	}
 	s.pid, s.pidfd, s.flags = c.PID, c.PIDFD, flags
+	s.pidStart = startTime(c.PID)
 	if flags&unix.CLONE_NEWUSER != 0 {
 		if err := writeIDMaps(s.pid, uids, gids); err != nil {
 			return err

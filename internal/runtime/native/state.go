@@ -1,6 +1,7 @@
 package native
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -43,7 +44,7 @@ type state struct {
 // save writes the state; it overlaps with the stage's work.
 func (t *task) save() error {
 	st := state{
-		Version: stateVersion, ID: t.id, Started: true, PID: t.pid, PIDStart: startTime(t.pid), Cgroup: t.group.Path(),
+		Version: stateVersion, ID: t.id, Started: true, PID: t.pid, PIDStart: t.pidStart, Cgroup: t.group.Path(),
 		Terminal: t.terminal, OwnPID: t.ownPID, UserNS: t.userNS, UIDs: t.ids[0], GIDs: t.ids[1], Filter: t.filter,
 		Bundle: t.bundle, Created: t.created,
 	}
@@ -53,13 +54,31 @@ func (t *task) save() error {
 	}
 	b, err := json.Marshal(st)
 	if err == nil {
-		tmp := filepath.Join(t.dir, "state.tmp")
-		if err = os.WriteFile(tmp, b, 0o600); err == nil {
-			err = os.Rename(tmp, filepath.Join(t.dir, "state.json"))
-		}
+		err = replaceFile(t.dir, "state.json", b)
 	}
 	if err != nil {
 		return fault.New(fault.Internal, "cannot write the container's state: %w", err)
+	}
+	return nil
+}
+
+// replaceFile writes a small file in whole, in as few system calls as that takes.
+func replaceFile(dir, name string, b []byte) error {
+	tmp := dir + "/." + name
+	fd, err := unix.Open(tmp, unix.O_WRONLY|unix.O_CREAT|unix.O_TRUNC|unix.O_CLOEXEC|unix.O_NOFOLLOW, 0o600)
+	if err != nil {
+		return &os.PathError{Op: "create", Path: tmp, Err: err}
+	}
+	n, err := unix.Write(fd, b)
+	unix.Close(fd)
+	if err == nil && n < len(b) {
+		err = unix.ENOSPC
+	}
+	if err == nil {
+		err = unix.Rename(tmp, dir+"/"+name)
+	}
+	if err != nil {
+		return &os.PathError{Op: "write", Path: dir + "/" + name, Err: err}
 	}
 	return nil
 }
@@ -81,18 +100,25 @@ func readState(dir string) (state, error) {
 
 // startTime is when a process started, in clock ticks since boot; 0 if unknown.
 func startTime(pid int) uint64 {
-	b, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/stat")
+	fd, err := unix.Open("/proc/"+strconv.Itoa(pid)+"/stat", unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return 0
 	}
+	defer unix.Close(fd)
+	var buf [1024]byte
+	n, err := unix.Read(fd, buf[:])
+	if err != nil {
+		return 0
+	}
+	b := buf[:n]
 	// The name may hold blanks and parentheses; the fields follow the last one.
-	i := strings.LastIndexByte(string(b), ')')
+	i := bytes.LastIndexByte(b, ')')
 	f := strings.Fields(string(b[i+1:]))
 	if i < 0 || len(f) < 20 {
 		return 0
 	}
-	n, _ := strconv.ParseUint(f[19], 10, 64)
-	return n
+	ticks, _ := strconv.ParseUint(f[19], 10, 64)
+	return ticks
 }
 
 // Restore implements runtime.Driver.

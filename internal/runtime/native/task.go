@@ -33,6 +33,7 @@ type task struct {
 	ids      [2][]specs.LinuxIDMapping
 	warnings []string
 	created  time.Time
+	pidStart uint64
 
 	exited chan struct{}
 
@@ -56,7 +57,7 @@ var _ shim.Handler = notices{}
 
 func newTask(sb *sandbox, spec *specs.Spec, req *contract.StartRequest) *task {
 	t := &task{
-		d: sb.d, id: req.ID, dir: sb.dir, group: sb.group, mon: sb.mon, pid: sb.pid, pidfd: sb.pidfd,
+		d: sb.d, id: req.ID, dir: sb.dir, group: sb.group, mon: sb.mon, pid: sb.pid, pidfd: sb.pidfd, pidStart: sb.pidStart,
 		terminal: req.Stdio.Terminal, hooks: spec.Hooks, labels: spec.Annotations, created: time.Now(),
 		exited: make(chan struct{}), execs: map[uint32]*exec{}, early: map[uint32]shim.Exit{},
 	}
@@ -85,7 +86,7 @@ func (t *task) reborn(pid, pidfd int) {
 	if t.pidfd >= 0 {
 		unix.Close(t.pidfd)
 	}
-	t.pid, t.pidfd = pid, pidfd
+	t.pid, t.pidfd, t.pidStart = pid, pidfd, startTime(pid)
 }
 
 func (t *task) started(pid int, at time.Time) {
