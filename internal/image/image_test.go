@@ -9,5 +9,8 @@ func TestMain(m *testing.M) {
 	if code, ours := UnpackMain(); ours {
 		os.Exit(code)
 	}
+	if os.Getenv(pullChild) != "" {
+		pullUntilKilled()
+	}
 	os.Exit(m.Run())
 }

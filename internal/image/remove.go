@@ -75,21 +75,34 @@ func (s *Service) Remove(ctx context.Context, ref string, o RemoveOptions) ([]mi
 	if err != nil {
 		return nil, err
 	}
-	s.mutate.Lock()
-	defer s.mutate.Unlock()
-	e, err := s.entryFor(ctx, ref, f)
-	if err != nil {
-		return nil, err
-	}
 	r := &removal{s: s, o: o}
-	err = r.run(s.ctx(ctx), ref, f, e)
-	if len(r.records) > 0 {
-		s.markDirty()
-	}
-	if err != nil {
+	if err := r.locked(ctx, ref, f); err != nil {
 		return nil, err
+	}
+	if slices.ContainsFunc(r.records, func(d mimage.DeleteResponse) bool { return d.Deleted != "" }) {
+		// The space is free when the caller reads that the image is deleted.
+		if err := s.Collect(ctx); err != nil {
+			s.log.Warn("cannot collect a removed image's content", "cause", err)
+			s.markDirty()
+		}
 	}
 	return r.records, nil
+}
+
+func (r *removal) locked(ctx context.Context, ref string, f found) error {
+	r.s.mutate.Lock()
+	defer r.s.mutate.Unlock()
+	e, err := r.s.entryFor(ctx, ref, f)
+	if err != nil {
+		return err
+	}
+	if err := r.run(r.s.ctx(ctx), ref, f, e); err != nil {
+		if len(r.records) > 0 {
+			r.s.markDirty()
+		}
+		return err
+	}
+	return nil
 }
 
 func (s *Service) entryFor(ctx context.Context, ref string, f found) (*entry, error) {

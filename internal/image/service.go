@@ -169,6 +169,9 @@ func New(ctx context.Context, cfg Config) (s *Service, err error) {
 		return nil, fmt.Errorf("cannot list images: %w", err)
 	}
 	s.cat.load(list)
+	if err := s.repair(ctx); err != nil {
+		return nil, err
+	}
 	return s, nil
 }
 
