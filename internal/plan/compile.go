@@ -33,6 +33,9 @@ func Compile(spec *specs.Spec, o Options) (*Plan, error) {
 		}
 	}
 
+	if spec.Linux.MountLabel != "" && !o.SELinux {
+		return nil, fault.New(fault.Unsupported, "SELinux label %.64q of mounts cannot be applied: the host has no SELinux", spec.Linux.MountLabel)
+	}
 	rootProp := uint64(unix.MS_SLAVE | unix.MS_REC)
 	if spec.Linux.RootfsPropagation != "" {
 		f, ok := propagationFlag(spec.Linux.RootfsPropagation)
@@ -40,6 +43,10 @@ func Compile(spec *specs.Spec, o Options) (*Plan, error) {
 			return nil, fault.New(fault.Invalid, "rootfsPropagation %.32q is unknown", spec.Linux.RootfsPropagation)
 		}
 		rootProp = f
+	}
+	if rootProp&unix.MS_SHARED != 0 {
+		// pivot_root takes no shared mount; finishRoot makes it one
+		rootProp = unix.MS_SLAVE | unix.MS_REC
 	}
 	root := Slot{Kind: SlotRoot, Propagation: rootProp, Recursive: true}
 	if spec.Root != nil {
@@ -120,6 +127,9 @@ func (b *builder) parkable(spec *specs.Spec) error {
 		if p, ok := b.namespaces[t]; !ok || p != "" {
 			return fault.New(fault.Invalid, "a parked sandbox has a %s namespace of its own, the container has not", t)
 		}
+	}
+	if b.namespaces[specs.NetworkNamespace] != "" {
+		return fault.New(fault.Invalid, "a parked sandbox cannot join a network namespace: its file systems belong to another")
 	}
 	if _, ok := b.namespaces[specs.UserNamespace]; ok {
 		return fault.New(fault.Invalid, "a parked sandbox has no user namespace of its own")

@@ -35,7 +35,9 @@ func Exec(process *specs.Process, o Options) (*Plan, error) {
 	}
 	// Labels and limits take the host's own /proc and capabilities.
 	b.priorities(process)
-	b.rlimits(process)
+	if o.UserNS {
+		b.raiseLimits(process)
+	}
 	b.label(process, o)
 	ns := uint64(unix.CLONE_NEWNS | unix.CLONE_NEWUTS | unix.CLONE_NEWIPC | unix.CLONE_NEWNET | unix.CLONE_NEWCGROUP)
 	if o.UserNS {
@@ -84,7 +86,6 @@ func (b *builder) process(spec *specs.Spec, o Options, exec bool) {
 		b.label(p, o)
 		b.sysctls(spec)
 		b.protect(spec)
-		b.rlimits(p)
 		b.memoryPolicy(spec)
 		b.personality(spec)
 	}
@@ -118,6 +119,7 @@ func (b *builder) process(spec *specs.Spec, o Options, exec bool) {
 		b.noNewPrivs()
 	}
 	b.p.exec = len(b.p.Ops)
+	b.rlimits(p.Rlimits) // as late as can be: they bind us too
 	// Without no_new_privs a filter takes CAP_SYS_ADMIN, so it comes before the
 	// ids; with it as late as can be, to spare it our own system calls.
 	if !p.NoNewPrivileges {
@@ -198,8 +200,24 @@ func (b *builder) scheduler(s *specs.Scheduler) {
 		u64(s.Runtime).u64(s.Deadline).u64(s.Period))
 }
 
-func (b *builder) rlimits(p *specs.Process) {
-	if len(p.Rlimits) == 0 {
+// raiseLimits sets limits while the capability to raise them is there; what
+// would bind the stage itself follows later, being lower.
+func (b *builder) raiseLimits(p *specs.Process) {
+	var early []specs.POSIXRlimit
+	for _, l := range p.Rlimits {
+		if l.Type == "RLIMIT_NOFILE" {
+			if l.Hard < 1024 {
+				continue
+			}
+			l.Soft = l.Hard
+		}
+		early = append(early, l)
+	}
+	b.rlimits(early)
+}
+
+func (b *builder) rlimits(list []specs.POSIXRlimit) {
+	if len(list) == 0 {
 		return
 	}
 	numbers := map[string]uint32{
@@ -208,8 +226,8 @@ func (b *builder) rlimits(p *specs.Process) {
 		"RLIMIT_MSGQUEUE": 12, "RLIMIT_NICE": 13, "RLIMIT_RTPRIO": 14, "RLIMIT_RTTIME": 15,
 	}
 	seen := map[uint32]bool{}
-	e := new(enc).count(len(p.Rlimits))
-	for _, l := range p.Rlimits {
+	e := new(enc).count(len(list))
+	for _, l := range list {
 		n, ok := numbers[l.Type]
 		if !ok || seen[n] {
 			b.fail("resource limit %.32q is unknown or given twice", l.Type)
