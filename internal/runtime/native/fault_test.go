@@ -83,11 +83,11 @@ func (h *host) ends(t contract.Task, code int) contract.Exit {
 	return t.Exit()
 }
 
-// alive reports whether a process runs; one that only waits to be reaped does not.
+// alive reports whether a process still has a program; one that only waits to
+// be reaped (an init also for those who were born into its namespace) has none.
 func alive(pid int) bool {
-	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-	_, rest, _ := strings.Cut(string(b), ") ")
-	return err == nil && !strings.HasPrefix(rest, "Z") && !strings.HasPrefix(rest, "X")
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
+	return err == nil && len(b) > 0
 }
 
 func TestMonitorKilled(t *testing.T) {
