@@ -140,11 +140,9 @@ func TestHostileSpecs(t *testing.T) {
 
 func TestNotParkable(t *testing.T) {
 	for name, change := range map[string]func(*specs.Spec){
-		"hooks":      func(s *specs.Spec) { s.Hooks = &specs.Hooks{CreateRuntime: []specs.Hook{{Path: "/x"}}} },
-		"joined ipc": func(s *specs.Spec) { s.Linux.Namespaces[4].Path = "/x" },
-		"joined net": func(s *specs.Spec) { s.Linux.Namespaces[1].Path = "/x" },
-			s.Linux.Namespaces = append(s.Linux.Namespaces, specs.LinuxNamespace{Type: specs.TimeNamespace})
-		},
+		"hooks":        func(s *specs.Spec) { s.Hooks = &specs.Hooks{CreateRuntime: []specs.Hook{{Path: "/x"}}} },
+		"joined ipc":   func(s *specs.Spec) { s.Linux.Namespaces[4].Path = "/x" },
+		"joined net":   func(s *specs.Spec) { s.Linux.Namespaces[1].Path = "/x" },
 		"no cgroup ns": func(s *specs.Spec) { s.Linux.Namespaces = s.Linux.Namespaces[:5] },
 	} {
 		s := defaultSpec(t, "/rootfs", "/bin/true")
