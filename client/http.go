@@ -110,7 +110,7 @@ func cleanHeader(s string) string {
 // ctx and must be called when the body is done with; body.Close does it).
 func (c *Client) send(ctx context.Context, r *request) (*response, error) {
 	if r.json != nil {
-		raw, err := json.Marshal(r.json)
+		raw, err := encodeBody(r.json)
 		if err != nil {
 			return nil, fmt.Errorf("cannot encode the request: %w", err)
 		}

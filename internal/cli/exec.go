@@ -4,9 +4,11 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"time"
 
 	"github.com/moby/moby/api/types/container"
 
+	"github.com/cloudos-io/cloudos/client"
 	"github.com/cloudos-io/cloudos/internal/cli/command"
 	"github.com/cloudos-io/cloudos/internal/cli/notation"
 )
@@ -75,15 +77,37 @@ func (a *App) exec(ctx context.Context, name string, req container.ExecCreateReq
 	if err := ses.run(ctx, func(stdout, stderr io.Writer) error { return copyOutput(st, req.Tty, stdout, stderr) }); err != nil {
 		return err
 	}
-	info, err := c.ExecInspect(ctx, id)
-	if err != nil {
-		return err
+	return a.execEnd(ctx, c, id, req.Tty)
+}
+
+// execEnd finds the exit code of an exec whose streams have ended. The engine may
+// take a moment to know it; one that still runs then was detached from, which
+// takes a terminal.
+func (a *App) execEnd(ctx context.Context, c *client.Client, id string, tty bool) error {
+	pause := time.Millisecond
+	limit := time.Now().Add(10 * time.Second)
+	if tty {
+		limit = time.Now().Add(300 * time.Millisecond)
 	}
-	if info.Running || info.ExitCode == nil {
-		fmt.Fprintf(a.Stderr, "\nservin: detached; the command goes on\n")
-		return nil
+	for {
+		info, err := c.ExecInspect(ctx, id)
+		if err != nil {
+			return err
+		}
+		if !info.Running && info.ExitCode != nil {
+			return exitWithCode(*info.ExitCode)
+		}
+		if time.Now().After(limit) {
+			fmt.Fprintf(a.Stderr, "\nservin: detached; the command goes on\n")
+			return nil
+		}
+		select {
+		case <-time.After(pause):
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+		pause = min(2*pause, 100*time.Millisecond)
 	}
-	return exitWithCode(*info.ExitCode)
 }
 
 // execError keeps the codes that the engine names (126, 127); else a failure is 1.
