@@ -113,17 +113,17 @@ func (m *Manager) Attach(ctx context.Context, req AttachRequest) (Attachment, er
 	b.busy.Lock()
 	defer b.busy.Unlock()
 
-	if req.NetNS != nil {
-		if err := m.wire(n, b, e, req.NetNS, usable); err != nil {
-			return fail(fmt.Errorf("cannot connect container to network %s: %w", n.rec.Name, err))
-		}
-	}
 	if err := m.publish(n, e, req.Ports, req.PublishThrough); err != nil {
 		return fail(err)
 	}
 	if len(e.Ports) > 0 {
 		undo = append(undo, func() { _ = m.unpublish(e) })
 		m.forgetFlows(e)
+	}
+	if req.NetNS != nil {
+		if err := m.wire(n, b, e, req.NetNS, usable); err != nil {
+			return fail(fmt.Errorf("cannot connect container to network %s: %w", n.rec.Name, err))
+		}
 	}
 	if req.NetNS != nil {
 		if err := m.regate(b); err != nil {
@@ -411,7 +411,7 @@ func (m *Manager) wire(n *netw, b *box, e *endpoint, ns *os.File, prepared bool)
 		if len(m.endpointsOf(b)) == 1 {
 			m.setGates(b, n, e)
 		}
-		return m.links.Plug(e.Index, n.index, n.opts.noICC)
+		return m.links.Plug(e.Index, n.index, m.portOf(n, e))
 	}
 	in := bridge.Interface{Name: e.IfName, MAC: e.MAC, MTU: n.rec.MTU, Addrs: e.prefixes()}
 	if len(m.endpointsOf(b)) == 1 {
@@ -428,11 +428,25 @@ func (m *Manager) wire(n *netw, b *box, e *endpoint, ns *os.File, prepared bool)
 	if len(in.Gateways) > 0 {
 		m.setGates(b, n, e)
 	}
-	if err := m.links.Plug(i, n.index, n.opts.noICC); err != nil {
+	if err := m.links.Plug(i, n.index, m.portOf(n, e)); err != nil {
 		return err
 	}
 	m.links.Settle(outer)
 	return nil
+}
+
+// portOf is how the endpoint's link is on its bridge. Where frames on bridges
+// pass through the IP rules (br_netfilter), a container that calls its own
+// published port has its frames sent back to it by the bridge itself.
+func (m *Manager) portOf(n *netw, e *endpoint) bridge.Port {
+	p := bridge.Port{Isolated: n.opts.noICC, Addrs: addrsOf(e), MAC: e.MAC}
+	if len(e.Ports) > 0 {
+		for _, f := range []string{"net/bridge/bridge-nf-call-iptables", "net/bridge/bridge-nf-call-ip6tables"} {
+			v, err := bridge.Sysctl(f)
+			p.Hairpin = p.Hairpin || err == nil && v == "1"
+		}
+	}
+	return p
 }
 
 func (m *Manager) endpointsOf(b *box) []*endpoint {

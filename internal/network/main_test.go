@@ -89,7 +89,7 @@ func (l testLog) Write(b []byte) (int, error) {
 
 func newManager(t testing.TB, edit func(*Config)) *Manager {
 	t.Helper()
-	cfg := Config{Root: t.TempDir(), RunRoot: t.TempDir(), Instance: strings.ReplaceAll(t.Name(), "/", "_"), IPv6: "off",
+	cfg := Config{Root: t.TempDir(), RunRoot: t.TempDir(), Instance: strings.NewReplacer("/", "_", "=", "", ",", "").Replace(t.Name()), IPv6: "off",
 		Logger: slog.New(slog.NewTextHandler(testLog{t}, nil))}
 	if edit != nil {
 		edit(&cfg)

@@ -271,7 +271,7 @@ func (m *Manager) setUpInjection() error {
 	in := &nft.Injection{Out: i.Out, In: i.In, OutIndex: i.OutIndex, To4: i.To4, To6: i.To6}
 	mark, table := m.injectIDs()
 	if v, err := bridge.Sysctl("net/ipv4/conf/all/rp_filter"); err == nil && v == "1" {
-		if err := bridge.LoosenReverse(i.In, mark, table); err != nil {
+		if err := bridge.LoosenReverse(i.Out, i.In, mark, table); err != nil {
 			return err
 		}
 		in.Mark = mark

@@ -116,7 +116,7 @@ func (m *Manager) readopt(b *box, ns *os.File) error {
 			m.mu.Lock()
 			e.Index = i
 			m.mu.Unlock()
-			if err := m.links.Plug(i, n.index, n.opts.noICC); err != nil {
+			if err := m.links.Plug(i, n.index, m.portOf(n, e)); err != nil {
 				errs = errors.Join(errs, err)
 			}
 		}
@@ -213,7 +213,7 @@ func (m *Manager) Destroy(ctx context.Context) error {
 	}
 	errs = errors.Join(errs, m.links.DeleteAll(dedupe(all)))
 	mark, table := m.injectIDs()
-	bridge.RestoreReverse(mark, table)
+	bridge.RestoreReverse(m.vethPrefix()+"i0", m.vethPrefix()+"i1", mark, table)
 	if m.othersForward() {
 		errs = errors.Join(errs, m.host.forget())
 	} else {

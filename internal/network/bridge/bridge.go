@@ -84,15 +84,16 @@ func (l *Links) Ensure(s Spec) (created bool, err error) {
 		return false, fmt.Errorf("cannot use link %s as a bridge: it is of another kind", s.Name)
 	}
 	r = &request{}
-	linkLocal := false
-	for _, a := range s.Addrs {
-		linkLocal = linkLocal || a.Addr().Is6()
-	}
-	if !linkLocal {
-		r.noAutoAddress(i, "")
-	}
+	// Its link-local address is ours to make: the kernel's own is of no use
+	// for its first second, and without one no neighbour can be asked for.
+	r.noAutoAddress(i, "")
+	six := false
 	for _, a := range s.Addrs {
 		r.address(i, a)
+		six = six || a.Addr().Is6()
+	}
+	if six && len(s.MAC) == 6 {
+		r.address(i, linkLocal(s.MAC))
 	}
 	r.begin("bring up bridge "+s.Name, unix.RTM_NEWLINK, 0)
 	r.ifinfo(i, unix.IFF_UP, unix.IFF_UP)
@@ -363,26 +364,62 @@ func (r *request) noAutoAddress(index int, name string) {
 	r.allow(anyErrno)
 }
 
-// Plug puts a link on a bridge. An isolated port reaches the bridge itself
-// and ports that are not isolated, but no other isolated one.
-func (l *Links) Plug(index, master int, isolated bool) error {
-	r := &request{b: make([]byte, 0, 128)}
+// Port says how a link is on its bridge.
+type Port struct {
+	// Isolated ports reach the bridge itself and ports that are not isolated,
+	// but no other isolated one.
+	Isolated bool
+	// Hairpin lets frames leave by the port they came in by.
+	Hairpin bool
+	// Addrs and MAC of the other end become neighbour entries of the bridge,
+	// so that the host can send before the container has joined the multicast
+	// groups by which it would be asked for, and never to a former MAC.
+	Addrs []netip.Addr
+	MAC   net.HardwareAddr
+}
+
+// Plug puts a link on a bridge.
+func (l *Links) Plug(index, master int, p Port) error {
+	r := &request{b: make([]byte, 0, 256)}
 	r.begin("put the link on its bridge", unix.RTM_NEWLINK, 0)
 	r.ifinfo(index, unix.IFF_UP, unix.IFF_UP)
 	r.attr32(unix.IFLA_MASTER, uint32(master))
 	r.end()
-	if isolated {
-		const brportIsolated = 33 // IFLA_BRPORT_ISOLATED
-		r.begin("isolate the bridge port", unix.RTM_SETLINK, 0)
+	if p.Isolated || p.Hairpin {
+		r.begin("set up the bridge port", unix.RTM_SETLINK, 0)
 		at := len(r.b)
 		r.ifinfo(index, 0, 0)
 		r.b[at] = unix.AF_BRIDGE
 		n := r.nest(unix.IFLA_PROTINFO)
-		r.attr8(brportIsolated, 1)
+		if p.Isolated {
+			r.attr8(33, 1) // IFLA_BRPORT_ISOLATED
+		}
+		if p.Hairpin {
+			r.attr8(4, 1) // IFLA_BRPORT_MODE
+		}
 		r.endNest(n)
 		r.end()
 	}
+	for _, a := range p.Addrs {
+		r.neighbour(master, a, p.MAC)
+	}
 	return l.c.do(r)
+}
+
+func (r *request) neighbour(index int, a netip.Addr, mac net.HardwareAddr) {
+	r.begin("add neighbour "+a.String(), unix.RTM_NEWNEIGH, unix.NLM_F_CREATE|unix.NLM_F_REPLACE)
+	f := byte(unix.AF_INET)
+	if a.Is6() {
+		f = unix.AF_INET6
+	}
+	r.b = append(r.b, f, 0, 0, 0)
+	r.b = binary.NativeEndian.AppendUint32(r.b, uint32(index))
+	r.b = binary.NativeEndian.AppendUint16(r.b, unix.NUD_STALE)
+	r.b = append(r.b, 0, 0)
+	r.attrAddr(unix.NDA_DST, a)
+	r.attr(unix.NDA_LLADDR, mac)
+	r.end()
+	r.allow(anyErrno) // a full table only means that the container is asked
 }
 
 // Settle makes the kernel take note of a fresh pair's carrier now, instead of

@@ -130,9 +130,11 @@ next:
 }
 
 // LoosenReverse makes strict reverse-path filtering (which all links inherit
-// from conf/all) accept injected packets, and only those: their reverse
-// lookup, marked and as if from the host, finds the link they came by.
-func LoosenReverse(in string, mark uint32, table int) error {
+// from conf/all) accept injected packets, and only those. The kernel looks
+// their source up under their mark, and as if they came from where they go to;
+// a rule for the mark answers with the link they came by. The forward lookup,
+// which is made for that link, jumps over the rule.
+func LoosenReverse(out, in string, mark uint32, table int) error {
 	l, err := netlink.LinkByName(in)
 	if err != nil {
 		return fmt.Errorf("cannot find link %s: %w", in, err)
@@ -144,27 +146,35 @@ func LoosenReverse(in string, mark uint32, table int) error {
 	if err := netlink.RouteReplace(&netlink.Route{LinkIndex: l.Attrs().Index, Dst: &all, Table: table, Scope: unix.RT_SCOPE_LINK}); err != nil {
 		return fmt.Errorf("cannot add the reverse route of %s: %w", in, err)
 	}
-	r := reverseRule(mark, table)
-	if err := netlink.RuleAdd(r); err != nil && !errors.Is(err, unix.EEXIST) {
-		return fmt.Errorf("cannot add the reverse rule of %s: %w", in, err)
+	for _, r := range reverseRules(out, in, mark, table) {
+		if err := netlink.RuleAdd(r); err != nil && !errors.Is(err, unix.EEXIST) {
+			return fmt.Errorf("cannot add the reverse rule of %s: %w", in, err)
+		}
 	}
 	return nil
 }
 
 // RestoreReverse undoes LoosenReverse.
-func RestoreReverse(mark uint32, table int) {
-	for netlink.RuleDel(reverseRule(mark, table)) == nil {
+func RestoreReverse(out, in string, mark uint32, table int) {
+	for _, r := range reverseRules(out, in, mark, table) {
+		for netlink.RuleDel(r) == nil {
+		}
 	}
 }
 
-func reverseRule(mark uint32, table int) *netlink.Rule {
-	r := netlink.NewRule()
-	r.Family = netlink.FAMILY_V4
-	r.Priority = 90
-	r.IifName = "lo"
-	r.Mark = mark
-	r.Table = table
-	return r
+// reverseRules are in the order in which they must be made: the last is what
+// the second jumps to, and matches nothing.
+func reverseRules(out, in string, mark uint32, table int) []*netlink.Rule {
+	const at = 90
+	rule := func(prio int, iif string) *netlink.Rule {
+		r := netlink.NewRule()
+		r.Family, r.Priority, r.IifName, r.Mark = netlink.FAMILY_V4, prio, iif, mark
+		return r
+	}
+	end, jump, back := rule(at+1, out), rule(at-1, in), rule(at, "")
+	jump.Goto = at + 1
+	end.Table, back.Table = table, table
+	return []*netlink.Rule{end, jump, back}
 }
 
 func ipnet(p netip.Prefix) *net.IPNet {

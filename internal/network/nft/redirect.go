@@ -1,6 +1,7 @@
 package nft
 
 import (
+	"errors"
 	"fmt"
 	"net/netip"
 	"os"
@@ -14,14 +15,30 @@ import (
 // that its name server really listens on, so that the container itself may
 // bind port 53 on all addresses.
 func RedirectNames(ns *os.File, addr netip.Addr, udp, tcp uint16) error {
+	err := redirect(ns, addr, udp, tcp, false)
+	if errors.Is(err, unix.EEXIST) {
+		err = redirect(ns, addr, udp, tcp, true)
+	}
+	if err != nil {
+		return fmt.Errorf("cannot redirect the container's name questions: %w", err)
+	}
+	return nil
+}
+
+// redirect writes the rules. Replacing is apart because a transaction that
+// deletes makes the kernel wait for all CPUs when the socket is closed, which
+// a container's start must not.
+func redirect(ns *os.File, addr netip.Addr, udp, tcp uint16, replace bool) error {
 	c, err := nftables.New(nftables.WithNetNSFd(int(ns.Fd())))
 	if err != nil {
-		return fmt.Errorf("cannot open nftables of the container: %w", err)
+		return err
 	}
 	tab := &nftables.Table{Name: "servin_names", Family: nftables.TableFamilyIPv4}
-	c.AddTable(tab)
-	c.DelTable(tab)
-	c.AddTable(tab)
+	if replace {
+		c.AddTable(tab)
+		c.DelTable(tab)
+	}
+	c.CreateTable(tab)
 	w := &writer{c: c, tab: tab, f: ip4}
 	out := w.chain("leave", nftables.ChainTypeNAT, nftables.ChainHookOutput, -100)
 	for _, x := range []struct {
@@ -37,8 +54,5 @@ func RedirectNames(ns *os.File, addr netip.Addr, udp, tcp uint16) error {
 				&expr.NAT{Type: expr.NATTypeDestNAT, Family: uint32(ip4.nf), RegAddrMin: unix.NFT_REG_1, RegProtoMin: unix.NFT_REG_2, Specified: true},
 			})
 	}
-	if err := c.Flush(); err != nil {
-		return fmt.Errorf("cannot redirect the container's name questions: %w", err)
-	}
-	return nil
+	return c.Flush()
 }
