@@ -58,7 +58,7 @@ struct fds {
 };
 
 enum { P_FREE = 0, P_INIT, P_EXEC };
-enum { W_NONE = 0, W_PLAN, W_SETUP, W_EXEC }; /* what the stage is busy with */
+enum { W_NONE = 0, W_PLAN, W_SETUP, W_EXEC, W_COMMAND }; /* what the stage is busy with */
 
 static struct proc {
 	pid_t pid;
@@ -245,6 +245,8 @@ static bool any_ctl(void)
 
 /* ---- starting processes ------------------------------------------------------ */
 
+static void child_setup(int sync);
+
 /*
  * Clones a child that runs the stage. The parent gets the pid, its end of the
  * sync socket and the pidfd.
@@ -298,19 +300,90 @@ static pid_t spawn(uint64_t ns, int cgroup, int userns, bool foreign, int *sync,
 		pid = (pid_t)syscall(SYS_clone3, &a, sizeof a);
 	}
 	if (pid == 0) {
-		sigset_t none;
-		sigemptyset(&none);
-		sigprocmask(SIG_SETMASK, &none, NULL);
-		signal(SIGPIPE, SIG_DFL);
 		prctl(PR_SET_PDEATHSIG, SIGKILL);
 		/* Born among the container's processes: they may not look at us. */
 		if (foreign)
 			prctl(PR_SET_DUMPABLE, 0);
-		dup2(sp[1], 3);
-		fcntl(3, F_SETFD, FD_CLOEXEC);
-		if (syscall(SYS_close_range, 4u, ~0u, 0u) < 0)
-			_exit(1);
+		child_setup(sp[1]);
 		stage_main(3);
+	}
+	int e = errno;
+	close(sp[1]);
+	if (pid < 0) {
+		close(sp[0]);
+		return -e;
+	}
+	*sync = sp[0];
+	return pid;
+}
+
+/* What every child of ours does first. */
+static void child_setup(int sync)
+{
+	sigset_t none;
+
+	sigemptyset(&none);
+	sigprocmask(SIG_SETMASK, &none, NULL);
+	signal(SIGPIPE, SIG_DFL);
+	dup2(sync, 3);
+	fcntl(3, F_SETFD, FD_CLOEXEC);
+	if (syscall(SYS_close_range, 4u, ~0u, 0u) < 0)
+		_exit(1);
+}
+
+#define MAXARGS 256
+
+/* Splits NUL-terminated strings up to an empty one; the length used, 0 if bad. */
+static size_t split(char *b, size_t n, char **out, bool last)
+{
+	size_t off = 0;
+	int k = 0;
+
+	while (off < n && b[off]) {
+		if (k == MAXARGS)
+			return 0;
+		out[k++] = b + off;
+		off += strnlen(b + off, n - off) + 1;
+		if (off > n)
+			return 0;
+	}
+	out[k] = NULL;
+	return off < n ? off + 1 : last ? off : 0;
+}
+
+/* Runs a command with the three descriptors; its failure to begin comes as a
+ * SYNC_FAIL, as a stage's would. */
+static pid_t run_command(const char *b, size_t n, const int *std, int *sync)
+{
+	static char *argv[MAXARGS + 1], *envp[MAXARGS + 1];
+	int sp[2];
+	char *block = M.held; /* a command has no held plan */
+
+	if (n > sizeof M.held)
+		return -E2BIG;
+	memcpy(block, b, n);
+	size_t used = split(block, n, argv, false);
+	if (!used || !argv[0] || argv[0][0] != '/' || !split(block + used, n - used, envp, true))
+		if (!used || !argv[0] || argv[0][0] != '/' || used != n)
+			return -EINVAL;
+	if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, sp) < 0)
+		return -errno;
+	pid_t pid = fork();
+	if (pid == 0) {
+		for (int i = 0; i < 3; i++)
+			if (dup2(std[i], i) < 0)
+				_exit(1);
+		child_setup(sp[1]);
+		execve(argv[0], argv, envp);
+		struct PACKED {
+			struct sync_hdr h;
+			struct sync_fail f;
+			char name[255];
+		} m = { .h = { SYNC_VERSION, SYNC_FAIL, 0 }, .f = { ~0u, errno, 0 } };
+		int len = snprintf(m.name, sizeof m.name, "run %s", argv[0]);
+		m.f.name_len = (uint8_t)(len > 254 ? 254 : len);
+		m.h.len = (uint32_t)sizeof m.f + m.f.name_len;
+		_exit(send(3, &m, sizeof m.h + m.h.len, MSG_NOSIGNAL) < 0 ? 1 : 127);
 	}
 	int e = errno;
 	close(sp[1]);
@@ -425,7 +498,8 @@ static void on_start(int c, uint32_t cookie, const char *b, size_t n, struct fds
 		goto bad;
 	memcpy(&st, b, sizeof st);
 	b += sizeof st, n -= sizeof st;
-	if (M.state != STATE_PARKED || INIT->wait != W_NONE || st.path_len >= sizeof lc.path ||
+	bool command = (st.flags & START_COMMAND) != 0;
+	if (M.state != (command ? STATE_EMPTY : STATE_PARKED) || INIT->wait != W_NONE || (command && st.hold_len) || st.path_len >= sizeof lc.path ||
 	    st.hold_len > sizeof M.held || n < (size_t)st.path_len + st.hold_len ||
 	    st.log_format > LOG_PIPE || memchr(b, 0, st.path_len))
 		goto bad;
@@ -461,14 +535,22 @@ static void on_start(int c, uint32_t cookie, const char *b, size_t n, struct fds
 	}
 	INIT->ctl = c;
 	INIT->cookie = cookie;
-	INIT->wait = st.flags & START_HOLD ? W_SETUP : W_EXEC;
+	INIT->wait = command ? W_COMMAND : st.flags & START_HOLD ? W_SETUP : W_EXEC;
 	M.state = STATE_STARTING;
-	err = relay(INIT, SYNC_PLAN, b, n, f->v + k, f->n - k);
+	if (command) {
+		err = f->n - k == 3 ? run_command(b + sizeof(struct sync_plan), n - sizeof(struct sync_plan), f->v + k, &INIT->sync) : -EINVAL;
+		if (err > 0) {
+			INIT->kind = P_INIT;
+			INIT->pid = err;
+		}
+	} else {
+		err = relay(INIT, SYNC_PLAN, b, n, f->v + k, f->n - k);
+	}
 	if (err < 0) {
 		INIT->wait = W_NONE;
 		INIT->failed = 1;
 		kill_init();
-		ctl_fail(c, cookie, -err, "send plan");
+		ctl_fail(c, cookie, -err, command ? "run command" : "send plan");
 		return;
 	}
 	/* All the rest goes on beside the stage. */
@@ -482,6 +564,10 @@ static void on_start(int c, uint32_t cookie, const char *b, size_t n, struct fds
 		return;
 	}
 	M.log_opened = true;
+	if (command) {
+		serve();
+		return;
+	}
 	char ns[40];
 	snprintf(ns, sizeof ns, "/proc/%d/ns/mnt", (int)INIT->pid);
 	M.mntns = open(ns, O_RDONLY | O_CLOEXEC);
@@ -490,6 +576,8 @@ static void on_start(int c, uint32_t cookie, const char *b, size_t n, struct fds
 bad:
 	ctl_fail(c, cookie, EINVAL, "start: malformed request");
 }
+
+static void on_started(struct proc *p);
 
 static void on_release(int c, uint32_t cookie)
 {
@@ -501,6 +589,10 @@ static void on_release(int c, uint32_t cookie)
 	}
 	INIT->ctl = c;
 	INIT->cookie = cookie;
+	if (M.flags & START_COMMAND) {
+		on_started(INIT);
+		return;
+	}
 	INIT->wait = W_EXEC;
 	M.state = STATE_STARTING;
 	err = relay(INIT, SYNC_PLAN, M.held, M.held_len, NULL, 0);
@@ -630,7 +722,7 @@ static void on_sync(struct proc *p)
 			close_fd(&p->sync);
 			if (p->wait == W_EXEC && !p->failed)
 				on_started(p);
-			else if (p->wait != W_NONE && !p->failed) {
+			else if (p->wait != W_NONE && p->wait != W_COMMAND && !p->failed) {
 				p->failed = 1;
 				ctl_fail(p->ctl, p->wait == W_PLAN ? p->plan_cookie : p->cookie, EPIPE, "run plan: the stage died");
 			}
@@ -973,14 +1065,63 @@ static void finish(void)
 	close_fd(&M.stdin_fd);
 }
 
+/* Children that ended before we knew whose they were. */
+static struct { pid_t pid; int status; } strays[8];
+
+static void on_child(pid_t pid, int status);
+
+/* The command that makes the container has ended: its init is our child now. */
+static void adopt(int status)
+{
+	char b[32] = "";
+	int fd, pidfd;
+	ssize_t n = 0;
+	uint32_t pid = 0;
+
+	if (WIFEXITED(status) && WEXITSTATUS(status) == 0 && !INIT->failed && (fd = open("pid", O_RDONLY | O_CLOEXEC | O_NOFOLLOW)) >= 0) {
+		n = read(fd, b, sizeof b - 1);
+		close(fd);
+	}
+	for (ssize_t i = 0; i < n && b[i] >= '0' && b[i] <= '9' && pid < 1u << 26; i++)
+		pid = pid * 10 + (uint32_t)(b[i] - '0');
+	int stray = -1;
+	for (int i = 0; i < 8 && pid; i++)
+		if (strays[i].pid == (pid_t)pid)
+			stray = i;
+	siginfo_t si;
+	if (pid == 0 || (stray < 0 && waitid(P_PID, pid, &si, WEXITED | WNOHANG | WNOWAIT) < 0)) {
+		if (!INIT->failed)
+			ctl_fail(INIT->ctl, INIT->cookie, pid ? ECHILD : ECANCELED, "create container");
+		INIT->failed = 1;
+		M.exited = true;
+		M.done = true;
+		return;
+	}
+	INIT->pid = (pid_t)pid;
+	INIT->wait = W_NONE;
+	M.state = STATE_HELD;
+	M.was_held = true;
+	pidfd = stray < 0 ? (int)syscall(SYS_pidfd_open, pid, 0) : -1;
+	if (pidfd >= 0)
+		ctl_send(INIT->ctl, CTL_CLONED, 0, &pid, sizeof pid, &pidfd, 1);
+	close_fd(&pidfd);
+	ctl_send(INIT->ctl, CTL_DONE, INIT->cookie, NULL, 0, NULL, 0);
+	if (stray >= 0)
+		on_child((pid_t)pid, strays[stray].status);
+}
+
 static void on_child(pid_t pid, int status)
 {
+	static unsigned next;
+
 	for (int i = 0; i < MAXPROC; i++) {
 		struct proc *p = &procs[i];
 		if (p->kind == P_FREE || p->pid != pid)
 			continue;
 		on_sync(p); /* the start comes before the end */
-		if (p->kind == P_INIT) {
+		if (p->kind == P_INIT && p->wait == W_COMMAND) {
+			adopt(status);
+		} else if (p->kind == P_INIT) {
 			M.status = status;
 			M.exited_ns = wall_ns();
 			M.exited = true;
@@ -998,6 +1139,8 @@ static void on_child(pid_t pid, int status)
 		}
 		return;
 	}
+	strays[next % 8].pid = pid;
+	strays[next++ % 8].status = status;
 }
 
 static void reap(void)
@@ -1112,6 +1255,17 @@ static void on_ctl(int c)
 			ctl_fail(c, h.cookie, -err, "open log");
 		} else
 			ctl_send(c, CTL_DONE, h.cookie, NULL, 0, NULL, 0);
+		break;
+	}
+	case CTL_TERMINAL: {
+		int k = 0, fd = take(&f, &k);
+		if (fd < 0 || M.pty >= 0 || !(M.flags & START_TERMINAL) || M.exited) {
+			close_fd(&fd);
+			ctl_fail(c, h.cookie, EINVAL, "take terminal");
+		} else {
+			take_pty(fd);
+			ctl_send(c, CTL_DONE, h.cookie, NULL, 0, NULL, 0);
+		}
 		break;
 	}
 	case CTL_QUIT:

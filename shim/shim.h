@@ -87,6 +87,7 @@ enum {
 	CTL_REOPEN = 10, /* opens the log again; with a descriptor: the new pipe */
 	CTL_STATE = 11,  /* answered STATE */
 	CTL_QUIT = 12,   /* drop clients of an ended container and exit */
+	CTL_TERMINAL = 13, /* the pty master of a container that a command made */
 	/* from the monitor */
 	CTL_CLONED = 32, /* u32 pid; pidfd. Again, with cookie 0, after SYNC_CHILD */
 	CTL_DONE = 33,   /* descriptors of the stage's answer */
@@ -126,6 +127,15 @@ struct PACKED ctl_clone {
 #define START_EPHEMERAL 128u /* the exit record is not synced */
 #define START_HOLD 256u /* a second plan follows the first: run it on RELEASE */
 #define START_PIDNS 512u /* init has a pid namespace of its own */
+/*
+ * In the plan's place stands a command that makes the container (an OCI runtime's
+ * create): NUL-terminated arguments, an empty string, the environment. The
+ * slots are its three standard descriptors. When it ends well, the process that
+ * the file "pid" names, by then the monitor's child, is the container's init,
+ * told by CTL_CLONED with cookie 0; DONE follows and RELEASE says that it is
+ * being started. It takes the place of CLONE as well.
+ */
+#define START_COMMAND 1024u
 
 enum { LOG_NONE = 0, LOG_JSON = 1, LOG_K8S = 2, LOG_PIPE = 3 };
 

@@ -34,6 +34,8 @@ const (
 	ctlState   msgType = 11
 	ctlQuit    msgType = 12
 
+	ctlTerminal msgType = 13
+
 	ctlCloned     msgType = 32
 	ctlDone       msgType = 33
 	ctlFailed     msgType = 34
@@ -59,6 +61,7 @@ const (
 	startEphemeral uint32 = 128
 	startHold      uint32 = 256
 	startPIDNS     uint32 = 512
+	startCommand   uint32 = 1024
 
 	execHasCgroup uint32 = 1
 	execTerminal  uint32 = 2

@@ -3,9 +3,7 @@ package shim
 import (
 	"context"
 	"errors"
-	"io"
 	"os"
-	"sync"
 
 	"github.com/cloudos-io/cloudos/internal/fault"
 	"golang.org/x/sys/unix"
@@ -144,12 +142,15 @@ type StartRequest struct {
 	Stdin, Stdout, Stderr, LogPipe           int
 	Terminal, StdinOnce, NonBlock, Ephemeral bool
 	OwnPIDNamespace                          bool
-	Format                                   LogFormat
-	LogPath                                  string
-	LogSize                                  int64
-	LogFiles                                 int
-	LogBuffer                                int64
-	Width, Height                            uint16
+	// Command, if not nil, makes the container instead of a plan; Plan.Slots are
+	// its three standard descriptors. No Clone comes before.
+	Command, Env  []string
+	Format        LogFormat
+	LogPath       string
+	LogSize       int64
+	LogFiles      int
+	LogBuffer     int64
+	Width, Height uint16
 }
 
 // Start begins the start; Pending.Started, or with Hold Pending.Done, waits for it.
@@ -176,6 +177,10 @@ func (m *Monitor) Start(r StartRequest) (*Pending, error) {
 			flags |= f.bit
 		}
 	}
+	if r.Command != nil {
+		flags |= startCommand
+		r.Plan.Code = commandBlock(r.Command, r.Env)
+	}
 	var held []byte
 	if r.Hold != nil {
 		held = append(le.AppendUint32(le.AppendUint32(nil, uint32(len(r.Hold))), 0), r.Hold...)
@@ -190,6 +195,27 @@ func (m *Monitor) Start(r StartRequest) (*Pending, error) {
 	b = le.AppendUint32(b, uint32(len(held)))
 	b = append(append(b, r.LogPath...), held...)
 	return m.request(ctlStart, b, fds, &r.Plan)
+}
+
+func commandBlock(args, env []string) []byte {
+	var b []byte
+	for _, list := range [][]string{args, env} {
+		for _, s := range list {
+			b = append(append(b, s...), 0)
+		}
+		b = append(b, 0)
+	}
+	return b
+}
+
+// Terminal gives the monitor the master of the terminal of a container that a
+// command made.
+func (m *Monitor) Terminal(ctx context.Context, master int) error {
+	p, err := m.request(ctlTerminal, nil, []int{master}, nil)
+	if err != nil {
+		return err
+	}
+	return p.Done(ctx)
 }
 
 // Release lets a held start go on; Pending.Started waits for it.
@@ -286,50 +312,3 @@ func (m *Monitor) State(ctx context.Context) (State, error) {
 func (m *Monitor) Quit() error {
 	return m.c.send([][]byte{header(ctlQuit, 0, 0)}, nil)
 }
-
-// Input is an attached client's way to standard input.
-type Input struct {
-	c    *conn
-	once sync.Once
-}
-
-// NewInput makes one; theirs goes to Attach as Stdin and is the caller's to close.
-func NewInput() (in *Input, theirs int, err error) {
-	sp, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		return nil, -1, os.NewSyscallError("socketpair", err)
-	}
-	c, err := newConn(sp[0])
-	if err != nil {
-		unix.Close(sp[1])
-		return nil, -1, err
-	}
-	return &Input{c: c}, sp[1], nil
-}
-
-const inputChunk = 16384
-
-// Write sends data; it waits while the container does not read.
-func (i *Input) Write(p []byte) (n int, err error) {
-	for n < len(p) {
-		part := p[n:min(len(p), n+inputChunk)]
-		if err := i.c.send([][]byte{{0}, part}, nil); err != nil {
-			return n, err
-		}
-		n += len(part)
-	}
-	return n, nil
-}
-
-// Close sends end of file.
-func (i *Input) Close() (err error) {
-	i.once.Do(func() { err = i.c.send([][]byte{{1}}, nil) })
-	return err
-}
-
-type abandon struct{ i *Input }
-
-func (a abandon) Close() error { return a.i.c.close() }
-
-// Abandon gives a closer that leaves without sending end of file.
-func (i *Input) Abandon() io.Closer { return abandon{i} }

@@ -15,6 +15,7 @@ import (
 
 // hostLimits is what this process may pass on.
 type hostLimits struct {
+	userNS      bool // this process is not in the first user namespace
 	sysResource bool // CAP_SYS_RESOURCE: raise hard limits, lower oom scores
 	bounding    uint64
 	oomScore    int
@@ -37,7 +38,9 @@ func rlimitNames() map[string]int {
 
 func readHostLimits() hostLimits {
 	h := hostLimits{rlimits: map[string]uint64{}}
-	b, _ := os.ReadFile("/proc/self/status")
+	b, err := os.ReadFile("/proc/self/uid_map")
+	h.userNS = err == nil && !slices.Equal(strings.Fields(string(b)), []string{"0", "0", "4294967295"})
+	b, _ = os.ReadFile("/proc/self/status")
 	for line := range strings.Lines(string(b)) {
 		k, v, _ := strings.Cut(line, ":")
 		n, err := strconv.ParseUint(strings.TrimSpace(v), 16, 64)
@@ -46,7 +49,8 @@ func readHostLimits() hostLimits {
 		}
 		switch k {
 		case "CapEff":
-			h.sysResource = n&(1<<capSysResource) != 0
+			// The kernel wants it in the first user namespace.
+			h.sysResource = !h.userNS && n&(1<<capSysResource) != 0
 		case "CapBnd":
 			h.bounding = n
 		}
