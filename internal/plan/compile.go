@@ -28,7 +28,7 @@ func Compile(spec *specs.Spec, o Options) (*Plan, error) {
 		return nil, fault.New(fault.Invalid, "cannot compile the container's spec: it has no mount namespace of its own")
 	}
 	if o.Parked {
-		if err := b.parkable(spec); err != nil {
+		if err := b.parkable(spec, o); err != nil {
 			return nil, err
 		}
 	}
@@ -63,7 +63,7 @@ func Compile(spec *specs.Spec, o Options) (*Plan, error) {
 	b.priorities(spec.Process)
 	b.root(rootSlot)
 	b.mounts(spec, o)
-	b.devices(spec)
+	b.devices(spec, o)
 	b.p.pivot = len(b.p.Ops)
 	b.pivot()
 	b.hostname(spec)
@@ -84,20 +84,22 @@ func Park(netns bool, o Options) (*Plan, error) {
 		b.loopback()
 	}
 	b.private()
-	b.base()
-	likely := o.Prepare
-	if likely == nil {
-		likely = usualMounts()
+	if !o.BindDevices {
+		b.base()
 	}
 	b.preparing = true
-	for i := range likely {
-		m := &likely[i]
+	for _, m := range o.likely() {
 		if m.Type == "sysfs" && !netns || m.Type == "bind" || slices.Contains(m.Options, "bind") || slices.Contains(m.Options, "rbind") {
 			continue
 		}
-		if err := b.oneMount(&specs.Spec{}, m, o); err != nil {
+		if err := b.oneMount(&specs.Spec{}, &m, o); err != nil {
 			return nil, err
 		}
+	}
+	if o.BindDevices {
+		// In a user namespace the kernel gives a procfs or sysfs only to those who
+		// see one already, so the host's goes after that.
+		b.base()
 	}
 	b.p.Ops = slices.DeleteFunc(b.p.Ops, func(op Op) bool { return op.Kind == OpSymlink || op.Kind == OpAttr })
 	b.p.CloneFlags = unix.CLONE_NEWNS | unix.CLONE_NEWUTS | unix.CLONE_NEWIPC | unix.CLONE_NEWPID
@@ -105,6 +107,14 @@ func Park(netns bool, o Options) (*Plan, error) {
 		b.p.CloneFlags |= unix.CLONE_NEWNET
 	}
 	return b.finish()
+}
+
+// likely are the mounts that Park prepares.
+func (o *Options) likely() []specs.Mount {
+	if o.Prepare == nil {
+		return usualMounts()
+	}
+	return o.Prepare
 }
 
 // usualMounts are those of a container of which nothing special is asked.
@@ -122,7 +132,7 @@ func usualMounts() []specs.Mount {
 }
 
 // parkable reports why a spec cannot be started in a parked sandbox.
-func (b *builder) parkable(spec *specs.Spec) error {
+func (b *builder) parkable(spec *specs.Spec, o Options) error {
 	for _, t := range []specs.LinuxNamespaceType{specs.MountNamespace, specs.UTSNamespace, specs.IPCNamespace, specs.PIDNamespace, specs.CgroupNamespace} {
 		if p, ok := b.namespaces[t]; !ok || p != "" {
 			return fault.New(fault.Invalid, "a parked sandbox has a %s namespace of its own, the container has not", t)
@@ -134,12 +144,24 @@ func (b *builder) parkable(spec *specs.Spec) error {
 	if _, ok := b.namespaces[specs.UserNamespace]; ok {
 		return fault.New(fault.Invalid, "a parked sandbox has no user namespace of its own")
 	}
+	if o.BindDevices {
+		for _, m := range spec.Mounts {
+			if (m.Type == "proc" || m.Type == "sysfs") && !slices.ContainsFunc(o.likely(), func(l specs.Mount) bool { return sameMount(l, m) }) {
+				return fault.New(fault.Invalid, "no %s like that of %s was prepared, and it is too late for one", m.Type, m.Destination)
+			}
+		}
+	}
 	// A time namespace is unshared by the container's own plan and entered at
 	// exec, so that a parked sandbox need not have one.
 	if h := spec.Hooks; h != nil && (len(h.CreateContainer) != 0 || len(h.Prestart) != 0 || len(h.CreateRuntime) != 0) {
 		return fault.New(fault.Invalid, "hooks of the creation need the host's mounts, which a parked sandbox has not")
 	}
 	return nil
+}
+
+func sameMount(a, b specs.Mount) bool {
+	sorted := func(l []string) []string { return slices.Sorted(slices.Values(l)) }
+	return a.Type == b.Type && a.Source == b.Source && slices.Equal(sorted(a.Options), sorted(b.Options))
 }
 
 var cloneFlags = map[specs.LinuxNamespaceType]uint64{
@@ -318,7 +340,7 @@ func specDevice(d *specs.LinuxDevice) (device, error) {
 
 // devices makes nodes and links in /dev, unless /dev is somebody else's
 // (a bind mount).
-func (b *builder) devices(spec *specs.Spec) {
+func (b *builder) devices(spec *specs.Spec, o Options) {
 	for i := range spec.Mounts {
 		m := &spec.Mounts[i]
 		if t, err := cleanTarget(m.Destination); err == nil && t == "/dev" &&
@@ -346,7 +368,7 @@ func (b *builder) devices(spec *specs.Spec) {
 		if d.path == "/dev/ptmx" || d.path == "/dev/console" {
 			continue // a link into devpts, the terminal
 		}
-		if userns && d.mode&unix.S_IFMT != unix.S_IFIFO {
+		if (userns || o.BindDevices) && d.mode&unix.S_IFMT != unix.S_IFIFO {
 			b.device(d.path, b.slot(Slot{Kind: SlotDevice, Source: d.path, Propagation: unix.MS_PRIVATE}), d.mode, d.major, d.minor)
 			continue
 		}

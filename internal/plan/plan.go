@@ -104,6 +104,9 @@ type Options struct {
 	SeccompNotify bool
 	// Init puts the built-in reaper in front of the process.
 	Init bool
+	// BindDevices has device nodes bound from the host's, because the driver itself
+	// lives in a user namespace, where mknod is refused.
+	BindDevices bool
 	// Parked is set when the park plan has been carried out already.
 	Parked bool
 	// Prepare, for Park, are the mounts that the container is likely to have (those

@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -19,12 +20,15 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+var builtDir atomic.Pointer[string]
+
 // stageBinary builds the start-up stage alone.
 var stageBinary = sync.OnceValues(func() (string, error) {
 	dir, err := os.MkdirTemp("", "stage-test-")
 	if err != nil {
 		return "", err
 	}
+	builtDir.Store(&dir)
 	if err := os.Chmod(dir, 0o755); err != nil { // root of a user namespace runs it too
 		return "", err
 	}
@@ -42,8 +46,8 @@ var stageBinary = sync.OnceValues(func() (string, error) {
 
 func TestMain(m *testing.M) {
 	code := m.Run()
-	if bin, err := stageBinary(); err == nil {
-		os.RemoveAll(filepath.Dir(bin))
+	if dir := builtDir.Load(); dir != nil {
+		os.RemoveAll(*dir)
 	}
 	os.Exit(code)
 }
