@@ -124,7 +124,7 @@ func (a *applier) copy(fd int, r io.Reader, size int64) error {
 		n := int(min(size-off, int64(len(a.buf))))
 		n, err := io.ReadFull(r, a.buf[:n])
 		if err != nil {
-			return err
+			return fault.New(fault.Invalid, "its content ends early: %w", err)
 		}
 		for b := a.buf[:n]; len(b) > 0; {
 			c := b[:min(len(b), hole)]

@@ -146,6 +146,8 @@ func (a *applier) entry(h *tar.Header, r io.Reader) error {
 	switch h.Typeflag {
 	case tar.TypeXGlobalHeader:
 		return nil
+	case tar.TypeGNUSparse:
+		h.Typeflag = tar.TypeReg
 	case tar.TypeReg, tar.TypeDir, tar.TypeLink, tar.TypeSymlink, tar.TypeChar, tar.TypeBlock, tar.TypeFifo:
 	default:
 		return fault.New(fault.Invalid, "entry type %q is not one of a layer", h.Typeflag)
