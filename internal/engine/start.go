@@ -53,10 +53,15 @@ func (e *Engine) ContainerStart(ctx context.Context, name string, _ StartOptions
 		return fault.New(fault.Conflict, "container is marked for removal and cannot be started")
 	}
 	p, err := e.launch(ctx, u, launch{})
-	if err != nil {
-		return err
+	if err == nil {
+		return p.Wait()
 	}
-	return p.Wait()
+	if r.Ephemeral {
+		if rerr := e.remove(context.WithoutCancel(ctx), u, true); rerr != nil {
+			e.log.Warn("cannot remove a container that could not be started", "container", u.id, "cause", rerr)
+		}
+	}
+	return err
 }
 
 // launch says how a start differs from the ordinary one.
