@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"net"
+	"net/url"
 	"strconv"
 	"time"
 
@@ -77,6 +78,16 @@ func (c *Client) Prune(ctx context.Context, req api.PruneRequest) (api.PruneRepo
 // mount, link and rule away.
 func (c *Client) Shutdown(ctx context.Context, containers bool) error {
 	return c.post(ctx, api.Root+"/shutdown", nil, api.ShutdownRequest{Containers: containers}, nil)
+}
+
+// Drained waits until no teardown of ended containers is pending and, with
+// full, until the pool of parked sandboxes is full.
+func (c *Client) Drained(ctx context.Context, full bool) error {
+	var q url.Values
+	if full {
+		q = url.Values{"full": {"1"}}
+	}
+	return c.read(ctx, api.Root+"/drained", q, nil)
 }
 
 // Dial opens a bare connection to the engine, for relays.

@@ -19,7 +19,7 @@ import (
 )
 
 func (a *App) system() []*command.Command {
-	return []*command.Command{a.cmdInfo(), a.cmdDf(), a.cmdSystemPrune(), a.cmdEvents(), a.cmdDoctor(), a.cmdShutdown(), a.cmdDialStdio()}
+	return []*command.Command{a.cmdInfo(), a.cmdDf(), a.cmdSystemPrune(), a.cmdEvents(), a.cmdDoctor(), a.cmdShutdown(), a.cmdDrained(), a.cmdDialStdio()}
 }
 
 // versionOutput is what version shows and templates see.
@@ -415,6 +415,21 @@ and the next engine takes them back.`,
 				return err
 			}
 			return c.Shutdown(ctx, !keep)
+		}}
+}
+
+func (a *App) cmdDrained() *command.Command {
+	full := false
+	return &command.Command{Name: "drained", Short: "Wait until the remains of ended containers are cleared away", Hidden: true,
+		Flags: func(f *command.FlagSet) {
+			f.Bool(&full, "full", "", "Wait until the pool of parked sandboxes is full, too")
+		},
+		Run: func(ctx context.Context, args []string) error {
+			c, err := a.client()
+			if err != nil {
+				return err
+			}
+			return c.Drained(ctx, full)
 		}}
 }
 

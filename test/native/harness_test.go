@@ -38,7 +38,28 @@ type engine struct {
 	cmd    *exec.Cmd
 	args   []string
 	bin    string
+	id     string // instance, see traces
 	exited chan struct{}
+}
+
+// TestMain moves the whole suite into a network namespace of its own, so that
+// neither the host's network nor another suite can meet it.
+func TestMain(m *testing.M) {
+	const marker = "SERVIN_TEST_NETNS"
+	if os.Getenv(marker) != "" || os.Getuid() != 0 {
+		os.Exit(m.Run())
+	}
+	cmd := exec.Command("unshare", append([]string{"-n", "--", "sh", "-c", `ip link set lo up; exec "$0" "$@"`}, os.Args...)...)
+	cmd.Env = append(os.Environ(), marker+"=1")
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
+	err := cmd.Run()
+	var ee *exec.ExitError
+	if errors.As(err, &ee) {
+		os.Exit(ee.ExitCode())
+	} else if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
 }
 
 func programs(t *testing.T) string {
@@ -79,7 +100,12 @@ func (e *engine) boot() {
 		e.t.Fatal(err)
 	}
 	defer log.Close()
-	args := append([]string{"--root", e.dir + "/root", "--run-root", e.dir + "/run", "--listen", "unix://" + e.sock}, e.args...)
+	// Containers that ignore SIGTERM are not waited for at the end of a test.
+	conf := e.dir + "/config.yaml"
+	if err := os.WriteFile(conf, []byte("version: 1\nshutdownTimeout: 1s\n"), 0o644); err != nil {
+		e.t.Fatal(err)
+	}
+	args := append([]string{"--config", conf, "--root", e.dir + "/root", "--run-root", e.dir + "/run", "--listen", "unix://" + e.sock}, e.args...)
 	e.cmd = exec.Command(filepath.Join(e.bin, "servind"), args...)
 	e.cmd.Stdout, e.cmd.Stderr = log, log
 	e.cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
