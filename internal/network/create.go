@@ -13,6 +13,7 @@ import (
 	"github.com/cloudos-io/cloudos/internal/fault"
 	"github.com/cloudos-io/cloudos/internal/network/bridge"
 	"github.com/cloudos-io/cloudos/internal/network/ipam"
+	"github.com/cloudos-io/cloudos/internal/network/nft"
 	"github.com/moby/moby/api/types/network"
 )
 
@@ -145,6 +146,11 @@ func (m *Manager) create(ctx context.Context, req network.CreateRequest, link st
 	n, err := newNetw(r)
 	if err != nil {
 		return nil, fault.New(fault.Invalid, "cannot create network %s: %w", r.Name, err)
+	}
+	for _, p := range append(n.pool4[:len(n.pool4):len(n.pool4)], n.pool6...) {
+		if _, free := p.Usage(); free == 0 {
+			return nil, fault.New(fault.Invalid, "cannot create network %s: subnet %s has no address left for containers", r.Name, p.Subnet())
+		}
 	}
 	if r.Driver == "macvlan" && !r.ConfigOnly {
 		if err := m.checkParent(n); err != nil {
@@ -357,7 +363,7 @@ func (m *Manager) ourLinks() map[string]bool {
 
 // fell removes what raise made.
 func (m *Manager) fell(n *netw) error {
-	err := m.table.DelBridge(n.rec.Link)
+	err := errors.Join(m.table.DelBridge(n.rec.Link), nft.Revoke(m.table.Name(), n.rec.Link))
 	if i := m.links.Index(n.rec.Link); i != 0 && !n.rec.Foreign {
 		err = errors.Join(err, m.links.Delete(i))
 	}

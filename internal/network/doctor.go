@@ -1,8 +1,168 @@
 package network
 
-import "context"
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
 
-// Doctor looks at the host's firewall and forwarding.
-func (m *Manager) Doctor(ctx context.Context) []Finding { return nil }
+	"github.com/cloudos-io/cloudos/internal/fault"
+	"github.com/cloudos-io/cloudos/internal/network/bridge"
+	"github.com/cloudos-io/cloudos/internal/network/nft"
+)
 
-func (m *Manager) forwardWarning() string { return "" }
+// Severities of a Finding.
+const (
+	sevInfo    = "info"
+	sevWarning = "warning"
+	sevError   = "error"
+)
+
+// Doctor looks at the host's firewall and forwarding, and changes nothing.
+func (m *Manager) Doctor(ctx context.Context) []Finding {
+	var out []Finding
+	add := func(sev, title, detail, fix string) { out = append(out, Finding{sev, title, detail, fix}) }
+	if m.broken != nil {
+		add(sevError, "bridge networks are off", m.broken.Error(), "give the engine CAP_NET_ADMIN and a kernel with bridge, veth and nf_tables")
+		return out
+	}
+	if err := m.table.Probe(); err != nil {
+		add(sevWarning, "published ports need --publish-through", err.Error(), "load the kernel module nft_dup_ipv4, or build the kernel with CONFIG_NFT_DUP_IPV4")
+	}
+	if v, err := bridge.Sysctl("net/ipv4/ip_forward"); err == nil && v != "1" {
+		add(sevError, "IPv4 forwarding is off", "containers reach nothing outside their network", "sysctl -w net.ipv4.ip_forward=1")
+	}
+	if m.uses6() {
+		if v, err := bridge.Sysctl("net/ipv6/conf/all/forwarding"); err == nil && v != "1" {
+			add(sevError, "IPv6 forwarding is off", "containers reach nothing outside their network over IPv6", "sysctl -w net.ipv6.conf.all.forwarding=1")
+		}
+	}
+	if v, err := bridge.Sysctl("net/ipv4/conf/all/rp_filter"); err == nil && v == "1" && !m.table.Marks() {
+		add(sevError, "strict reverse-path filtering came on after the engine started", "first packets to published ports are dropped", "restart the engine, which adapts to it, or set net.ipv4.conf.all.rp_filter=2")
+	}
+	host, err := nft.Inspect(m.table.Name())
+	if err != nil {
+		add(sevWarning, "the host's firewall cannot be read", err.Error(), "")
+		return out
+	}
+	for _, d := range m.drops(host) {
+		add(sevError, "the host's firewall drops forwarded packets",
+			fmt.Sprintf("%s drops what no rule of it accepts, so that containers on %s reach nothing outside, and published ports do not reach them", d.place, strings.Join(d.links, ", ")),
+			d.fix)
+	}
+	if host.OutputDrops != "" {
+		add(sevWarning, "the host's firewall drops what the host sends", fmt.Sprintf("%s has the policy drop: the engine passes first packets to published ports out of %si0, which must be accepted there", host.OutputDrops, m.vethPrefix()),
+			fmt.Sprintf("nft insert rule %s oifname %si0 accept", host.OutputDrops, m.vethPrefix()))
+	}
+	if host.Legacy {
+		add(sevInfo, "the host uses iptables-legacy", "its rules are not visible here; if its FORWARD chain drops, containers have no network", "iptables-legacy -S FORWARD")
+	}
+	if host.Firewalld && m.uses6() {
+		add(sevInfo, "firewalld may filter IPv6 reverse paths", "with IPv6_rpfilter=yes it drops first packets to ports published over IPv6", "set IPv6_rpfilter=no in /etc/firewalld/firewalld.conf")
+	}
+	return out
+}
+
+func (m *Manager) uses6() bool {
+	m.mu.RLock()
+	defer m.mu.RUnlock()
+	for _, n := range m.nets {
+		if n.rec.Driver == "bridge" && len(n.pool6) > 0 {
+			return true
+		}
+	}
+	return false
+}
+
+// drop is a place of the host's that drops forwarded packets of ours.
+type drop struct {
+	place, fix string
+	links      []string
+	chain      nft.Chain
+}
+
+// drops finds where FORWARD drops and no accept of ours is in place.
+func (m *Manager) drops(host nft.Host) (out []drop) {
+	links := m.forwarding()
+	if len(links) == 0 {
+		return nil
+	}
+	for _, c := range host.Forward {
+		var missing []string
+		for _, l := range links {
+			if !c.Accepts[l] {
+				missing = append(missing, l)
+			}
+		}
+		if len(missing) == 0 {
+			continue
+		}
+		d := drop{place: c.String(), links: missing, chain: c}
+		switch c.Kind {
+		case nft.UFW:
+			d.fix = eachLink(missing, "ufw route allow in on %[1]s; ufw route allow out on %[1]s")
+		case nft.Firewalld:
+			d.fix = eachLink(missing, "firewall-cmd --permanent --zone=trusted --add-interface=%[1]s") + "; firewall-cmd --reload"
+		case nft.Docker:
+			d.fix = "servin system doctor --fix puts the accept into DOCKER-USER: " + eachLink(missing, "iptables -I DOCKER-USER -i %[1]s -j ACCEPT; iptables -I DOCKER-USER -o %[1]s -j ACCEPT")
+		default:
+			d.fix = "servin system doctor --fix adds it: " + eachLink(missing, "nft insert rule "+c.Where()+" iifname %[1]s accept; nft insert rule "+c.Where()+" oifname %[1]s accept")
+		}
+		out = append(out, d)
+	}
+	return out
+}
+
+func eachLink(links []string, format string) string {
+	var s []string
+	for _, l := range links {
+		s = append(s, fmt.Sprintf(format, l))
+	}
+	return strings.Join(s, "; ")
+}
+
+// forwarding names the bridges that forward to the outside.
+func (m *Manager) forwarding() (out []string) {
+	m.mu.RLock()
+	defer m.mu.RUnlock()
+	for _, n := range m.nets {
+		if n.rec.Link != "" && !n.rec.Internal {
+			out = append(out, n.rec.Link)
+		}
+	}
+	return out
+}
+
+// forwardWarning tells the maker of a network that the host's firewall stands
+// in its way.
+func (m *Manager) forwardWarning() string {
+	host, err := nft.Inspect(m.table.Name())
+	if err != nil {
+		return ""
+	}
+	if ds := m.drops(host); len(ds) > 0 {
+		return fmt.Sprintf("%s drops forwarded packets: containers on this network reach nothing outside; %s", ds[0].place, ds[0].fix)
+	}
+	return ""
+}
+
+// AllowForward puts the narrow accepts that Doctor offers into the host's own
+// firewall: for each of our bridges, in the one chain that drops, and nothing
+// else. It is to be called only when the user agreed; they go with the
+// network. ufw and firewalld keep
+// their rules in files of their own, and are left to their tools.
+func (m *Manager) AllowForward(ctx context.Context) error {
+	host, err := nft.Inspect(m.table.Name())
+	if err != nil {
+		return err
+	}
+	var errs error
+	for _, d := range m.drops(host) {
+		if d.chain.Kind == nft.UFW || d.chain.Kind == nft.Firewalld {
+			errs = errors.Join(errs, fault.New(fault.Unsupported, "cannot change %s: its rules are kept by its own tool; run: %s", d.place, d.fix))
+			continue
+		}
+		errs = errors.Join(errs, d.chain.Allow(d.links, m.table.Name()))
+	}
+	return errs
+}

@@ -165,3 +165,5 @@ func ruleset() string {
 	b, _ := exec.Command("nft", "list", "ruleset").CombinedOutput()
 	return string(b)
 }
+
+func insideErr(ns *os.File, fn func() error) error { return bridge.Inside(ns, fn) }

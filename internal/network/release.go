@@ -47,6 +47,7 @@ func (m *Manager) PrepareLink(ctx context.Context, netns *os.File) (*Link, error
 		n.free(e.IPv4, e.IPv6)
 		return nil, err
 	}
+	m.links.Settle(l.Outer)
 	m.mu.Lock()
 	p.index = i
 	m.mu.Unlock()

@@ -8,6 +8,7 @@ import (
 	"strings"
 
 	"github.com/cloudos-io/cloudos/internal/network/bridge"
+	"github.com/cloudos-io/cloudos/internal/network/nft"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
@@ -193,7 +194,7 @@ func (m *Manager) Destroy(ctx context.Context) error {
 	}
 	var errs error
 	if m.broken == nil {
-		errs = m.table.Delete()
+		errs = errors.Join(m.table.Delete(), nft.Revoke(m.table.Name(), ""))
 	}
 	var all []int
 	for _, name := range own {

@@ -357,3 +357,14 @@ func ifname(s string) []byte {
 	copy(b, s)
 	return b
 }
+
+// Name is the tables' name.
+func (t *Table) Name() string { return t.name }
+
+// Marks tells whether injected packets are marked for strict reverse-path
+// filtering.
+func (t *Table) Marks() bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.inject != nil && t.inject.Mark != 0
+}
