@@ -303,5 +303,37 @@ func (e *Engine) ContainerChanges(ctx context.Context, name string) ([]mcontaine
 	if errors.Is(err, os.ErrNotExist) {
 		return nil, fault.New(fault.NotFound, "No such container: %s", name)
 	}
-	return l, err
+	return withoutMountPoints(u.rec.Load(), l), err
+}
+
+// withoutMountPoints drops what only the mounting of generated files and file
+// systems left in the layer, and directories that nothing else changed in.
+func withoutMountPoints(r *container.Record, l []mcontainer.FilesystemChange) []mcontainer.FilesystemChange {
+	made := map[string]bool{"/dev": true, "/proc": true, "/sys": true, "/etc/hosts": true, "/etc/hostname": true, "/etc/resolv.conf": true}
+	for _, p := range r.Mounts {
+		made[p.Target] = true
+	}
+	dropped := map[string]bool{}
+	keep := l[:0:0]
+	for _, c := range l {
+		if c.Kind == mcontainer.ChangeAdd && (made[c.Path] || strings.HasPrefix(c.Path, "/dev/")) {
+			for d := path.Dir(c.Path); d != "/"; d = path.Dir(d) {
+				dropped[d] = true
+			}
+			continue
+		}
+		keep = append(keep, c)
+	}
+	if len(dropped) == 0 {
+		return keep
+	}
+	out := keep[:0:0]
+	for i, c := range keep {
+		inside := i+1 < len(keep) && strings.HasPrefix(keep[i+1].Path, c.Path+"/") // sorted by path
+		if dropped[c.Path] && c.Kind == mcontainer.ChangeModify && !inside {
+			continue
+		}
+		out = append(out, c)
+	}
+	return out
 }

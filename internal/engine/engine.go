@@ -55,6 +55,7 @@ type Config struct {
 	AppArmorProfile    string
 	CgroupParent       string // default parent of containers' cgroups
 	CgroupV2           bool
+	NoCgroups          bool   // rootless without delegation
 	CgroupDriver       string // "cgroupfs" or "systemd"
 	Rootless           bool
 	Defaults           oci.Defaults

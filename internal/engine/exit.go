@@ -203,6 +203,11 @@ func (e *Engine) notify(u *unit, removed bool) {
 			keep = append(keep, w)
 			continue
 		}
+		if w.cond == mcontainer.WaitConditionRemoved {
+			w.ch <- mcontainer.WaitResponse{StatusCode: res.StatusCode} // it went as it should
+			close(w.ch)
+			continue
+		}
 		done = append(done, w)
 	}
 	clear(u.waiters[len(keep):])

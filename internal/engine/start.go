@@ -501,6 +501,9 @@ func ensureDir(root *os.File, dir string, r *container.Record) error {
 
 // cgroupPath is where the container's cgroup is made.
 func (e *Engine) cgroupPath(r *container.Record) string {
+	if e.cfg.NoCgroups {
+		return ""
+	}
 	parent := r.HostConfig.CgroupParent
 	if parent == "" {
 		parent = e.cfg.CgroupParent

@@ -85,6 +85,9 @@ func (e *Engine) reading(ctx context.Context, u *unit, r *container.Record) (*mc
 		return nil, fmt.Errorf("cannot read the counters of container %s: %w", u.id, err)
 	}
 	fillStats(out, s)
+	if total := uint64(memTotal()); out.MemoryStats.Limit == 0 || out.MemoryStats.Limit > total {
+		out.MemoryStats.Limit = total // no limit: all there is
+	}
 	if !r.HostConfig.NetworkMode.IsHost() {
 		out.Networks = interfaceCounters(t.Pid())
 	}

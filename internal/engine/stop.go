@@ -90,7 +90,7 @@ func (e *Engine) halt(ctx context.Context, u *unit, sig int, patience time.Durat
 	}
 	paused := u.rec.Load().State.Status == mcontainer.StatePaused
 	e.publish(u, events.ActionKill, map[string]string{"signal": itoa(sig)})
-	if err := t.Signal(ctx, sig, false); err != nil && !gone(t) {
+	if err := t.Signal(ctx, sig, false); err != nil && !gone(t) && !fault.Is(err, fault.Conflict) && !fault.Is(err, fault.NotFound) {
 		e.log.Warn("cannot signal a container", "container", u.id, "signal", sig, "cause", err)
 		patience = 0
 	}

@@ -2,6 +2,7 @@ package engine
 
 import (
 	"context"
+	"maps"
 	"os"
 	goruntime "runtime"
 	"slices"
@@ -50,7 +51,8 @@ func (s *SystemService) Info(ctx context.Context) (*system.Info, error) {
 	host, _ := os.Hostname()
 	out := &system.Info{
 		ID: e.self, Driver: storageDriver, DriverStatus: [][2]string{{"Backing Filesystem", "overlayfs"}, {"Native Overlay Diff", "true"}},
-		MemoryLimit: true, SwapLimit: e.cfg.Host.SwapLimit, CPUCfsPeriod: true, CPUCfsQuota: true, CPUShares: true, CPUSet: true, PidsLimit: true,
+		MemoryLimit: e.limits("memory"), SwapLimit: e.cfg.Host.SwapLimit && e.limits("memory"), CPUCfsPeriod: e.limits("cpu"), CPUCfsQuota: e.limits("cpu"),
+		CPUShares: e.limits("cpu"), CPUSet: e.limits("cpuset"), PidsLimit: e.limits("pids"),
 		IPv4Forwarding: strings.TrimSpace(string(readSmall("/proc/sys/net/ipv4/ip_forward"))) == "1",
 		OomKillDisable: !e.cfg.CgroupV2, NFd: countDir("/proc/self/fd"), NGoroutines: goruntime.NumGoroutine(),
 		SystemTime: time.Now().Format(time.RFC3339Nano), LoggingDriver: e.cfg.LogDriver, CgroupDriver: e.cfg.CgroupDriver, CgroupVersion: "1",
@@ -92,13 +94,35 @@ func (s *SystemService) Info(ctx context.Context) (*system.Info, error) {
 	if l, err := e.cfg.Images.List(ctx, nil, false, false, false); err == nil {
 		out.Images = len(l)
 	}
-	if !out.SwapLimit {
+	if e.cfg.NoCgroups {
+		out.CgroupDriver, out.CgroupVersion = "none", ""
+	}
+	for _, w := range lackingWarnings(e.cfg.Host.Lacking) {
+		out.Warnings = append(out.Warnings, "WARNING: "+w)
+	}
+	if !out.SwapLimit && e.limits("memory") {
 		out.Warnings = append(out.Warnings, "WARNING: No swap limit support")
 	}
 	if !out.IPv4Forwarding {
 		out.Warnings = append(out.Warnings, "WARNING: IPv4 forwarding is disabled")
 	}
 	return out, nil
+}
+
+// limits reports whether containers can be limited with a cgroup controller.
+func (e *Engine) limits(controller string) bool { return e.cfg.Host.Lacking[controller] == "" }
+
+// lackingWarnings says each reason once, with all that it stands in the way of.
+func lackingWarnings(lacking map[string]string) []string {
+	by := map[string][]string{}
+	for _, c := range slices.Sorted(maps.Keys(lacking)) {
+		by[lacking[c]] = append(by[lacking[c]], c)
+	}
+	var out []string
+	for _, why := range slices.Sorted(maps.Keys(by)) {
+		out = append(out, "No limits of "+strings.Join(by[why], ", ")+": "+why)
+	}
+	return out
 }
 
 func (e *Engine) securityOptions() []string {
