@@ -109,6 +109,7 @@ static int op_setns(struct stage *s, struct rd *r, uint16_t flags)
 	int e = fd < 0 ? fd : (int)SYS(SYS_setns, fd, ns);
 	if (!e && ns & 0x00020000 /* CLONE_NEWNS */) {
 		s->foreign = true;
+		s->proc_is_ours = false;
 		close_fd(&s->root);
 		close_fd(&s->proc);
 	}

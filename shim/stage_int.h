@@ -42,6 +42,7 @@ struct stage {
 	uint32_t nslots;
 	int root;     /* O_PATH of the container's root; -1 before it is known */
 	int proc;     /* a procfs mount of this pid namespace that nobody else can have altered */
+	bool proc_is_ours; /* …and it is what the container has on /proc */
 	int null;     /* the container's verified /dev/null, O_PATH */
 	int mask;     /* an attached empty file system to hide directories with */
 	int parent;   /* directory last resolved for a node, with its path */

@@ -173,6 +173,9 @@ int proc_fd(struct stage *s)
 			return s->proc = fd;
 		close_fd(&fd);
 	}
+	for (int i = 0; i < s->nprepared; i++)
+		if (s->prepared[i].fd >= 0 && on_proc(s->prepared[i].fd))
+			return s->prepared[i].fd;
 	int fs = (int)SYS(SYS_fsopen, "proc", 1);
 	if (fs < 0)
 		return fs;
@@ -383,6 +386,7 @@ int op_mount(struct stage *s, struct rd *r, uint16_t flags)
 	if (!e && flags & F_MOUNT_IS_PROC && on_proc(mnt)) {
 		close_fd(&s->proc);
 		s->proc = mnt;
+		s->proc_is_ours = true;
 		return 0;
 	}
 	close_fd(&mnt);
@@ -433,7 +437,7 @@ int op_attr(struct stage *s, struct rd *r, uint16_t flags)
    own mount of it, where no symlink of an image leads astray. */
 static int protected_fd(struct stage *s, const char *path)
 {
-	if (s->proc >= 0 && !s->foreign && !strncmp(path, "/proc/", 6))
+	if (s->proc_is_ours && !strncmp(path, "/proc/", 6))
 		return open_in(s->proc, path + 6, O_PATH, BENEATH | NO_SYMLINKS);
 	int root = root_fd(s);
 	return root < 0 ? root : open_in(root, path, O_PATH, IN_ROOT | NO_MAGICLINKS);

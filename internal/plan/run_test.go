@@ -97,7 +97,11 @@ func TestProcessAttributes(t *testing.T) {
 		"nothing leaks":         {"ls /proc/self/fd; ls -l /proc/1/cwd | grep -o '> .*'", "0\n1\n2\n3\n> /\n", nil},
 		"preserved descriptors": {"ls /proc/self/fd; echo hi >&3; echo ho >&4", "0\n1\n2\n3\n4\n5\nhi\nho\n", func(s *specs.Spec, o *Options) { o.PreserveFDs = 2 }},
 		"masks":                 {"cat /proc/keys; ls /proc/acpi; echo x 2>/dev/null >/proc/sys/kernel/msgmax || echo refused; ls /sys/firmware", "refused\n", nil},
-		"own process 1 alone":   {"echo $$; set -- /proc/[0-9]*; echo $*", "1\n/proc/1\n", nil},
+		"masks on a bound /proc": {"cat /proc/keys; ls /proc/acpi; echo x 2>/dev/null >/proc/sys/kernel/msgmax || echo refused", "refused\n", func(s *specs.Spec, _ *Options) {
+			s.Mounts[0] = specs.Mount{Destination: "/proc", Source: "/proc", Type: "bind", Options: []string{"rbind", "rprivate"}}
+			s.Process.OOMScoreAdj = ptr(0)
+		}},
+		"own process 1 alone": {"echo $$; set -- /proc/[0-9]*; echo $*", "1\n/proc/1\n", nil},
 		"memory policy": {"true && echo ok", "ok\n", func(s *specs.Spec, _ *Options) {
 			s.Linux.MemoryPolicy = &specs.LinuxMemoryPolicy{Mode: specs.MpolBind, Nodes: "0"}
 		}},
