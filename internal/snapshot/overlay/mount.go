@@ -40,12 +40,19 @@ func probe(dir string) capability {
 	return c
 }
 
-// XattrPrefix is the prefix of overlayfs's own extended attributes.
+// xattrPrefix is the prefix of overlayfs's own extended attributes.
 func (c capability) xattrPrefix() string {
 	if c.userxattr {
 		return "user.overlay."
 	}
 	return "trusted.overlay."
+}
+
+func (c capability) recordAttr() string {
+	if c.userxattr {
+		return "user.servin.layer"
+	}
+	return "trusted.servin.layer"
 }
 
 // stack is one overlay to mount.

@@ -39,12 +39,14 @@ type Store struct {
 	eph   string // ephemeral layers of this boot
 	trash string
 	empty string // the lower directory of the empty chain
+	spare string // layers made in advance
 
 	cap    capability
 	users  userNamespaces
 	quota  quotas
 	serial atomic.Uint64
 	wake   chan struct{}
+	spares chan string
 
 	mu     sync.Mutex
 	layers map[string]*layer
@@ -65,6 +67,7 @@ const (
 	recordName = "layer.json"
 	upperName  = "upper"
 	workName   = "work"
+	sparesKept = 16
 )
 
 // New opens the store under cfg.Root, drops what an earlier boot left of
@@ -90,7 +93,9 @@ func New(cfg Config) (*Store, error) {
 		eph:    filepath.Join(root, "ephemeral", strings.TrimSpace(string(boot))),
 		trash:  filepath.Join(root, "trash"),
 		empty:  filepath.Join(root, "empty"),
+		spare:  filepath.Join(root, "spare"),
 		wake:   make(chan struct{}, 1),
+		spares: make(chan string, sparesKept),
 		layers: map[string]*layer{},
 	}
 	for _, d := range []string{s.rw, s.eph, s.trash} {
@@ -111,6 +116,12 @@ func New(cfg Config) (*Store, error) {
 // sweep discards the ephemeral layers of earlier boots, and reads the records of
 // the rest. A directory without a readable record is an unfinished Create.
 func (s *Store) sweep() error {
+	if err := os.RemoveAll(s.spare); err != nil {
+		return fmt.Errorf("cannot clear prepared layers: %w", err)
+	}
+	if err := os.Mkdir(s.spare, 0o700); err != nil {
+		return fmt.Errorf("cannot create the layer directory: %w", err)
+	}
 	boots, err := os.ReadDir(filepath.Dir(s.eph))
 	if err != nil {
 		return fmt.Errorf("cannot list ephemeral layers: %w", err)
@@ -129,7 +140,7 @@ func (s *Store) sweep() error {
 		}
 		for _, e := range ents {
 			dir := filepath.Join(base, e.Name())
-			l, err := readRecord(dir)
+			l, err := s.readRecord(dir)
 			if err != nil {
 				s.log.Warn("discard an unfinished layer", "id", e.Name(), "cause", err)
 				if err := s.discard(dir); err != nil {
@@ -144,9 +155,12 @@ func (s *Store) sweep() error {
 	return nil
 }
 
-func readRecord(dir string) (*layer, error) {
-	b, err := os.ReadFile(filepath.Join(dir, recordName))
-	if err != nil {
+func (s *Store) readRecord(dir string) (*layer, error) {
+	b := make([]byte, 1<<16)
+	n, err := unix.Lgetxattr(dir, s.cap.recordAttr(), b)
+	if err == nil {
+		b = b[:n]
+	} else if b, err = os.ReadFile(filepath.Join(dir, recordName)); err != nil {
 		return nil, err
 	}
 	l := &layer{dir: dir}
@@ -190,17 +204,10 @@ func (s *Store) Create(ctx context.Context, id string, chain snapshot.Chain, eph
 			}
 		}
 	}()
-	if err := os.Mkdir(l.dir, 0o700); err != nil {
+	if err := s.skeleton(l.dir); err != nil {
 		return createFault(id, err)
 	}
-	upper := filepath.Join(l.dir, upperName)
-	if err := os.Mkdir(upper, 0o755); err != nil {
-		return createFault(id, err)
-	}
-	if err := copyRoot(upper, chain); err != nil {
-		return createFault(id, err)
-	}
-	if err := os.Mkdir(filepath.Join(l.dir, workName), 0o711); err != nil {
+	if err := copyRoot(filepath.Join(l.dir, upperName), chain); err != nil {
 		return createFault(id, err)
 	}
 	if sizeLimit > 0 {
@@ -208,18 +215,53 @@ func (s *Store) Create(ctx context.Context, id string, chain snapshot.Chain, eph
 			return err
 		}
 	}
-	if err := writeRecord(l); err != nil {
+	if err := s.writeRecord(l); err != nil {
 		return createFault(id, err)
 	}
-	if !ephemeral {
-		if err := syncDir(l.dir); err != nil {
-			return createFault(id, err)
+	return nil
+}
+
+// skeleton puts an empty layer at dir: one made in advance, or a new one.
+func (s *Store) skeleton(dir string) error {
+	select {
+	case spare := <-s.spares:
+		if err := unix.Rename(spare, dir); err == nil {
+			s.kick()
+			return nil
 		}
-		if err := syncDir(base); err != nil {
-			return createFault(id, err)
+	default:
+		s.kick()
+	}
+	return makeSkeleton(dir)
+}
+
+func makeSkeleton(dir string) error {
+	for _, d := range []struct {
+		name string
+		mode uint32
+	}{{dir, 0o700}, {dir + "/" + upperName, 0o755}, {dir + "/" + workName, 0o711}} {
+		if err := unix.Mkdir(d.name, d.mode); err != nil {
+			return &fs.PathError{Op: "mkdir", Path: d.name, Err: err}
 		}
 	}
 	return nil
+}
+
+// refill makes layers in advance, so that Create need not: making directories is
+// most of what it costs.
+func (s *Store) refill() {
+	for len(s.spares) < cap(s.spares) {
+		dir := filepath.Join(s.spare, fmt.Sprint(s.serial.Add(1)))
+		if err := makeSkeleton(dir); err != nil {
+			s.log.Warn("cannot prepare a layer", "cause", err)
+			return
+		}
+		select {
+		case s.spares <- dir:
+		default:
+			return
+		}
+	}
 }
 
 // copyRoot gives the upper directory the mode and owner of the chain's root,
@@ -243,28 +285,37 @@ func copyRoot(upper string, chain snapshot.Chain) error {
 	return nil
 }
 
-func writeRecord(l *layer) error {
+// writeRecord keeps the record as an attribute of the layer's directory: that is
+// metadata, so one sync of the directory makes it last together with the
+// directory's name, which the same inode's rename gave it. A record that is too
+// long, or a file system without attributes, gets a file.
+func (s *Store) writeRecord(l *layer) error {
 	b, err := json.Marshal(l)
 	if err != nil {
 		return err
 	}
-	f, err := os.OpenFile(filepath.Join(l.dir, recordName), os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	fd, err := unix.Open(l.dir, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return err
 	}
-	_, err = f.Write(b)
-	if err == nil && !l.Ephemeral {
-		err = unix.Fdatasync(int(f.Fd()))
+	defer unix.Close(fd)
+	if err := unix.Fsetxattr(fd, s.cap.recordAttr(), b, unix.XATTR_CREATE); err != nil {
+		f, err := os.OpenFile(filepath.Join(l.dir, recordName), os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+		if err != nil {
+			return err
+		}
+		_, err = f.Write(b)
+		if err == nil && !l.Ephemeral {
+			err = f.Sync()
+		}
+		if err = errors.Join(err, f.Close()); err != nil {
+			return err
+		}
 	}
-	return errors.Join(err, f.Close())
-}
-
-func syncDir(dir string) error {
-	d, err := os.Open(dir)
-	if err != nil {
-		return err
+	if l.Ephemeral {
+		return nil
 	}
-	return errors.Join(d.Sync(), d.Close())
+	return unix.Fsync(fd)
 }
 
 func createFault(id string, err error) error {

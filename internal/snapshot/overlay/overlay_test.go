@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/cloudos-io/cloudos/internal/fault"
 	"github.com/cloudos-io/cloudos/internal/snapshot"
@@ -338,7 +339,7 @@ func TestReopen(t *testing.T) {
 		}
 	}
 	// A Create that was killed before its record, and an earlier boot's layers.
-	if err := os.Remove(filepath.Join(root, "rw", "half", recordName)); err != nil {
+	if err := unix.Removexattr(filepath.Join(root, "rw", "half"), s.cap.recordAttr()); err != nil {
 		t.Fatal(err)
 	}
 	if err := os.MkdirAll(filepath.Join(root, "ephemeral", "earlier", "x", "upper"), 0o700); err != nil {
@@ -361,6 +362,60 @@ func TestReopen(t *testing.T) {
 	}
 	if ents, _ := os.ReadDir(filepath.Join(root, "ephemeral")); len(ents) != 1 {
 		t.Errorf("ephemeral holds %d boots", len(ents))
+	}
+}
+
+func TestLongRecordGetsAFile(t *testing.T) {
+	root := t.TempDir()
+	s := newStore(t, root)
+	c := snapshot.Chain{ID: "sha256:long"}
+	for i := range 100 {
+		c.Dirs = append(c.Dirs, filepath.Join(root, fmt.Sprintf("some-rather-long-directory-name-for-a-layer-%d", i), "fs"))
+	}
+	if err := os.MkdirAll(c.Dirs[0], 0o751); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Create(context.Background(), "a", c, false, 0); err != nil {
+		t.Fatal(err)
+	}
+	s = newStore(t, root)
+	lower, upper, _, _, err := s.Dirs("a")
+	if err != nil || !slices.Equal(lower, c.Dirs) {
+		t.Errorf("%d lower directories, %v", len(lower), err)
+	}
+	if fi, err := os.Stat(upper); err != nil || fi.Mode().Perm() != 0o751 {
+		t.Errorf("the root's mode is %v, %v; want that of the image", fi, err)
+	}
+}
+
+func TestRunPreparesAndDeletes(t *testing.T) {
+	root := t.TempDir()
+	s := newStore(t, root)
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error)
+	go func() { done <- s.Run(ctx) }()
+	for i := range 40 {
+		id := fmt.Sprint("c", i)
+		if err := s.Create(ctx, id, snapshot.Chain{}, i%2 == 0, 0); err != nil {
+			t.Fatal(err)
+		}
+		if err := s.Remove(ctx, id); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for range 200 {
+		trash, _ := os.ReadDir(s.trash)
+		if len(trash) == 0 && len(s.spares) == cap(s.spares) {
+			break
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
+	cancel()
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
+	if trash, _ := os.ReadDir(s.trash); len(trash) != 0 || len(s.spares) != cap(s.spares) {
+		t.Errorf("%d discarded layers left, %d prepared", len(trash), len(s.spares))
 	}
 }
 
@@ -397,6 +452,7 @@ func BenchmarkCreateMount(b *testing.B) {
 			s := newStore(b, filepath.Join(root, "l"))
 			c := chain(b, root, map[string]string{"a": ""}, map[string]string{"b": ""}, map[string]string{"c": ""})
 			ctx := context.Background()
+			s.refill()
 			for i := range b.N {
 				id := fmt.Sprint("c", i)
 				if err := s.Create(ctx, id, c, ephemeral, 0); err != nil {
@@ -409,6 +465,7 @@ func BenchmarkCreateMount(b *testing.B) {
 				b.StopTimer()
 				f.Close()
 				_ = s.Remove(ctx, id)
+				s.refill()
 				b.StartTimer()
 			}
 		})

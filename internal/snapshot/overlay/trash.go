@@ -19,15 +19,20 @@ func (s *Store) discard(dir string) error {
 	if err := os.Rename(dir, to); err != nil {
 		return err
 	}
+	s.kick()
+	return nil
+}
+
+// kick tells Run that there is something to do.
+func (s *Store) kick() {
 	select {
 	case s.wake <- struct{}{}:
 	default:
 	}
-	return nil
 }
 
-// Run deletes discarded layers, also those of earlier runs, until ctx ends. It
-// works on one thread of lowest CPU and disk priority.
+// Run deletes discarded layers, also those of earlier runs, and makes new ones
+// in advance, until ctx ends. It works on one thread of lowest CPU and disk priority.
 func (s *Store) Run(ctx context.Context) error {
 	// The thread is not unlocked, so that it ends with its lowered priority.
 	runtime.LockOSThread()
@@ -35,6 +40,7 @@ func (s *Store) Run(ctx context.Context) error {
 	_ = unix.Setpriority(unix.PRIO_PROCESS, 0, 19)
 	_, _, _ = unix.Syscall(unix.SYS_IOPRIO_SET, 1, 0, idleClass)
 	for {
+		s.refill()
 		if err := s.emptyTrash(ctx); err != nil {
 			s.log.Warn("cannot delete discarded layers", "cause", err)
 		}
@@ -47,7 +53,7 @@ func (s *Store) Run(ctx context.Context) error {
 		select {
 		case <-ctx.Done():
 			return nil
-		case <-time.After(200 * time.Millisecond):
+		case <-time.After(50 * time.Millisecond):
 		}
 	}
 }
@@ -70,6 +76,7 @@ func (s *Store) emptyTrash(ctx context.Context) error {
 		if ctx.Err() != nil {
 			return nil
 		}
+		s.refill()
 		if err := removeTree(filepath.Join(s.trash, n)); err != nil && failed == nil {
 			failed = err
 		}
