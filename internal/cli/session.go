@@ -113,9 +113,9 @@ func restoreOnDeath(restore func()) (stop func()) {
 	end := make(chan struct{})
 	go func() {
 		select {
-		case <-sig:
+		case s := <-sig:
 			restore()
-			os.Exit(exitInterrupt)
+			os.Exit(128 + signalNumber(s))
 		case <-end:
 		}
 	}()

@@ -35,3 +35,11 @@ func signalName(s os.Signal) string {
 	}
 	return "SIGINT"
 }
+
+// signalNumber is what a shell adds to 128 for a program that the signal ended.
+func signalNumber(s os.Signal) int {
+	if n, ok := s.(syscall.Signal); ok {
+		return int(n)
+	}
+	return int(syscall.SIGINT)
+}
