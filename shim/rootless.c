@@ -116,19 +116,23 @@ static int join(const char *pid, const char *name, int type)
 int rootless_enter(int argc, char **argv)
 {
 	const char *pid = argc > 3 ? argv[2] : "";
+	char cwd[4096];
 
 	if (!*pid || strspn(pid, "0123456789") != strlen(pid) || strlen(pid) > 10) {
 		fputs("servin-shim: usage: rootless-enter PID PROGRAM [ARGS...]\n", stderr);
 		return 2;
 	}
+	/* Joining a mount namespace leads to its root. */
+	if (!getcwd(cwd, sizeof cwd))
+		strcpy(cwd, "/");
 	if (join(pid, "user", CLONE_NEWUSER) < 0)
 		return fail("enter the user namespace");
 	if (join(pid, "mnt", CLONE_NEWNS) < 0 || join(pid, "net", CLONE_NEWNET) < 0 || join(pid, "ipc", CLONE_NEWIPC) < 0)
 		return fail("enter the namespaces");
 	if (become_root() < 0)
 		return fail("become root of the user namespace");
-	if (chdir("/") < 0)
-		return fail("change to /");
+	if (chdir(cwd) < 0 && chdir("/") < 0)
+		return fail("change to the directory that it was started in");
 	execv(argv[3], argv + 3);
 	return fail("execute the engine");
 }

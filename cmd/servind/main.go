@@ -49,7 +49,17 @@ func run(ctx context.Context, args []string) error {
 		return err
 	}
 	slog.SetDefault(log)
-	s, err := wire.New(ctx, c, rootless.Active(), log)
+	inside := rootless.Inside()
+	if inside.Active {
+		if err := rootless.Prepare(c.RunRoot); err != nil {
+			log.Warn(err.Error())
+		}
+	}
+	group := wire.SocketGroup(c)
+	if inside.Active {
+		group = "" // an ordinary user's engine is that user's alone
+	}
+	s, err := wire.New(ctx, c, inside, log)
 	if err != nil {
 		return err
 	}
@@ -60,12 +70,12 @@ func run(ctx context.Context, args []string) error {
 	err = s.Run(ctx, func(ctx context.Context) error {
 		return daemon.Serve(ctx, daemon.Config{
 			Listen: c.Listen, Handler: s.Handler, Stop: stop, Logger: log,
-			Options: dockerapi.ListenOptions{Group: wire.SocketGroup(c), CA: c.TLS.CA, Cert: c.TLS.Cert, Key: c.TLS.Key, InsecureTCP: c.InsecureTCP},
+			Options: dockerapi.ListenOptions{Group: group, CA: c.TLS.CA, Cert: c.TLS.Cert, Key: c.TLS.Key, InsecureTCP: c.InsecureTCP},
 		})
 	})
 	select {
 	case <-stop:
-		if all && rootless.Active() {
+		if all && inside.Active {
 			err = errors.Join(err, rootless.Leave(c.RunRoot))
 		}
 	default:
@@ -108,7 +118,7 @@ func configure(args []string) (*config.Config, error) {
 	}
 	c := new(config.Config)
 	if *path == "" {
-		if _, err := os.Stat(defaultConfig); err == nil && os.Geteuid() == 0 && !rootless.Active() {
+		if _, err := os.Stat(defaultConfig); err == nil && !rootless.Needed() && !rootless.Inside().Active {
 			*path = defaultConfig
 		}
 	}
@@ -140,7 +150,7 @@ func configure(args []string) (*config.Config, error) {
 	if *pool >= 0 {
 		c.Pool = pool
 	}
-	c.Defaults(rootless.Needed() || rootless.Active())
+	c.Defaults(rootless.Needed() || rootless.Inside().Active)
 	return c, c.Check()
 }
 

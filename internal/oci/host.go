@@ -34,6 +34,9 @@ type Host struct {
 	UnprivilegedPortStart      bool // net.ipv4.ip_unprivileged_port_start exists
 	CPURealtime                bool // the cpu controller has real-time limits
 	SwapLimit                  bool // memory controller accounts swap
+	// Lacking tells for a cgroup controller (memory, cpu, cpuset, pids, io) why
+	// this engine cannot use it; such limits are refused.
+	Lacking map[string]string
 }
 
 // ProbeHost looks at the host once; the engine keeps the result.

@@ -400,6 +400,9 @@ func ValidateResources(r *container.Resources, h Host, update bool) (warnings []
 	case r.IOMaximumIOps != 0:
 		return nil, invalid("invalid option: QoS maximum IOPs configuration is not supported on linux")
 	}
+	if err := h.permits(r); err != nil {
+		return nil, err
+	}
 	cpus, err := CPUSet(r.CpusetCpus)
 	if err != nil {
 		return nil, invalid("Invalid value %s for cpuset cpus: %w", r.CpusetCpus, err)
@@ -428,4 +431,27 @@ func ValidateResources(r *container.Resources, h Host, update bool) (warnings []
 		r.CPUPercent = 0
 	}
 	return warnings, nil
+}
+
+// permits refuses limits that nothing here could enforce.
+func (h Host) permits(r *container.Resources) error {
+	if len(h.Lacking) == 0 {
+		return nil
+	}
+	for _, l := range []struct {
+		asked            bool
+		controller, what string
+	}{
+		{r.Memory > 0 || r.MemorySwap > 0 || r.MemoryReservation > 0, "memory", "memory"},
+		{r.NanoCPUs > 0 || r.CPUQuota > 0 || r.CPUShares > 0, "cpu", "CPU time"},
+		{r.CpusetCpus != "" || r.CpusetMems != "", "cpuset", "the CPUs to run on"},
+		{r.PidsLimit != nil && *r.PidsLimit > 0, "pids", "the number of processes"},
+		{r.BlkioWeight > 0 || len(r.BlkioWeightDevice)+len(r.BlkioDeviceReadBps)+len(r.BlkioDeviceWriteBps)+
+			len(r.BlkioDeviceReadIOps)+len(r.BlkioDeviceWriteIOps) > 0, "io", "disk access"},
+	} {
+		if why := h.Lacking[l.controller]; why != "" && l.asked {
+			return fault.New(fault.Unsupported, "cannot limit %s: %s", l.what, why)
+		}
+	}
+	return nil
 }

@@ -2,21 +2,9 @@ package rootless
 
 import (
 	"os"
-	"reflect"
+	"path/filepath"
 	"testing"
 )
-
-func TestParseSubordinate(t *testing.T) {
-	text := "alice:100000:65536\n# bob:1:1\nbob:200000:65536\n1000:300000:10\nalice:x:1\nalice:5:0\nalice:1:2:3\n"
-	got := pack(parseSubordinate(text, "alice", "1000"))
-	want := []idRange{{1, 100000, 65536}, {65537, 300000, 10}}
-	if !reflect.DeepEqual(got, want) {
-		t.Errorf("got %v, want %v", got, want)
-	}
-	if got := parseSubordinate(text, "carol", "7"); got != nil {
-		t.Errorf("ranges of nobody: %v", got)
-	}
-}
 
 func TestStartTime(t *testing.T) {
 	if startTime(os.Getpid()) == "" || startTime(os.Getpid()) != startTime(os.Getpid()) {
@@ -24,5 +12,60 @@ func TestStartTime(t *testing.T) {
 	}
 	if startTime(0) != "" {
 		t.Error("a start time of no process")
+	}
+}
+
+func TestRecord(t *testing.T) {
+	path := filepath.Join(t.TempDir(), recordName)
+	h := holder{Version: recordVersion, process: identify(os.Getpid()), Boot: bootID(), CgroupBase: "/x", Link: link{Kind: pasta, process: process{7, "8"}}}
+	if err := save(path, h); err != nil {
+		t.Fatal(err)
+	}
+	if got, alive := load(path); !alive || got != h {
+		t.Errorf("got %+v (alive: %v), want %+v", got, alive, h)
+	}
+	for name, spoil := range map[string]func(*holder){
+		"another process of that number": func(h *holder) { h.Started += "0" },
+		"a former boot":                  func(h *holder) { h.Boot = "x" },
+		"another version":                func(h *holder) { h.Version++ },
+		"init":                           func(h *holder) { h.process = identify(1) },
+	} {
+		other := h
+		spoil(&other)
+		if err := save(path, other); err != nil {
+			t.Fatal(err)
+		}
+		if _, alive := load(path); alive {
+			t.Errorf("%s passed for the holder", name)
+		}
+	}
+}
+
+func TestInside(t *testing.T) {
+	for _, env := range []string{"", "x", `{"UID":1}`} {
+		t.Setenv(Marker, env)
+		m, _ := os.ReadFile("/proc/self/uid_map")
+		if Inside().Active && len(m) > 0 && env != `{"UID":1}` {
+			t.Errorf("%q passed for being inside", env)
+		}
+	}
+}
+
+func TestReachable(t *testing.T) {
+	for text, want := range map[string]bool{
+		"nameserver 10.0.0.1\n":                          true,
+		"nameserver 127.0.0.53\noptions edns0\n":         false,
+		"nameserver 127.0.0.1\nnameserver 2001:db8::1\n": true,
+		"nameserver ::1\n":                               false,
+		"# nameserver 10.0.0.1\n":                        false,
+		"":                                               false,
+	} {
+		path := filepath.Join(t.TempDir(), "resolv.conf")
+		if err := os.WriteFile(path, []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		if got := reachable(path) != nil; got != want {
+			t.Errorf("%q: %v, want %v", text, got, want)
+		}
 	}
 }

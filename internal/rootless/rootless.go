@@ -3,7 +3,7 @@
 // process that does nothing, so that containers outlive the engine and a new
 // engine enters the same namespaces. A user-mode network (pasta, else
 // slirp4netns) joins the network namespace to the host. cmd/servind calls Enter
-// first thing; nothing else imports this package.
+// first thing; the composition root asks Inside what there is.
 package rootless
 
 import (
@@ -12,19 +12,33 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
-	"os/user"
 	"path/filepath"
 	"strconv"
 	"strings"
 	"syscall"
-	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/cloudos-io/cloudos/internal/fault"
 )
 
-// Marker is set in the environment of an engine inside the namespaces, to
-// "UID:GID" of its user outside.
+// Marker is set in the environment of an engine inside the namespaces: a State
+// in JSON.
 const Marker = "SERVIN_ROOTLESS"
+
+// State is what an engine inside the namespaces knows of the world outside.
+type State struct {
+	// Active: this process is inside.
+	Active bool `json:"-"`
+	// UID and GID are the user's.
+	UID, GID int
+	// CgroupBase is the v2 subtree delegated to the engine, "" none.
+	CgroupBase string `json:",omitempty"`
+	// Link is "pasta", "slirp4netns" or "" for no network beyond the namespace.
+	Link string `json:",omitempty"`
+	// FirstPort is the lowest port that the user may bind on the host.
+	FirstPort uint16
+}
 
 // Config of Enter.
 type Config struct {
@@ -40,21 +54,41 @@ type Config struct {
 
 // Needed reports whether this process is an engine of an ordinary user that has
 // not entered its namespaces yet.
-func Needed() bool { return os.Geteuid() != 0 && os.Getenv(Marker) == "" }
+func Needed() bool { return os.Geteuid() != 0 }
 
-// Active reports whether this process runs inside such namespaces.
-func Active() bool { return os.Getenv(Marker) != "" }
-
-// holder is the record of the process that keeps the namespaces. A pid alone
-// may have been given to another process; with its start time it is unique.
-type holder struct {
-	Version int
-	PID     int
-	Started string // field 22 of /proc/PID/stat
-	Boot    string
+// Inside tells whether this process runs inside such namespaces, and with what.
+func Inside() State {
+	var s State
+	if Needed() || json.Unmarshal([]byte(os.Getenv(Marker)), &s) != nil {
+		return State{}
+	}
+	// The real root may have inherited the variable from somebody.
+	m, err := os.ReadFile("/proc/self/uid_map")
+	s.Active = err == nil && strings.Join(strings.Fields(string(m)), " ") != "0 0 4294967295"
+	return s
 }
 
-const recordVersion = 1
+// process names a process for good: a pid alone may have been given to another
+// one, with its start time it is unique until the next boot.
+type process struct {
+	PID     int
+	Started string // field 22 of /proc/PID/stat
+}
+
+func identify(pid int) process { return process{PID: pid, Started: startTime(pid)} }
+
+func (p process) alive() bool { return p.PID > 1 && p.Started != "" && p.Started == startTime(p.PID) }
+
+// holder is the record of the process that keeps the namespaces.
+type holder struct {
+	Version int
+	process
+	Boot       string
+	Link       link
+	CgroupBase string `json:",omitempty"`
+}
+
+const recordVersion = 2
 
 // Enter replaces this process by the engine inside the namespaces, making them
 // first where no holder lives. It returns only with an error.
@@ -62,7 +96,7 @@ func Enter(c Config) error {
 	if err := os.MkdirAll(c.RunRoot, 0o700); err != nil {
 		return fmt.Errorf("cannot make the run root: %w", err)
 	}
-	lock, err := os.OpenFile(filepath.Join(c.RunRoot, "rootless.lock"), os.O_CREATE|os.O_RDWR, 0o600)
+	lock, err := os.OpenFile(filepath.Join(c.RunRoot, "rootless.lock"), os.O_CREATE|os.O_RDWR|syscall.O_CLOEXEC, 0o600)
 	if err != nil {
 		return fmt.Errorf("cannot lock the run root: %w", err)
 	}
@@ -70,33 +104,103 @@ func Enter(c Config) error {
 	if err := syscall.Flock(int(lock.Fd()), syscall.LOCK_EX); err != nil {
 		return fmt.Errorf("cannot lock the run root: %w", err)
 	}
-	path := filepath.Join(c.RunRoot, "rootless.json")
+	path := filepath.Join(c.RunRoot, recordName)
 	h, alive := load(path)
-	if !alive {
+	g := findGroups()
+	if alive {
+		if h.CgroupBase != "" && g.enter(h.CgroupBase, os.Getpid()) != nil {
+			g.scope(c.Args)
+			c.Warn("the engine cannot join its cgroup " + h.CgroupBase + ": containers cannot be started with limits until it is started where the first one was")
+		}
+	} else {
+		base := g.delegated(os.Getpid())
+		if base == "" {
+			g.scope(c.Args)
+		}
 		if h, err = create(c); err != nil {
 			return err
 		}
+		h.CgroupBase = base
+	}
+	// Recorded before and after the link is made, so that nothing is forgotten.
+	if err := save(path, h); err != nil {
+		_ = syscall.Kill(h.PID, syscall.SIGTERM)
+		return err
+	}
+	if !h.Link.alive() {
+		h.Link = connect(h.PID, c.RunRoot, c.Warn)
+		if err := resolvConf(h.Link, c.RunRoot); err != nil {
+			c.Warn(fmt.Sprintf("cannot write the name servers: %v", err))
+		}
 		if err := save(path, h); err != nil {
-			_ = syscall.Kill(h.PID, syscall.SIGTERM)
 			return err
 		}
 	}
-	env := append(os.Environ(), fmt.Sprintf("%s=%d:%d", Marker, os.Getuid(), os.Getgid()))
+	state, err := json.Marshal(State{UID: os.Getuid(), GID: os.Getgid(), CgroupBase: h.CgroupBase, Link: h.Link.Kind, FirstPort: firstPort()})
+	if err != nil {
+		return err
+	}
+	env := append(os.Environ(), Marker+"="+string(state))
 	argv := append([]string{"servin-shim", "rootless-enter", strconv.Itoa(h.PID)}, c.Args...)
 	return fmt.Errorf("cannot enter the user namespace: %w", syscall.Exec(c.Shim, argv, env))
 }
 
-// Leave ends the holder, and with it the namespaces; for a complete shutdown.
+// Prepare is the first thing to do inside: it shows the name servers that can be
+// reached from there where the host's cannot.
+func Prepare(runRoot string) error {
+	file, err := os.Stat(filepath.Join(runRoot, resolvName))
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	if now, err := os.Stat("/etc/resolv.conf"); err == nil && os.SameFile(now, file) {
+		return nil // a former engine did it
+	}
+	if err := unix.Mount(filepath.Join(runRoot, resolvName), "/etc/resolv.conf", "", unix.MS_BIND, ""); err != nil {
+		return fmt.Errorf("cannot show the name servers in /etc/resolv.conf: %w", err)
+	}
+	return nil
+}
+
+// firstPort is the lowest port that an ordinary user may bind in this network
+// namespace.
+func firstPort() uint16 {
+	data, err := os.ReadFile("/proc/sys/net/ipv4/ip_unprivileged_port_start")
+	if n, perr := strconv.ParseUint(strings.TrimSpace(string(data)), 10, 16); err == nil && perr == nil {
+		return uint16(n)
+	}
+	return 1024
+}
+
+const recordName = "rootless.json"
+
+// Leave ends the holder and the network, and with them the namespaces; for a
+// complete shutdown.
 func Leave(runRoot string) error {
-	path := filepath.Join(runRoot, "rootless.json")
+	path := filepath.Join(runRoot, recordName)
 	h, alive := load(path)
-	if alive {
-		if err := syscall.Kill(h.PID, syscall.SIGTERM); err != nil && !errors.Is(err, syscall.ESRCH) {
-			return fmt.Errorf("cannot end the holder of the namespaces: %w", err)
+	var failed error
+	if h.Boot == bootID() {
+		if h.Link.alive() {
+			failed = end(h.Link.process)
+		}
+		if alive {
+			failed = errors.Join(failed, end(h.process))
 		}
 	}
-	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return err
+	for _, name := range []string{recordName, "pasta.pid", "slirp4netns.sock", "slirp4netns.log", resolvName} {
+		if err := os.Remove(filepath.Join(runRoot, name)); err != nil && !errors.Is(err, os.ErrNotExist) {
+			failed = errors.Join(failed, err)
+		}
+	}
+	return failed
+}
+
+func end(p process) error {
+	if err := syscall.Kill(p.PID, syscall.SIGTERM); err != nil && !errors.Is(err, syscall.ESRCH) {
+		return fmt.Errorf("cannot end process %d of the namespaces: %w", p.PID, err)
 	}
 	return nil
 }
@@ -104,10 +208,10 @@ func Leave(runRoot string) error {
 func load(path string) (holder, bool) {
 	var h holder
 	data, err := os.ReadFile(path)
-	if err != nil || json.Unmarshal(data, &h) != nil || h.Version != recordVersion || h.PID <= 1 {
-		return h, false
+	if err != nil || json.Unmarshal(data, &h) != nil || h.Version != recordVersion {
+		return holder{}, false
 	}
-	return h, h.Boot == bootID() && h.Started != "" && h.Started == startTime(h.PID)
+	return h, h.Boot == bootID() && h.alive()
 }
 
 func save(path string, h holder) error {
@@ -142,16 +246,9 @@ func startTime(pid int) string {
 	return f[19]
 }
 
-// create starts a holder, maps its ids and joins its network to the host.
+// create starts a holder and maps its ids.
 func create(c Config) (h holder, err error) {
-	u, err := user.Current()
-	if err != nil {
-		return h, fmt.Errorf("cannot look up the user: %w", err)
-	}
-	uids, gids, err := mappings(u, c.Warn)
-	if err != nil {
-		return h, err
-	}
+	ids := mappings(c.Warn)
 	pair, err := syscall.Socketpair(syscall.AF_UNIX, syscall.SOCK_SEQPACKET|syscall.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return h, err
@@ -178,7 +275,7 @@ func create(c Config) (h holder, err error) {
 	if err := expect(ours, 'u'); err != nil {
 		return h, err
 	}
-	if err := mapIDs(pid, uids, gids); err != nil {
+	if err := mapIDs(pid, ids); err != nil {
 		return h, err
 	}
 	if _, err := ours.Write([]byte{'m'}); err != nil {
@@ -187,10 +284,7 @@ func create(c Config) (h holder, err error) {
 	if err := expect(ours, 'r'); err != nil {
 		return h, err
 	}
-	if err := connect(pid, c.RunRoot, c.Warn); err != nil {
-		return h, err
-	}
-	return holder{Version: recordVersion, PID: pid, Started: startTime(pid), Boot: bootID()}, nil
+	return holder{Version: recordVersion, process: identify(pid), Boot: bootID()}, nil
 }
 
 // expect waits for one byte from the holder.
@@ -199,57 +293,6 @@ func expect(f *os.File, want byte) error {
 	n, err := f.Read(b[:])
 	if err != nil || n != 1 || b[0] != want {
 		return errors.New("cannot make namespaces: the holder ended early")
-	}
-	return nil
-}
-
-// connect joins the holder's network namespace to the host's network.
-func connect(pid int, runRoot string, warn func(string)) error {
-	if path, err := exec.LookPath("pasta"); err == nil {
-		// pasta copies the host's addresses and routes, and by itself forwards
-		// ports that are listened on inside.
-		out, err := exec.Command(path, "--config-net", "--quiet", "--pid", filepath.Join(runRoot, "pasta.pid"), strconv.Itoa(pid)).CombinedOutput()
-		if err == nil {
-			return nil
-		}
-		warn(fmt.Sprintf("pasta failed, trying slirp4netns: %s", strings.TrimSpace(string(out))))
-	}
-	if path, err := exec.LookPath("slirp4netns"); err == nil {
-		return slirp(path, pid, runRoot)
-	}
-	warn("neither pasta nor slirp4netns is installed: containers have no network beyond this host (Debian packages: passt, slirp4netns)")
-	return nil
-}
-
-// slirp starts slirp4netns and waits until its link is up.
-func slirp(path string, pid int, runRoot string) error {
-	r, w, err := os.Pipe()
-	if err != nil {
-		return err
-	}
-	defer r.Close()
-	log, err := os.OpenFile(filepath.Join(runRoot, "slirp4netns.log"), os.O_CREATE|os.O_WRONLY|os.O_TRUNC, 0o600)
-	if err != nil {
-		w.Close()
-		return err
-	}
-	defer log.Close()
-	cmd := exec.Command(path, "--configure", "--mtu=65520", "--disable-host-loopback", "--ready-fd=3",
-		"--api-socket", filepath.Join(runRoot, "slirp4netns.sock"), strconv.Itoa(pid), "tap0")
-	cmd.ExtraFiles = []*os.File{w}
-	cmd.Stdout, cmd.Stderr = log, log
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
-	err = cmd.Start()
-	w.Close()
-	if err != nil {
-		return fmt.Errorf("cannot start slirp4netns: %w", err)
-	}
-	if err := r.SetReadDeadline(time.Now().Add(10 * time.Second)); err != nil {
-		return err
-	}
-	if err := expect(r, '1'); err != nil {
-		_ = cmd.Process.Kill()
-		return fmt.Errorf("cannot start slirp4netns: see %s", log.Name())
 	}
 	return nil
 }

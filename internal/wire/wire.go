@@ -33,11 +33,13 @@ import (
 	"github.com/cloudos-io/cloudos/internal/doctor"
 	"github.com/cloudos-io/cloudos/internal/engine"
 	"github.com/cloudos-io/cloudos/internal/event"
+	"github.com/cloudos-io/cloudos/internal/fault"
 	"github.com/cloudos-io/cloudos/internal/idmap"
 	"github.com/cloudos-io/cloudos/internal/image"
 	"github.com/cloudos-io/cloudos/internal/network"
 	"github.com/cloudos-io/cloudos/internal/network/ipam"
 	"github.com/cloudos-io/cloudos/internal/oci"
+	"github.com/cloudos-io/cloudos/internal/rootless"
 	"github.com/cloudos-io/cloudos/internal/runtime"
 	"github.com/cloudos-io/cloudos/internal/runtime/native"
 	"github.com/cloudos-io/cloudos/internal/snapshot/overlay"
@@ -62,7 +64,7 @@ type part struct {
 }
 
 // New builds everything. On failure it closes what it has opened.
-func New(ctx context.Context, c *config.Config, rootless bool, log *slog.Logger) (s *System, err error) {
+func New(ctx context.Context, c *config.Config, inside rootless.State, log *slog.Logger) (s *System, err error) {
 	s = &System{log: log}
 	defer func() {
 		if err != nil {
@@ -76,6 +78,9 @@ func New(ctx context.Context, c *config.Config, rootless bool, log *slog.Logger)
 		if err := os.MkdirAll(d, 0o711); err != nil {
 			return nil, fmt.Errorf("cannot make %s: %w", d, err)
 		}
+	}
+	if inside.Active && c.CgroupDriver == "systemd" {
+		return nil, fault.New(fault.Unsupported, "cannot use the cgroup driver systemd as an ordinary user: the engine governs the subtree delegated to it itself (cgroupDriver: cgroupfs)")
 	}
 	instance := instanceID(c.Root, c.RunRoot)
 	boot, err := engine.BootID()
@@ -132,6 +137,7 @@ func New(ctx context.Context, c *config.Config, rootless bool, log *slog.Logger)
 	// What starts them.
 	driver, err := native.New(native.Config{
 		Root: c.Root, RunRoot: c.RunRoot, Instance: instance, CgroupDriver: c.CgroupDriver, PoolSize: *c.Pool, Logger: log,
+		Rootless: inside.Active, CgroupBase: inside.CgroupBase,
 		PrepareLink: func(ctx context.Context, netns *os.File) (any, error) { return networks.PrepareLink(ctx, netns) },
 		DropLink: func(ctx context.Context, link any) error {
 			l, _ := link.(*network.Link)
@@ -144,6 +150,11 @@ func New(ctx context.Context, c *config.Config, rootless bool, log *slog.Logger)
 	s.onClose(driver.Close)
 	s.part("runtime", driver.Run)
 	host := oci.ProbeHost()
+	host.Lacking = driver.Lacking()
+	v2 := cgroupV2()
+	if inside.Active {
+		v2 = driver.CgroupV2()
+	}
 	var seccomp []byte
 	if c.SeccompProfile != "" {
 		if seccomp, err = os.ReadFile(c.SeccompProfile); err != nil {
@@ -175,14 +186,14 @@ func New(ctx context.Context, c *config.Config, rootless bool, log *slog.Logger)
 		Root: c.Root, RunRoot: c.RunRoot, Version: api.Version, Driver: driver, Runtimes: runtimes, DefaultRuntime: c.DefaultRuntime,
 		Snapshots: layers, Images: images, Networks: networks, Volumes: volumes, IDMaps: ids, Bus: event.NewBus(event.Config{}),
 		Durable: durable, Ephemeral: ephemeral, Host: host, Profiles: oci.NewProfiles(seccomp), AppArmorProfile: profile,
-		CgroupParent: c.CgroupParent, CgroupV2: cgroupV2(), CgroupDriver: c.CgroupDriver, Rootless: rootless, Defaults: defaults,
+		CgroupParent: c.CgroupParent, CgroupV2: v2, NoCgroups: inside.Active && !v2, CgroupDriver: c.CgroupDriver, Rootless: inside.Active, Defaults: defaults,
 		LogDriver: c.Logs.Driver, LogMaxSize: logSize, LogMaxFiles: c.Logs.MaxFiles, NoNewPrivileges: c.NoNewPrivileges, Init: c.Init,
 		ShutdownTimeout: time.Duration(c.ShutdownTimeout), Labels: c.Labels, RegistryConfig: registryInfo(c), Pool: *c.Pool,
 		CDI: cdi.New(nil), PublishThrough: c.Network.PublishThrough, Logger: log,
 		Resolver: engine.Resolver{Servers: addresses(c.Network.DNS), Search: c.Network.Search, Options: c.Network.Options},
 		Checks: func(ctx context.Context) []api.Finding {
 			return doctor.Judge(doctor.Gather(ctx, doctor.Config{
-				Root: c.Root, RunRoot: c.RunRoot, Rootless: rootless, Capabilities: host.Capabilities, AppArmor: armorWhy,
+				Root: c.Root, RunRoot: c.RunRoot, Rootless: inside.Active, Capabilities: host.Capabilities, AppArmor: armorWhy,
 			}))
 		},
 	})

@@ -49,7 +49,7 @@ var arrows = map[string][]string{
 		"internal/doctor", "internal/apparmor", "internal/config", "api"},
 	"internal/dockerapi": {"internal/fault", "internal/image", "internal/engine", "api"},
 	"internal/cli":       {"client", "api"},
-	"internal/rootless":  {"internal/fault", "internal/idmap"},
+	"internal/rootless":  {"internal/fault", "internal/idmap", "internal/snapshot"},
 }
 
 // composition roots may import everything below internal/.

@@ -34,7 +34,9 @@ func (g *Group) Apply(r *specs.LinuxResources) (warnings []string, err error) {
 	} else {
 		warnings, err = g.applyV1(r)
 	}
-	if err == nil && r.Devices != nil {
+	if err == nil && r.Devices != nil && !g.h.delegated {
+		// Rules for devices take BPF in the first user namespace. In another one no
+		// device node can be made, so that there is nothing to forbid.
 		err = g.setDevices(r.Devices)
 	}
 	return warnings, err

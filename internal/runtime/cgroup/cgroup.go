@@ -45,7 +45,9 @@ type hierarchy struct {
 type Host struct {
 	Mode    Mode
 	v1      []hierarchy
-	unified string // mount point of the v2 tree, "" none
+	unified string // mount point of the v2 tree, "" none; the subtree's directory if delegated
+	// delegated: an ordinary user's engine, which governs one subtree or nothing.
+	delegated bool
 
 	mu      sync.Mutex
 	parents map[string]bool // made and prepared by us

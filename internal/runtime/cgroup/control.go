@@ -36,6 +36,9 @@ func (g *Group) freeze(ctx context.Context, on bool) error {
 		})
 	}
 	dir := g.dir("freezer")
+	if dir == "" && g.h.delegated {
+		return fault.New(fault.Unsupported, "cannot pause: %s", noDelegation)
+	}
 	if dir == "" {
 		return fault.New(fault.Unsupported, "cannot pause: the kernel has no freezer cgroup controller")
 	}
@@ -65,6 +68,9 @@ func (g *Group) freeze(ctx context.Context, on bool) error {
 
 // Frozen reports whether the group is frozen.
 func (g *Group) Frozen() (bool, error) {
+	if g.h.Mode == None {
+		return false, nil
+	}
 	if g.h.Mode == V2 {
 		s, err := read(g.dir(""), "cgroup.freeze")
 		return s == "1", err
@@ -101,7 +107,7 @@ func (g *Group) Pids() ([]int, error) {
 	}
 	var pids []int
 	if dir == "" {
-		return nil, fault.New(fault.Unsupported, "cannot list processes: there are no cgroups")
+		return nil, fault.New(fault.Unsupported, "cannot list processes: there are no cgroups, and the container has no pid namespace of its own")
 	}
 	err := filepath.WalkDir(dir, func(p string, d fs.DirEntry, err error) error {
 		if err != nil || !d.IsDir() {

@@ -7,11 +7,15 @@ import (
 	"strings"
 	"time"
 
+	"github.com/cloudos-io/cloudos/internal/fault"
 	contract "github.com/cloudos-io/cloudos/internal/runtime"
 )
 
 // Stats reads what the group has used.
 func (g *Group) Stats() (*contract.Stats, error) {
+	if g.h.Mode == None {
+		return nil, fault.New(fault.Unsupported, "cannot read statistics: %s", noDelegation)
+	}
 	s := &contract.Stats{At: time.Now(), OnlineCPUs: runtime.NumCPU(), CgroupV2: g.h.Mode == V2, MemoryStat: map[string]uint64{}}
 	s.SystemCPU = systemCPU()
 	if g.h.Mode == V2 {

@@ -35,6 +35,10 @@ type Config struct {
 	Instance string
 	// CgroupDriver is "cgroupfs" (or "") or "systemd".
 	CgroupDriver string
+	// Rootless: the engine of an ordinary user, in a user namespace. CgroupBase is
+	// then the v2 subtree that was delegated to it, "" none.
+	Rootless   bool
+	CgroupBase string
 	// PoolSize is how many sandboxes of each kind are kept parked; 0 is none.
 	PoolSize int
 	// PrepareLink makes a link in a parked sandbox's network namespace, DropLink
@@ -86,7 +90,12 @@ func New(cfg Config) (*Driver, error) {
 		return nil, fault.New(fault.Internal, "cannot make the runtime directory: %w", err)
 	}
 	var err error
-	if d.cg, err = cgroup.Detect(); err != nil {
+	if cfg.Rootless {
+		d.cg, err = cgroup.Delegated(cfg.CgroupBase)
+	} else {
+		d.cg, err = cgroup.Detect()
+	}
+	if err != nil {
 		return nil, err
 	}
 	d.controllers = d.cg.Controllers()
@@ -155,6 +164,12 @@ func (d *Driver) removeLeftover(id, dir string, st state) {
 		return os.RemoveAll(dir)
 	})
 }
+
+// CgroupV2 reports whether limits are those of cgroup v2.
+func (d *Driver) CgroupV2() bool { return d.cg.Mode == cgroup.V2 }
+
+// Lacking tells for each cgroup controller that containers cannot have why.
+func (d *Driver) Lacking() map[string]string { return d.cg.Lacking() }
 
 func exists(p string) bool {
 	_, err := os.Lstat(p)

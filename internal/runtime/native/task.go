@@ -137,7 +137,7 @@ func (t *task) end(e contract.Exit) {
 	if !t.ownPID {
 		// No namespace took the others along.
 		ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
-		_ = t.group.Signal(ctx, int(unix.SIGKILL))
+		_ = t.signalAll(ctx, int(unix.SIGKILL))
 		cancel()
 	}
 	e.OOMKilled = t.group.OOMKills() > 0
@@ -287,7 +287,7 @@ func (t *task) Signal(ctx context.Context, sig int, all bool) error {
 		return fault.New(fault.Invalid, "cannot send signal %d: there is no such signal", sig)
 	}
 	if all {
-		return t.group.Signal(ctx, sig)
+		return t.signalAll(ctx, sig)
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -349,7 +349,28 @@ func (t *task) Pids(context.Context) ([]int, error) {
 	if err := t.running("list processes"); err != nil {
 		return nil, err
 	}
+	return t.pids()
+}
+
+// pids asks the cgroup, or where there is none the pid namespace.
+func (t *task) pids() ([]int, error) {
+	if t.d.cg.Mode == cgroup.None && t.ownPID {
+		return cgroup.PidsIn(t.Pid())
+	}
 	return t.group.Pids()
+}
+
+func (t *task) signalAll(ctx context.Context, sig int) error {
+	if t.d.cg.Mode != cgroup.None || !t.ownPID {
+		return t.group.Signal(ctx, sig)
+	}
+	pids, err := t.pids()
+	for _, p := range pids {
+		if e := unix.Kill(p, unix.Signal(sig)); e != nil && e != unix.ESRCH {
+			err = errors.Join(err, os.NewSyscallError("kill", e))
+		}
+	}
+	return err
 }
 
 // Stats implements runtime.Task.
