@@ -51,7 +51,7 @@ func (m *Manager) Attach(ctx context.Context, req AttachRequest) (Attachment, er
 	}
 	e := &endpoint{
 		ID: newID(), NetworkID: n.rec.ID, ContainerID: req.ContainerID, ContainerName: req.ContainerName, Hostname: req.Hostname,
-		IPAM: set.IPAMConfig.Copy(), Aliases: slices.Clone(set.Aliases), Links: slices.Clone(set.Links),
+		IPAM: set.IPAMConfig.Copy(), Aliases: slices.Clone(set.Aliases), Links: slices.Clone(set.Links), DNS: slices.Clone(req.DNS),
 		DriverOpts: maps.Clone(set.DriverOpts), GwPriority: set.GwPriority, HasNS: req.NetNS != nil, Ephemeral: req.Ephemeral,
 	}
 	var use *parked
@@ -80,11 +80,17 @@ func (m *Manager) Attach(ctx context.Context, req AttachRequest) (Attachment, er
 		e.IPv4, e.IPv6, e.MAC, e.Outer, e.Index, e.IfName = use.ip4, use.ip6, use.mac, req.Link.Outer, use.index, parkedName
 		undo = append(undo, func() { m.bury(n, e) })
 	default:
-		// The pair must make room: its inner end has the name wanted.
-		if err := m.links.Delete(use.index); err != nil {
-			m.log.Warn("an unused link stays", "link", req.Link.Outer, "cause", err)
-		}
 		use.net.free(use.ip4, use.ip6)
+		if n.rec.Driver != "bridge" || req.NetNS == nil {
+			// The pair must make room: its inner end may have the name wanted.
+			if err := m.links.Delete(use.index); err != nil {
+				m.log.Warn("an unused link stays", "link", req.Link.Outer, "cause", err)
+			}
+			use = nil
+			break
+		}
+		e.Outer, e.Index = req.Link.Outer, use.index
+		undo = append(undo, func() { m.bury(n, e) })
 	}
 	if wired && !usable {
 		if old := m.claim(n, e); old != nil {
@@ -96,7 +102,9 @@ func (m *Manager) Attach(ctx context.Context, req AttachRequest) (Attachment, er
 		if err := m.allocate(n, e, set); err != nil {
 			return fail(err)
 		}
-		undo = append(undo, func() { m.bury(n, e) })
+		if use == nil {
+			undo = append(undo, func() { m.bury(n, e) })
+		}
 	}
 	if len(n.pool4) > 0 {
 		e.Bits4 = bitsOf(n.pool4, e.IPv4)
@@ -121,7 +129,7 @@ func (m *Manager) Attach(ctx context.Context, req AttachRequest) (Attachment, er
 		m.forgetFlows(e)
 	}
 	if req.NetNS != nil {
-		if err := m.wire(n, b, e, req.NetNS, usable); err != nil {
+		if err := m.wire(n, b, e, req.NetNS, use, usable); err != nil {
 			return fail(fmt.Errorf("cannot connect container to network %s: %w", n.rec.Name, err))
 		}
 	}
@@ -397,7 +405,7 @@ func (m *Manager) leave(n *netw, b *box, e *endpoint) {
 }
 
 // wire makes the container's link.
-func (m *Manager) wire(n *netw, b *box, e *endpoint, ns *os.File, prepared bool) error {
+func (m *Manager) wire(n *netw, b *box, e *endpoint, ns *os.File, use *parked, prepared bool) error {
 	switch n.rec.Driver {
 	case "bridge":
 	case "macvlan":
@@ -417,21 +425,27 @@ func (m *Manager) wire(n *netw, b *box, e *endpoint, ns *os.File, prepared bool)
 	if len(m.endpointsOf(b)) == 1 {
 		in.Gateways = n.gateways()
 	}
-	outer := m.newVeth()
-	i, err := m.links.Pair(ns, outer, in)
-	if err != nil {
-		return err
+	if use != nil {
+		if err := m.links.Reconfigure(ns, use.index, use.inner(), in); err != nil {
+			return err
+		}
+	} else {
+		outer := m.newVeth()
+		i, err := m.links.Pair(ns, outer, in)
+		if err != nil {
+			return err
+		}
+		m.mu.Lock()
+		e.Outer, e.Index = outer, i
+		m.mu.Unlock()
 	}
-	m.mu.Lock()
-	e.Outer, e.Index = outer, i
-	m.mu.Unlock()
 	if len(in.Gateways) > 0 {
 		m.setGates(b, n, e)
 	}
-	if err := m.links.Plug(i, n.index, m.portOf(n, e)); err != nil {
+	if err := m.links.Plug(e.Index, n.index, m.portOf(n, e)); err != nil {
 		return err
 	}
-	m.links.Settle(outer)
+	m.links.Settle(e.Outer)
 	return nil
 }
 

@@ -65,6 +65,57 @@ func TestDefaultBridge(t *testing.T) {
 	}
 }
 
+// TestParkedElsewhere uses a link that was prepared for the default network on
+// another, with another name, MAC and MTU.
+func TestParkedElsewhere(t *testing.T) {
+	m := newManager(t, func(c *Config) { c.IPv6 = "on" })
+	create(t, m, mnetwork.CreateRequest{Name: "n", Options: map[string]string{optMTU: "1400"}})
+	for _, netw := range []string{"n", "bridge"} {
+		a, b := newNS(t), newNS(t)
+		l, err := m.PrepareLink(context.Background(), a)
+		if err != nil {
+			t.Fatal(err)
+		}
+		aa := attach(t, m, a, "a"+netw, netw, func(r *AttachRequest) {
+			r.Link, r.IfName = l, "net0"
+			r.Settings = &mnetwork.EndpointSettings{MacAddress: mnetwork.HardwareAddr{2, 9, 9, 9, 9, 9}}
+		})
+		ba := attach(t, m, b, "b"+netw, netw, nil)
+		echo(t, a, ":80")
+		for _, x := range [][2]string{{aa.Settings.IPAddress.String(), ba.Settings.IPAddress.String()}, {aa.Settings.GlobalIPv6Address.String(), ba.Settings.GlobalIPv6Address.String()}} {
+			// The kernel joins an address's multicast group a moment after it
+			// has the address, and asks for a neighbour once a second.
+			got, err := ask(b, "tcp", net.JoinHostPort(x[0], "80"))
+			if err != nil {
+				got, err = ask(b, "tcp", net.JoinHostPort(x[0], "80"))
+			}
+			if err != nil || got != x[1] {
+				t.Errorf("%s: got %q, %v; want %q", netw, got, err, x[1])
+			}
+		}
+		in(t, a, func() error {
+			ifs, err := net.Interfaces()
+			if err != nil {
+				return err
+			}
+			if len(ifs) != 2 || ifs[1].Name != "net0" || ifs[1].HardwareAddr.String() != "02:09:09:09:09:09" || netw == "n" && ifs[1].MTU != 1400 {
+				t.Errorf("got %+v", ifs)
+			}
+			as, _ := ifs[1].Addrs()
+			if len(as) != 3 { // IPv4, IPv6, link-local
+				t.Errorf("got addresses %v", as)
+			}
+			return nil
+		})
+		if g := gateway(t, a); g != aa.Settings.Gateway.String()+" net0" {
+			t.Errorf("got %q", g)
+		}
+	}
+	if len(m.parked) != 0 {
+		t.Errorf("left %v", m.parked)
+	}
+}
+
 func BenchmarkAttach(b *testing.B) {
 	m := newManager(b, nil)
 	ctx := context.Background()
@@ -106,4 +157,5 @@ func BenchmarkAttach(b *testing.B) {
 		b.Fatal(err)
 	}
 	b.Run("named", func(b *testing.B) { run(b, false, "n") })
+	b.Run("named parked", func(b *testing.B) { run(b, true, "n") })
 }

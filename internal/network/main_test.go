@@ -115,7 +115,7 @@ var serial int
 
 func attach(t testing.TB, m *Manager, ns *os.File, name, netw string, edit func(*AttachRequest)) Attachment {
 	t.Helper()
-	req := AttachRequest{ContainerID: name, ContainerName: name, Network: netw, NetNS: ns, Ephemeral: true}
+	req := AttachRequest{ContainerID: name, ContainerName: name, Network: netw, NetNS: ns, Ephemeral: true, DNS: []netip.Addr{netip.MustParseAddr("192.0.2.1")}}
 	if edit != nil {
 		edit(&req)
 	}

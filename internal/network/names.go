@@ -120,10 +120,8 @@ type resolver struct {
 	b   *box
 	ns  *os.File
 	srv *dns.Server
-	mu  sync.Mutex
-	// servers that the user gave the container instead of the host's.
-	servers []netip.Addr
-	host    hostServers
+
+	host hostServers
 }
 
 func (r *resolver) close() { r.srv.Close() }
@@ -170,23 +168,6 @@ func (m *Manager) serveNames(b *box) error {
 	b.resolver = r
 	m.mu.Unlock()
 	return nil
-}
-
-// SetNameServers gives a container servers of its own (HostConfig.DNS) in
-// place of the host's; they are asked from its network.
-func (m *Manager) SetNameServers(id string, servers []netip.Addr) {
-	m.mu.RLock()
-	b := m.containers[id]
-	var r *resolver
-	if b != nil {
-		r = b.resolver
-	}
-	m.mu.RUnlock()
-	if r != nil {
-		r.mu.Lock()
-		r.servers = slices.Clone(servers)
-		r.mu.Unlock()
-	}
 }
 
 // Lookup answers from the networks that the container is on.
@@ -282,17 +263,18 @@ func (r *resolver) Reverse(a netip.Addr) (string, bool) {
 func (r *resolver) upstreams() []dns.Upstream {
 	r.m.mu.RLock()
 	outside := false
+	var servers []netip.Addr
 	for id, e := range r.b.eps {
 		n := r.m.nets[id]
 		outside = outside || n != nil && e.HasNS && !n.rec.Internal
+		if len(servers) == 0 {
+			servers = e.DNS
+		}
 	}
 	r.m.mu.RUnlock()
 	if !outside {
 		return nil
 	}
-	r.mu.Lock()
-	servers := r.servers
-	r.mu.Unlock()
 	var out []dns.Upstream
 	for _, a := range servers {
 		out = append(out, dns.Upstream{Addr: netip.AddrPortFrom(a, 53)})

@@ -164,11 +164,9 @@ func TestUpstream(t *testing.T) {
 		defer s.Shutdown()
 	}
 	c, i := newNS(t), newNS(t)
-	attach(t, m, c, "c", "n", nil)
-	attach(t, m, i, "i", "in", nil)
-	for _, id := range []string{"c", "i"} {
-		m.SetNameServers(id, []netip.Addr{netip.MustParseAddr(client4)})
-	}
+	dns := func(r *AttachRequest) { r.DNS = []netip.Addr{netip.MustParseAddr(client4)} }
+	attach(t, m, c, "c", "n", dns)
+	attach(t, m, i, "i", "in", dns)
 	for _, proto := range []string{"udp", "tcp"} {
 		if r := query(t, c, proto, "example.org", mdns.TypeA); len(r.Answer) != 1 || r.Answer[0].Header().Ttl != 7 {
 			t.Errorf("%s: %v", proto, r)

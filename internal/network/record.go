@@ -49,6 +49,7 @@ type endpoint struct {
 	IPAM          *network.EndpointIPAMConfig `json:",omitempty"`
 	Aliases       []string                    `json:",omitempty"`
 	Links         []string                    `json:",omitempty"`
+	DNS           []netip.Addr                `json:",omitempty"`
 	DriverOpts    map[string]string           `json:",omitempty"`
 	GwPriority    int                         `json:",omitempty"`
 	Ports         []published                 `json:",omitempty"`

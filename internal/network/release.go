@@ -55,6 +55,12 @@ func (m *Manager) PrepareLink(ctx context.Context, netns *os.File) (*Link, error
 	return l, nil
 }
 
+// inner describes the inner end of a parked link as it was made.
+func (p *parked) inner() bridge.Interface {
+	e := &endpoint{IPv4: p.ip4, IPv6: p.ip6, Bits4: bitsOf(p.net.pool4, p.ip4), Bits6: bitsOf(p.net.pool6, p.ip6)}
+	return bridge.Interface{Name: parkedName, MAC: p.mac, MTU: p.net.rec.MTU, Addrs: e.prefixes()}
+}
+
 func (m *Manager) unpark(outer string) *parked {
 	m.mu.Lock()
 	defer m.mu.Unlock()

@@ -170,49 +170,65 @@ func (l *Links) Pair(ns *os.File, outer string, in Interface) (index int, err er
 	if index, err = l.c.index(outer); err != nil {
 		return 0, err
 	}
-	if err := configure(ns, in, false); err != nil {
+	if err := configure(ns, in, nil); err != nil {
 		l.Delete(index)
 		return 0, err
 	}
 	return index, nil
 }
 
-// Reconfigure gives an inner end that Pair has set up another address, MAC and
-// routes.
-func (l *Links) Reconfigure(ns *os.File, in Interface) error {
-	return configure(ns, in, true)
+// Reconfigure makes an inner end that Pair has set up into another.
+func (l *Links) Reconfigure(ns *os.File, outer int, old, in Interface) error {
+	if in.MTU > 0 && in.MTU != old.MTU {
+		r := &request{}
+		r.begin("set the MTU of a link", unix.RTM_NEWLINK, 0)
+		r.ifinfo(outer, 0, 0)
+		r.attr32(unix.IFLA_MTU, uint32(in.MTU))
+		r.end()
+		if err := l.c.do(r); err != nil {
+			return err
+		}
+	}
+	return configure(ns, in, &old)
 }
 
-func configure(ns *os.File, in Interface, reset bool) error {
+// configure brings up the link of ns, which is still as old says if that is
+// not nil.
+func configure(ns *os.File, in Interface, old *Interface) error {
 	c, err := dialAt(ns)
 	if err != nil {
 		return err
 	}
 	defer c.close()
-	i, err := c.index(in.Name)
+	name := in.Name
+	if old != nil {
+		name = old.Name
+	}
+	i, err := c.index(name)
 	if err != nil {
 		return err
 	}
-	r := &request{b: make([]byte, 0, 640)}
-	if reset {
-		// Taking the link down drops its routes; its IPv4 addresses stay and
-		// must be named to go, so they are asked for.
-		r.begin("take down "+in.Name, unix.RTM_NEWLINK, 0)
+	r := &request{b: make([]byte, 0, 768)}
+	if old != nil {
+		// Down it loses its routes and IPv6 addresses and can be renamed.
+		r.begin("take down "+name, unix.RTM_NEWLINK, 0)
 		r.ifinfo(i, 0, unix.IFF_UP)
+		r.end()
+		for _, a := range old.Addrs {
+			r.dropAddress(i, a)
+		}
+		r.begin("set up "+in.Name, unix.RTM_NEWLINK, 0)
+		r.ifinfo(i, 0, 0)
 		if len(in.MAC) == 6 {
 			r.attr(unix.IFLA_ADDRESS, in.MAC)
 		}
 		if in.MTU > 0 {
 			r.attr32(unix.IFLA_MTU, uint32(in.MTU))
 		}
+		if in.Name != old.Name {
+			r.attrString(unix.IFLA_IFNAME, in.Name)
+		}
 		r.end()
-		old, err := addresses(ns, in.Name)
-		if err != nil {
-			return err
-		}
-		for _, a := range old {
-			r.dropAddress(i, a)
-		}
 	}
 	r.noAutoAddress(i, "")
 	r.begin("bring up loopback", unix.RTM_NEWLINK, 0)
@@ -490,7 +506,7 @@ func LoopbackUp(ns *os.File) error {
 }
 
 // Configure brings up a link that is in ns already.
-func Configure(ns *os.File, in Interface) error { return configure(ns, in, false) }
+func Configure(ns *os.File, in Interface) error { return configure(ns, in, nil) }
 
 // DeleteInside removes a link of ns; one that is gone already is fine.
 func DeleteInside(ns *os.File, name string) error {

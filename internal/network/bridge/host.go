@@ -27,28 +27,6 @@ func settle(fd int, name string) {
 	_, _, _ = unix.Syscall(unix.SYS_IOCTL, uintptr(fd), unix.SIOCETHTOOL, uintptr(unsafe.Pointer(&req)))
 }
 
-// addresses lists the global addresses of a link in ns.
-func addresses(ns *os.File, name string) (out []netip.Prefix, err error) {
-	err = Inside(ns, func() error {
-		i, err := net.InterfaceByName(name)
-		if err != nil {
-			return fmt.Errorf("cannot find link %s: %w", name, err)
-		}
-		as, err := i.Addrs()
-		if err != nil {
-			return fmt.Errorf("cannot list the addresses of %s: %w", name, err)
-		}
-		for _, a := range as {
-			p, err := netip.ParsePrefix(a.String())
-			if err == nil {
-				out = append(out, netip.PrefixFrom(p.Addr().Unmap(), p.Bits()))
-			}
-		}
-		return nil
-	})
-	return out, err
-}
-
 // Named lists links whose names begin with prefix: name to index.
 func Named(prefix string) (map[string]int, error) {
 	ifs, err := net.Interfaces()
