@@ -155,15 +155,15 @@ func (e *Engine) create(ctx context.Context, req CreateRequest) (u *unit, warnin
 		return nil, nil, err
 	}
 
-	u = e.newUnit(r)
+	made := e.newUnit(r)
 	if err := e.cfg.Snapshots.Create(ctx, id, img.Chain, r.Ephemeral, size); err != nil {
 		return nil, nil, fmt.Errorf("cannot create the container's layer: %w", err)
 	}
 	back.add(func(ctx context.Context) { _ = e.cfg.Snapshots.Remove(ctx, id) })
-	if err := os.Mkdir(u.dir, 0o710); err != nil {
+	if err := os.Mkdir(made.dir, 0o711); err != nil {
 		return nil, nil, fmt.Errorf("cannot make the container's directory: %w", err)
 	}
-	back.add(func(context.Context) { _ = os.RemoveAll(u.dir) })
+	back.add(func(context.Context) { _ = os.RemoveAll(made.dir) })
 	w, err := e.createMounts(ctx, r, img.Chain, &back)
 	if err != nil {
 		return nil, nil, err
@@ -171,9 +171,9 @@ func (e *Engine) create(ctx context.Context, req CreateRequest) (u *unit, warnin
 	warnings = append(warnings, w...)
 
 	e.mu.Lock()
-	e.units[id] = u
+	e.units[id] = made
 	e.mu.Unlock()
-	return u, warnings, nil
+	return made, warnings, nil
 }
 
 // discard removes a unit whose creation was not acknowledged.

@@ -7,6 +7,7 @@ package fault
 import (
 	"errors"
 	"fmt"
+	"syscall"
 )
 
 // Kind says what sort of failure an error is.
@@ -53,11 +54,18 @@ func As(k Kind, err error) error {
 	return &fault{kind: k, msg: err.Error(), err: err}
 }
 
-// Of tells the kind of err: the outermost one attached, Internal if none.
+// Of tells the kind of err: the outermost one attached. Without one it is
+// Exhausted where the system says that space, quota or descriptors ran out,
+// else Internal.
 func Of(err error) Kind {
 	var f *fault
-	if errors.As(err, &f) {
+	if errors.As(err, &f) && f.kind != Internal {
 		return f.kind
+	}
+	for _, e := range []error{syscall.ENOSPC, syscall.EDQUOT, syscall.EMFILE, syscall.ENFILE} {
+		if errors.Is(err, e) {
+			return Exhausted
+		}
 	}
 	return Internal
 }

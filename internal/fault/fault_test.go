@@ -4,6 +4,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
+	"syscall"
 	"testing"
 )
 
@@ -17,6 +19,9 @@ func TestKinds(t *testing.T) {
 	}
 	if Of(As(Conflict, e)) != Conflict {
 		t.Fatal("the outermost kind should win")
+	}
+	if full := fmt.Errorf("cannot write: %w", &os.PathError{Op: "write", Path: "x", Err: syscall.ENOSPC}); Of(full) != Exhausted || Of(As(Internal, full)) != Exhausted {
+		t.Fatal("a full disk is no fault of ours")
 	}
 	if As(Conflict, nil) != nil || Is(nil, Internal) || Of(io.EOF) != Internal {
 		t.Fatal("nil or plain errors are treated wrongly")
