@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"maps"
+	"time"
 
 	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/errdefs"
@@ -79,7 +80,7 @@ func (s *Service) putJSON(ctx context.Context, mediaType string, v any, labels m
 
 // putStream stores a stream of unknown digest. Tee, if not nil, gets all of it.
 func (s *Service) putStream(ctx context.Context, r io.Reader, tee io.Writer, limit int64) (desc ocispec.Descriptor, err error) {
-	ref := fmt.Sprintf("servin-stream-%d-%s", s.cat.serial.Add(1), s.boot)
+	ref := fmt.Sprintf("servin-stream-%d-%d", time.Now().UnixNano(), s.cat.serial.Add(1))
 	w, err := s.content.Writer(ctx, content.WithRef(ref))
 	if err != nil {
 		return desc, asFault(fmt.Errorf("cannot store a layer: %w", err))

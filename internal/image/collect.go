@@ -61,6 +61,9 @@ func (s *Service) markDirty() {
 func (s *Service) Run(ctx context.Context) error {
 	hourly := time.NewTicker(time.Hour)
 	defer hourly.Stop()
+	// What a killed engine left goes when the start is over.
+	start := time.NewTimer(20 * time.Second)
+	defer start.Stop()
 	for {
 		select {
 		case <-ctx.Done():
@@ -71,6 +74,7 @@ func (s *Service) Run(ctx context.Context) error {
 			}
 			continue
 		case <-hourly.C:
+		case <-start.C:
 		case <-s.dirty:
 			// Removals come in groups.
 			select {
@@ -115,6 +119,12 @@ func (s *Service) Collect(ctx context.Context) error {
 	if err := s.pin(ctx); err != nil {
 		return err
 	}
+	if !s.swept {
+		if err := s.distrust(ctx); err != nil {
+			return err
+		}
+		s.swept = true
+	}
 	if _, err := s.db.GarbageCollect(ctx); err != nil {
 		return fmt.Errorf("cannot collect: %w", err)
 	}
@@ -123,6 +133,27 @@ func (s *Service) Collect(ctx context.Context) error {
 		if err := c.Cleanup(ctx); err != nil && !errdefs.IsNotFound(err) {
 			return fmt.Errorf("cannot delete unused layers: %w", err)
 		}
+	}
+	return nil
+}
+
+// distrust makes the next collection compare the stores with the database even
+// where the database saw no removal: an engine that was killed between writing to
+// a store and to the database has left what the database never knew.
+func (s *Service) distrust(ctx context.Context) error {
+	key := fmt.Sprintf("servin-sweep-%d", time.Now().UnixNano())
+	if _, err := s.snaps.Prepare(ctx, key, ""); err != nil {
+		return asFault(fmt.Errorf("cannot look for leftovers: %w", err))
+	}
+	if err := s.snaps.Remove(ctx, key); err != nil {
+		return asFault(fmt.Errorf("cannot look for leftovers: %w", err))
+	}
+	d, err := s.putBlob(ctx, "text/plain", []byte(key), nil)
+	if err != nil {
+		return err
+	}
+	if err := s.content.Delete(ctx, d.Digest); err != nil {
+		return asFault(fmt.Errorf("cannot look for leftovers: %w", err))
 	}
 	return nil
 }

@@ -11,6 +11,7 @@ import (
 	"strconv"
 	"strings"
 	"syscall"
+	"time"
 
 	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/containerd/v2/core/snapshots"
@@ -103,7 +104,8 @@ func (s *Service) unpackLayer(ctx context.Context, l *stacked, below <-chan stru
 	if progress != nil {
 		progress(Progress{ID: short(l.desc.Digest), Action: "Extracting", Current: 0, Total: l.desc.Size})
 	}
-	key := fmt.Sprintf("%s%s-%d", unpackedKey, l.chain.Encoded(), s.cat.serial.Add(1))
+	// Unlike any that a killed engine left.
+	key := fmt.Sprintf("%s%s-%d-%d", unpackedKey, l.chain.Encoded(), time.Now().UnixNano(), s.cat.serial.Add(1))
 	mounts, err := s.snaps.Prepare(ctx, key, "")
 	if err != nil {
 		return asFault(fmt.Errorf("cannot prepare layer %s: %w", short(l.desc.Digest), err))

@@ -483,13 +483,11 @@ func (p *puller) download(ctx context.Context, desc ocispec.Descriptor) (int64, 
 }
 
 func (p *puller) transfer(ctx context.Context, desc ocispec.Descriptor, w content.Writer, off int64) (int64, error) {
-	rc, err := p.fetcher.Fetch(withDone(p.base, ctx), bare(desc))
+	rc, err := p.fetcher.Fetch(ctx, bare(desc))
 	if err != nil {
 		return off, err
 	}
 	defer rc.Close()
-	stop := context.AfterFunc(ctx, func() { rc.Close() })
-	defer stop()
 	if off > 0 {
 		sk, ok := rc.(io.Seeker)
 		if !ok {
@@ -530,18 +528,6 @@ func (p *puller) transfer(ctx context.Context, desc ocispec.Descriptor, w conten
 		return off, nil
 	}
 }
-
-// withDone is values with the end of ctx.
-func withDone(values, ctx context.Context) context.Context { return joined{values, ctx} }
-
-type joined struct {
-	context.Context // values
-	end             context.Context
-}
-
-func (j joined) Done() <-chan struct{}            { return j.end.Done() }
-func (j joined) Err() error                       { return j.end.Err() }
-func (j joined) Deadline() (t time.Time, ok bool) { return j.end.Deadline() }
 
 // attestation fetches what BuildKit says about an image, for saving and pushing.
 func (p *puller) attestation(ctx context.Context, desc ocispec.Descriptor) error {

@@ -6,14 +6,68 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
+	"time"
 
 	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/containerd/v2/core/snapshots/storage"
+	"github.com/containerd/containerd/v2/plugins/snapshots/overlay"
+	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
 
 	"github.com/cloudos-io/cloudos/internal/fault"
 	"github.com/cloudos-io/cloudos/internal/image/unpack"
 )
+
+// openLayers opens the snapshotter. It names a layer's directory by the next
+// number of its database before the number is taken for good, so an engine that
+// was killed in between has left a directory in the way of the next layer: such
+// are moved aside first, for collection to delete.
+func (s *Service) openLayers(ctx context.Context, root string) (snapshots.Snapshotter, error) {
+	if err := os.MkdirAll(filepath.Join(root, "snapshots"), 0o700); err != nil {
+		return nil, err
+	}
+	ms, err := storage.NewMetaStore(filepath.Join(root, "metadata.db"))
+	if err != nil {
+		return nil, err
+	}
+	aside := 0
+	err = ms.WithTransaction(ctx, false, func(ctx context.Context) error {
+		known, err := storage.IDMap(ctx)
+		if err != nil && !errdefs.IsNotFound(err) {
+			return err
+		}
+		ents, err := os.ReadDir(filepath.Join(root, "snapshots"))
+		if err != nil {
+			return err
+		}
+		for _, e := range ents {
+			if _, ok := known[e.Name()]; ok || strings.HasPrefix(e.Name(), orphanPrefix) {
+				continue
+			}
+			aside++
+			to := fmt.Sprintf("%s%d-%d", orphanPrefix, time.Now().UnixNano(), aside)
+			if err := os.Rename(filepath.Join(root, "snapshots", e.Name()), filepath.Join(root, "snapshots", to)); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, errors.Join(err, ms.Close())
+	}
+	if aside > 0 {
+		s.markDirty()
+	}
+	sn, err := overlay.NewSnapshotter(root, overlay.WithMetaStore(ms), overlay.AsynchronousRemove, overlay.WithUpperdirLabel)
+	if err != nil {
+		return nil, errors.Join(err, ms.Close())
+	}
+	return sn, nil
+}
+
+const orphanPrefix = "orphan-"
 
 // repair looks for layers that were unpacked shortly before the machine stopped
 // and may not have reached the disk. Their blobs did, so they are unpacked again,

@@ -21,7 +21,6 @@ import (
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/containerd/v2/plugins/content/local"
-	"github.com/containerd/containerd/v2/plugins/snapshots/overlay"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 	"github.com/opencontainers/go-digest"
@@ -77,6 +76,7 @@ type Service struct {
 
 	// mutate serialises changes of references, and collection with them.
 	mutate sync.Mutex
+	swept  bool // the first collection looks harder; guarded by mutate
 	cat    catalog
 	ready  readyCache
 
@@ -145,8 +145,7 @@ func New(ctx context.Context, cfg Config) (s *Service, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("cannot open the content store: %w", err)
 	}
-	s.layers, err = overlay.NewSnapshotter(filepath.Join(cfg.Root, "layers"), overlay.AsynchronousRemove, overlay.WithUpperdirLabel)
-	if err != nil {
+	if s.layers, err = s.openLayers(ctx, filepath.Join(cfg.Root, "layers")); err != nil {
 		return nil, fmt.Errorf("cannot open the layer store: %w", err)
 	}
 	s.bolt, err = bolt.Open(filepath.Join(cfg.Root, "metadata.db"), 0o600, &bolt.Options{Timeout: 5 * time.Second, FreelistType: bolt.FreelistMapType, NoStatistics: true})
