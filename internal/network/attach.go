@@ -120,6 +120,9 @@ func (m *Manager) Attach(ctx context.Context, req AttachRequest) (Attachment, er
 	undo = append(undo, func() { m.leave(n, b, e) })
 	b.busy.Lock()
 	defer b.busy.Unlock()
+	if !m.current(n, e) {
+		return fail(fault.New(fault.Conflict, "cannot connect container to network %s: it was released meanwhile", n.rec.Name))
+	}
 
 	if err := m.publish(n, e, req.Ports, req.PublishThrough); err != nil {
 		return fail(err)
@@ -145,6 +148,13 @@ func (m *Manager) Attach(ctx context.Context, req AttachRequest) (Attachment, er
 		return fail(err)
 	}
 	return m.attachment(n, b, e), nil
+}
+
+// current tells whether an endpoint is in the books.
+func (m *Manager) current(n *netw, e *endpoint) bool {
+	m.mu.RLock()
+	defer m.mu.RUnlock()
+	return n.eps[e.ContainerID] == e
 }
 
 // parkedName is the name of the inner end of a prepared link.

@@ -473,3 +473,95 @@ func TestForwardDrop(t *testing.T) {
 		t.Fatalf("got %+v", fs)
 	}
 }
+
+func TestMacvlan(t *testing.T) {
+	wire := outside(t)
+	echo(t, wire, ":80")
+	m := newManager(t, nil)
+	ctx := context.Background()
+	req := mnetwork.CreateRequest{Name: "mv", Driver: "macvlan", Options: map[string]string{optParent: "wire0"}, IPAM: &mnetwork.IPAM{
+		Config: []mnetwork.IPAMConfig{{Subnet: netip.MustParsePrefix("198.51.100.0/24"), IPRange: netip.MustParsePrefix("198.51.100.128/25"), Gateway: netip.MustParseAddr(host4)}}}}
+	for _, bad := range []map[string]string{nil, {optParent: "nosuch"}, {optParent: "wire0", optMacvlan: "x"}} {
+		r := req
+		r.Options = bad
+		if _, err := m.Create(ctx, r); !fault.Is(err, fault.Invalid) {
+			t.Errorf("%v: got %v", bad, err)
+		}
+	}
+	create(t, m, req)
+	a, b := newNS(t), newNS(t)
+	aa := attach(t, m, a, "a", "mv", nil)
+	attach(t, m, b, "b", "mv", nil)
+	echo(t, a, ":80")
+	reach(t, b, aa, true)
+	reach(t, wire, aa, true)
+	if got, err := ask(b, "tcp", client4+":80"); err != nil || got != "198.51.100.129" {
+		t.Errorf("got %q, %v", got, err)
+	}
+	if got, err := lookup(b, "a", "ip4"); err != nil || len(got) != 1 {
+		t.Errorf("got %v, %v", got, err)
+	}
+	for _, c := range []string{"a", "b"} {
+		if err := m.Detach(ctx, c, "mv"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := m.Remove(ctx, "mv"); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestIPv6Only(t *testing.T) {
+	m := newManager(t, func(c *Config) { c.IPv6 = "auto" })
+	no, yes := false, true
+	in := create(t, m, mnetwork.CreateRequest{Name: "six", EnableIPv4: &no, EnableIPv6: &yes})
+	if len(in.IPAM.Config) != 1 || !in.IPAM.Config[0].Subnet.Addr().Is6() || in.EnableIPv4 {
+		t.Fatalf("got %+v", in)
+	}
+	a, b := newNS(t), newNS(t)
+	aa := attach(t, m, a, "a", "six", func(r *AttachRequest) { r.Ports = ports(t, "8080:80/tcp") })
+	attach(t, m, b, "b", "six", nil)
+	if aa.Settings.IPAddress.IsValid() || !aa.Settings.GlobalIPv6Address.IsValid() {
+		t.Fatalf("got %+v", aa.Settings)
+	}
+	for p, bs := range aa.Ports {
+		if len(bs) != 1 || !bs[0].HostIP.Is6() {
+			t.Errorf("%s: got %v", p, bs)
+		}
+	}
+	if got, err := lookup(b, "a", "ip6"); err != nil || !slices.Equal(got, []string{aa.Settings.GlobalIPv6Address.String()}) {
+		t.Errorf("got %v, %v", got, err)
+	}
+	if _, err := m.Create(context.Background(), mnetwork.CreateRequest{Name: "x", EnableIPv4: &no, EnableIPv6: &no}); !fault.Is(err, fault.Invalid) {
+		t.Errorf("got %v", err)
+	}
+}
+
+// A network keeps its subnet, name and link over a restart, and one whose
+// record is damaged does not take the others down.
+func TestRecords(t *testing.T) {
+	m := newManager(t, nil)
+	ctx := context.Background()
+	want := create(t, m, mnetwork.CreateRequest{Name: "n", Labels: map[string]string{"a": "b"}, Options: map[string]string{optMTU: "1300"}})
+	m.Close()
+	for name, data := range map[string]string{"bad.json": "{", "0123.json": `{"Version":1,"Id":"else","Name":"x"}`, "0124.json": `{"Version":99,"Id":"0124","Name":"new"}`, ".torn.json.new": "{\"Id\""} {
+		if err := os.WriteFile(m.disk.networks+"/"+name, []byte(data), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	m2, err := New(ctx, m.cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer m2.Destroy(ctx)
+	got, err := m2.Inspect(ctx, "n")
+	if err != nil || fmt.Sprint(got.Network) != fmt.Sprint(want.Network) {
+		t.Fatalf("got %+v, %v; want %+v", got, err, want)
+	}
+	if l, _ := m2.List(ctx, nil); len(l) != 4 {
+		t.Fatalf("got %v", l)
+	}
+	if _, err := os.Stat(m.disk.networks + "/.torn.json.new"); err == nil {
+		t.Error("a torn record is kept")
+	}
+}

@@ -31,7 +31,9 @@ func (t *Table) Watch(ctx context.Context, restored func(error)) error {
 		if ok, err := t.intact(); err == nil && ok {
 			return
 		}
-		restored(t.Sync())
+		if ok, err := t.restore(); ok {
+			restored(err)
+		}
 	}
 	check()
 	for {
@@ -89,6 +91,16 @@ func (t *Table) concerned(b []byte) bool {
 		b = b[min(len(b), (size+3)&^3):]
 	}
 	return false
+}
+
+// restore writes the rules anew, unless they were deleted on purpose.
+func (t *Table) restore() (bool, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if !t.live {
+		return false, nil
+	}
+	return true, t.sync()
 }
 
 // intact compares the kernel's rules and elements with the books by number.
