@@ -1271,6 +1271,8 @@ static void on_ctl(int c)
 	case CTL_QUIT:
 		if (M.recorded || M.state <= STATE_PARKED)
 			M.done = true;
+		else if (INIT->wait == W_COMMAND)
+			kill_init(); /* the command that was to make the container */
 		break;
 	default:
 		ctl_fail(c, h.cookie, ENOSYS, "read message: unknown type");

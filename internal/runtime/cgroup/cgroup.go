@@ -45,7 +45,8 @@ type hierarchy struct {
 type Host struct {
 	Mode    Mode
 	v1      []hierarchy
-	unified string // mount point of the v2 tree, "" none; the subtree's directory if delegated
+	unified string   // mount point of the v2 tree, "" none; the subtree's directory if delegated
+	mounts  []string // every hierarchy, those that hold no controller of ours too
 	// delegated: an ordinary user's engine, which governs one subtree or nothing.
 	delegated bool
 
@@ -71,6 +72,7 @@ func Detect() (*Host, error) {
 		if unix.Access(m.Mountpoint, unix.W_OK) != nil {
 			continue
 		}
+		h.mounts = append(h.mounts, m.Mountpoint)
 		if m.FSType == "cgroup2" {
 			if h.unified == "" {
 				h.unified = m.Mountpoint

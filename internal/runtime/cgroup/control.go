@@ -230,9 +230,8 @@ func (h *Host) RemoveParent(parent string) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	delete(h.parents, parent)
-	g := &Group{h: h, path: parent}
-	for _, d := range g.dirs() {
-		_ = unix.Rmdir(d)
+	for _, m := range h.mounts { // another OCI runtime uses them all
+		_ = unix.Rmdir(m + parent)
 	}
 }
 

@@ -84,7 +84,19 @@ func New(cfg Config) (*Driver, error) {
 	if cfg.Instance != "" {
 		d.parent += "-" + cfg.Instance
 	}
-	if err := os.MkdirAll(filepath.Join(d.dir, "state"), 0o700); err != nil {
+	err = os.MkdirAll(d.dir, 0o711)
+	for _, sub := range []struct {
+		name string
+		mode os.FileMode
+	}{{"", 0o711}, {"roots", 0o711}, {"state", 0o700}} {
+		if sub.name != "" && err == nil {
+			err = os.MkdirAll(filepath.Join(d.dir, sub.name), sub.mode)
+		}
+		if err == nil { // whatever the umask
+			err = os.Chmod(filepath.Join(d.dir, sub.name), sub.mode)
+		}
+	}
+	if err != nil {
 		return nil, fault.New(fault.Internal, "cannot make the runtime directory: %w", err)
 	}
 	if d.cg, err = cgroup.Detect(); err != nil {
@@ -113,7 +125,7 @@ func (d *Driver) entries() []string {
 	entries, _ := os.ReadDir(d.dir)
 	var ids []string
 	for _, e := range entries {
-		if validID(e.Name()) && e.Name() != "state" {
+		if validID(e.Name()) && e.Name() != "state" && e.Name() != "roots" {
 			ids = append(ids, e.Name())
 		}
 	}

@@ -59,7 +59,7 @@ func (t *task) bundle(req *contract.StartRequest) error {
 	if spec.Root != nil {
 		root = *spec.Root
 	}
-	rootfs := filepath.Join(t.dir, "rootfs")
+	rootfs := t.rootfs()
 	if req.RootFS != nil {
 		if err := os.Mkdir(rootfs, 0o755); err != nil {
 			return err
@@ -254,7 +254,7 @@ func (t *task) abort() {
 	ctx, cancel := context.WithTimeout(context.Background(), 15*time.Second)
 	defer cancel()
 	if t.mon != nil {
-		t.mu.Lock()
+		t.mu.Lock() // one that was created ends, and its monitor with it
 		if t.pidfd >= 0 {
 			_ = unix.PidfdSendSignal(t.pidfd, unix.SIGKILL, nil, 0)
 		}

@@ -406,18 +406,26 @@ func (t *task) Delete(ctx context.Context) error {
 
 // clear removes everything there is of the container: idempotent.
 func (t *task) clear(ctx context.Context) error {
+	if t.mon != nil {
+		_ = t.mon.Quit()
+		wait := 10 * time.Second
+		t.mu.Lock()
+		if !t.live {
+			wait = 2 * time.Second // one that is held goes when its container is deleted
+		}
+		t.mu.Unlock()
+		select {
+		case <-t.mon.Done():
+		case <-time.After(wait):
+			defer func() {
+				t.mon.Kill()
+				<-t.mon.Done()
+			}()
+		}
+	}
 	if exists(filepath.Join(t.d.dir, "state", t.id)) {
 		if err := t.d.call(ctx, t.dir, nil, "delete", "--force", t.id); err != nil && exists(filepath.Join(t.d.dir, "state", t.id)) {
 			return err
-		}
-	}
-	if t.mon != nil {
-		_ = t.mon.Quit()
-		select {
-		case <-t.mon.Done():
-		case <-time.After(10 * time.Second):
-			t.mon.Kill()
-			<-t.mon.Done()
 		}
 	}
 	if t.group != nil {
@@ -426,11 +434,18 @@ func (t *task) clear(ctx context.Context) error {
 			return err
 		}
 	}
-	if err := unix.Unmount(filepath.Join(t.dir, "rootfs"), unix.MNT_DETACH); err != nil && !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ENOENT) {
+	if err := unix.Unmount(t.rootfs(), unix.MNT_DETACH); err != nil && !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ENOENT) {
 		return fault.New(fault.Internal, "cannot unmount the root file system of %s: %w", t.id, err)
+	}
+	if err := unix.Rmdir(t.rootfs()); err != nil && !errors.Is(err, unix.ENOENT) {
+		return fault.New(fault.Internal, "cannot remove the mount point of %s: %w", t.id, err)
 	}
 	return os.RemoveAll(t.dir)
 }
+
+// rootfs is where the root is mounted: apart from the run directory, since the
+// root of a user namespace has to get there.
+func (t *task) rootfs() string { return filepath.Join(t.d.dir, "roots", t.id) }
 
 func exists(p string) bool {
 	_, err := os.Lstat(p)
