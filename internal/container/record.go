@@ -38,6 +38,8 @@ type Record struct {
 	Endpoints map[string]*network.EndpointSettings `json:",omitempty"`
 	// Attached are the endpoints in use while it runs, by network name.
 	Attached map[string]*network.EndpointSettings `json:",omitempty"`
+	// DNS are the servers that its networks put into resolv.conf, if any.
+	DNS []string `json:",omitempty"`
 	// Ports are the published ports while it runs.
 	Ports network.PortMap `json:",omitempty"`
 

@@ -293,7 +293,7 @@ func (e *Engine) sandboxKey(cfg *mcontainer.Config, hc *mcontainer.HostConfig) r
 		k.UserNS = "auto"
 	}
 	special := hc.PidMode != "" || hc.UTSMode != "" || hc.IpcMode.IsHost() || hc.IpcMode.IsContainer() || hc.CgroupnsMode.IsHost() ||
-		hc.Runtime != "" && hc.Runtime != nativeRuntime
+		!e.native(hc.Runtime)
 	switch {
 	case special:
 	case hc.NetworkMode.IsNone(), cfg.NetworkDisabled:

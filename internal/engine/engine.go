@@ -275,6 +275,12 @@ func (e *Engine) driver(name string) (runtime.Driver, error) {
 	return nil, fault.New(fault.Invalid, "unknown or invalid runtime name: %s", name)
 }
 
+// native tells whether a runtime's name stands for our own path.
+func (e *Engine) native(name string) bool {
+	d, err := e.driver(name)
+	return err == nil && d == e.cfg.Driver
+}
+
 // nativeRuntime is the name of our own runtime path.
 const nativeRuntime = "servin"
 

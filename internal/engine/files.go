@@ -2,6 +2,7 @@ package engine
 
 import (
 	"bytes"
+	"errors"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -48,13 +49,17 @@ func put(path string, b []byte) error {
 	return err
 }
 
-// touch makes an empty file unless there is one.
-func touch(path string) error {
+// touch makes an empty file unless there is one, and gives it to the container's
+// root.
+func touch(path string, root int) error {
 	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE, 0o644)
 	if err != nil {
 		return err
 	}
-	return f.Close()
+	if root != 0 {
+		err = f.Chown(root, root)
+	}
+	return errors.Join(err, f.Close())
 }
 
 // servers are the DNS servers that a container asked for, or the engine's.
@@ -131,10 +136,10 @@ func hostGateway(eps map[string]*network.EndpointSettings) netip.Addr {
 	return netip.AddrFrom4([4]byte{127, 0, 0, 1})
 }
 
-// writeResolvConf generates /etc/resolv.conf: the servers that the network says,
+// resolvConf generates /etc/resolv.conf: the servers that the network says,
 // else those asked for, else the host's without loopback ones, which a container
 // cannot reach.
-func (e *Engine) writeResolvConf(u *unit, r *container.Record, servers []string) error {
+func (e *Engine) resolvConf(r *container.Record, servers []string) []byte {
 	hc := r.HostConfig
 	host, _ := os.ReadFile("/etc/resolv.conf")
 	var hostServers, search, options []string
@@ -191,5 +196,22 @@ func (e *Engine) writeResolvConf(u *unit, r *container.Record, servers []string)
 	if len(options) > 0 {
 		b.WriteString("options " + strings.Join(options, " ") + "\n")
 	}
-	return put(filepath.Join(u.dir, resolvFile), b.Bytes())
+	return b.Bytes()
+}
+
+// refreshFiles writes the generated files of a running container anew after its
+// networks changed. A resolv.conf that somebody edited is left alone.
+func (e *Engine) refreshFiles(u *unit, before, now *container.Record) {
+	if err := e.writeHosts(u, now, now.Attached, e.linkHosts(now)); err != nil {
+		e.log.Warn("cannot write a container's hosts file", "container", u.id, "cause", err)
+	}
+	path := filepath.Join(u.dir, resolvFile)
+	want := e.resolvConf(now, now.DNS)
+	have, err := os.ReadFile(path)
+	if err != nil || bytes.Equal(have, want) || !bytes.Equal(have, e.resolvConf(before, before.DNS)) {
+		return
+	}
+	if err := put(path, want); err != nil {
+		e.log.Warn("cannot write a container's resolv.conf", "container", u.id, "cause", err)
+	}
 }

@@ -4,7 +4,6 @@ import (
 	"context"
 	"maps"
 
-	mcontainer "github.com/moby/moby/api/types/container"
 	"github.com/moby/moby/api/types/events"
 	"github.com/moby/moby/api/types/network"
 
@@ -111,6 +110,7 @@ func (s *NetworkService) NetworkConnect(ctx context.Context, name string, req ne
 		ep = &network.EndpointSettings{}
 	}
 	var live *network.EndpointSettings
+	var dns []string
 	if t := u.running(); t != nil {
 		ns, err := t.NetNS()
 		if err != nil {
@@ -123,12 +123,15 @@ func (s *NetworkService) NetworkConnect(ctx context.Context, name string, req ne
 		if err != nil {
 			return err
 		}
-		live = &at.Settings
+		live, dns = &at.Settings, at.DNS
 	}
 	nr, p, err := e.change(u, func(c *container.Record) {
 		c.Endpoints = with(c.Endpoints, n.Name, ep)
 		if live != nil {
 			c.Attached = with(c.Attached, n.Name, live)
+			if len(c.DNS) == 0 {
+				c.DNS = dns
+			}
 		}
 	})
 	if err == nil {
@@ -141,7 +144,7 @@ func (s *NetworkService) NetworkConnect(ctx context.Context, name string, req ne
 		return err
 	}
 	if live != nil {
-		e.refreshFiles(u, nr)
+		e.refreshFiles(u, r, nr)
 	}
 	s.event(events.ActionConnect, n, map[string]string{"container": u.id})
 	return nil
@@ -180,10 +183,8 @@ func (s *NetworkService) NetworkDisconnect(ctx context.Context, name string, req
 	}
 	nr, p, err := e.change(u, func(c *container.Record) {
 		c.Endpoints, c.Attached = without(c.Endpoints, n.Name), without(c.Attached, n.Name)
-		if networkName(c.HostConfig.NetworkMode) == n.Name && len(c.Endpoints) == 0 {
-			hc := *c.HostConfig
-			hc.NetworkMode = mcontainer.NetworkMode(network.NetworkBridge)
-			c.HostConfig = &hc
+		if len(c.Attached) == 0 || len(c.Attached) == 1 && c.Attached[network.NetworkBridge] != nil {
+			c.DNS = nil // names are served on networks of the user's alone
 		}
 	})
 	if err == nil {
@@ -193,17 +194,10 @@ func (s *NetworkService) NetworkDisconnect(ctx context.Context, name string, req
 		return err
 	}
 	if running {
-		e.refreshFiles(u, nr)
+		e.refreshFiles(u, r, nr)
 	}
 	s.event(events.ActionDisconnect, n, map[string]string{"container": u.id})
 	return nil
-}
-
-// refreshFiles writes the hosts file of a running container anew.
-func (e *Engine) refreshFiles(u *unit, r *container.Record) {
-	if err := e.writeHosts(u, r, r.Attached, e.linkHosts(r)); err != nil {
-		e.log.Warn("cannot write a container's hosts file", "container", u.id, "cause", err)
-	}
 }
 
 func with(m map[string]*network.EndpointSettings, k string, v *network.EndpointSettings) map[string]*network.EndpointSettings {

@@ -161,7 +161,7 @@ func (e *Engine) launch(ctx context.Context, u *unit, o launch) (p store.Pending
 		if _, ok := container.NewHealthCheck(n.Config.Healthcheck); ok {
 			n.State.Health = &mcontainer.Health{Status: mcontainer.Starting, Log: []*mcontainer.HealthcheckResult{}}
 		}
-		n.Attached, n.Ports = att.endpoints, att.ports
+		n.Attached, n.Ports, n.DNS = att.endpoints, att.ports, att.dns
 		if o.restart {
 			n.RestartCount++
 		} else {
@@ -282,7 +282,7 @@ func (e *Engine) prepare(ctx context.Context, u *unit, r *container.Record, back
 		return req, err
 	}
 	log.Path = u.log
-	if err := os.Mkdir(u.dir, 0o710); err != nil && !errors.Is(err, os.ErrExist) {
+	if err := os.Mkdir(u.dir, 0o711); err != nil && !errors.Is(err, os.ErrExist) {
 		return req, fmt.Errorf("cannot make the container's directory: %w", err)
 	}
 	if !hc.NetworkMode.IsContainer() {
@@ -290,8 +290,8 @@ func (e *Engine) prepare(ctx context.Context, u *unit, r *container.Record, back
 			return req, fmt.Errorf("cannot write the container's files: %w", err)
 		}
 		// They are opened for the mounts before the network says what is in them.
-		for _, f := range []string{hostsFile, resolvFile} {
-			if err := touch(filepath.Join(u.dir, f)); err != nil {
+		for _, f := range []string{hostsFile, resolvFile, hostnameFile} {
+			if err := touch(filepath.Join(u.dir, f), int(r.UserNS.Host)); err != nil {
 				return req, fmt.Errorf("cannot write the container's files: %w", err)
 			}
 		}
@@ -345,6 +345,10 @@ func (e *Engine) specInput(ctx context.Context, u *unit, r *container.Record, ro
 		CgroupPath: e.cgroupPath(r), CgroupV2: e.cfg.CgroupV2, Rootless: e.cfg.Rootless,
 		Devices: oci.DevicesAt, Host: e.cfg.Host, Seccomp: e.cfg.Profiles, AppArmorProfile: e.cfg.AppArmorProfile,
 		NoNewPrivileges: e.cfg.NoNewPrivileges,
+	}
+	if !e.native(hc.Runtime) {
+		// Runtimes of some age refuse specs that use these.
+		in.Host.TimeNamespace, in.Host.RecursiveReadonly = false, false
 	}
 	if in.User, in.Home, err = oci.LookupUser(root, r.Config.User, hc.GroupAdd); err != nil {
 		return in, err
@@ -522,7 +526,7 @@ func (e *Engine) writeNetworkFiles(u *unit, r *container.Record, a attached) err
 	if err := e.writeHosts(u, r, a.endpoints, e.linkHosts(r)); err != nil {
 		return fmt.Errorf("cannot write the container's hosts file: %w", err)
 	}
-	if err := e.writeResolvConf(u, r, a.dns); err != nil {
+	if err := put(filepath.Join(u.dir, resolvFile), e.resolvConf(r, a.dns)); err != nil {
 		return fmt.Errorf("cannot write the container's resolv.conf: %w", err)
 	}
 	return nil

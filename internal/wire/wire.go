@@ -40,7 +40,7 @@ import (
 	"github.com/cloudos-io/cloudos/internal/network/ipam"
 	"github.com/cloudos-io/cloudos/internal/oci"
 	"github.com/cloudos-io/cloudos/internal/rootless"
-	"github.com/cloudos-io/cloudos/internal/runtime"
+	"github.com/cloudos-io/cloudos/internal/runtime/command"
 	"github.com/cloudos-io/cloudos/internal/runtime/native"
 	"github.com/cloudos-io/cloudos/internal/snapshot/overlay"
 	"github.com/cloudos-io/cloudos/internal/store"
@@ -127,7 +127,7 @@ func New(ctx context.Context, c *config.Config, inside rootless.State, log *slog
 	}
 	s.onClose(volumes.Close)
 	s.part("volumes", volumes.Run)
-	networks, err := network.New(ctx, networkConfig(c, instance, log))
+	networks, err := network.New(ctx, networkConfig(c, inside, instance, log))
 	if err != nil {
 		return nil, err
 	}
@@ -168,9 +168,13 @@ func New(ctx context.Context, c *config.Config, inside rootless.State, log *slog
 		return nil, err
 	}
 	s.onClose(ids.Close)
-	runtimes, err := otherRuntimes(c, log)
+	runtimes, err := otherRuntimes(c, instance, log)
 	if err != nil {
 		return nil, err
+	}
+	for name, r := range runtimes {
+		s.onClose(r.Driver.Close)
+		s.part("runtime "+name, r.Driver.Run)
 	}
 	defaults, err := containerDefaults(c)
 	if err != nil {
@@ -291,7 +295,7 @@ func registryInfo(c *config.Config) *registry.ServiceConfig {
 	return s
 }
 
-func networkConfig(c *config.Config, instance string, log *slog.Logger) network.Config {
+func networkConfig(c *config.Config, inside rootless.State, instance string, log *slog.Logger) network.Config {
 	n := network.Config{Root: filepath.Join(c.Root, "networks"), RunRoot: filepath.Join(c.RunRoot, "networks"), Instance: instance, Logger: log, MTU: c.Network.MTU}
 	for _, p := range c.Network.Pools {
 		n.DefaultPools = append(n.DefaultPools, ipam.Block{Base: netip.MustParsePrefix(p.Base), Size: p.Size}) // checked when read
@@ -305,7 +309,32 @@ func networkConfig(c *config.Config, instance string, log *slog.Logger) network.
 			n.IPv6 = "on"
 		}
 	}
+	if inside.Active {
+		n.HostPorts = hostPorts(inside, c.RunRoot, log)
+	}
 	return n
+}
+
+// hostPorts tells how an ordinary user's engine publishes on the host.
+func hostPorts(inside rootless.State, runRoot string, log *slog.Logger) network.HostPorts {
+	h := network.HostPorts{First: inside.FirstPort, Listen: inside.Link == rootless.Pasta}
+	f := inside.Forwarder(runRoot)
+	if f == nil {
+		return h
+	}
+	if err := f.Reset(); err != nil {
+		log.Warn("cannot end the port forwardings of a former engine", "cause", err)
+	}
+	h.Arrive = rootless.SlirpGuest
+	h.Forward = func(proto string, host netip.AddrPort) (func() error, error) {
+		id, err := f.Add(proto, host)
+		if err != nil {
+			log.Warn(err.Error())
+			return nil, err
+		}
+		return func() error { return f.Remove(id) }, nil
+	}
+	return h
 }
 
 func addresses(l []string) []netip.Addr {
@@ -337,7 +366,7 @@ func cgroupV2() bool {
 }
 
 // otherRuntimes are the configured OCI runtimes and those found on the path.
-func otherRuntimes(c *config.Config, log *slog.Logger) (map[string]engine.Runtime, error) {
+func otherRuntimes(c *config.Config, instance string, log *slog.Logger) (map[string]engine.Runtime, error) {
 	all := map[string]config.Runtime{}
 	for _, name := range []string{"runc", "crun", "runsc"} {
 		if p, err := exec.LookPath(name); err == nil {
@@ -349,13 +378,11 @@ func otherRuntimes(c *config.Config, log *slog.Logger) (map[string]engine.Runtim
 	}
 	out := map[string]engine.Runtime{}
 	for name, r := range all {
-		d, err := commandDriver(c, name, r, log)
+		d, err := command.New(command.Config{Name: name, Path: r.Path, Args: r.Args, RunRoot: c.RunRoot, Instance: instance, SystemdCgroup: c.CgroupDriver == "systemd", Logger: log})
 		if err != nil {
 			return nil, err
 		}
-		if d != nil {
-			out[name] = engine.Runtime{Driver: d, Path: r.Path, Args: r.Args}
-		}
+		out[name] = engine.Runtime{Driver: d, Path: r.Path, Args: r.Args}
 	}
 	if d := c.DefaultRuntime; d != "" && d != "servin" {
 		if _, ok := out[d]; !ok {
@@ -402,5 +429,3 @@ func SocketGroup(c *config.Config) string {
 	}
 	return ""
 }
-
-var _ runtime.Driver = (*native.Driver)(nil)
