@@ -47,6 +47,9 @@ type Config struct {
 	// MTU of networks that name none; 0 takes that of the host's uplink, at
 	// most 1500.
 	MTU int
+	// HostPorts tells how an engine in a network namespace of its own (rootless)
+	// comes by ports of the host; the zero value is an engine in the host's.
+	HostPorts HostPorts
 }
 
 // Manager keeps the networks of an engine. It is safe for concurrent use.
@@ -148,7 +151,7 @@ func New(ctx context.Context, cfg Config) (*Manager, error) {
 	m := &Manager{
 		cfg: cfg, log: cfg.Logger, tag: tagOf(cfg.Instance), kick: make(chan struct{}, 1),
 		nets: map[string]*netw{}, names: map[string]*netw{}, containers: map[string]*box{}, parked: map[string]*parked{},
-		ports: newReservations(),
+		ports: newReservations(cfg.HostPorts),
 	}
 	var seed [8]byte
 	rand.Read(seed[:])
@@ -243,7 +246,7 @@ func (m *Manager) setUp(ctx context.Context) error {
 	// which of them still are.
 	for _, b := range m.containers {
 		for _, e := range b.eps {
-			if err := m.table.AddPorts(rules(e.Ports)); err != nil {
+			if err := m.table.AddPorts(m.rules(e.Ports)); err != nil {
 				m.log.Error("published ports could not be taken back", "container", b.id, "cause", err)
 			}
 		}

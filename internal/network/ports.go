@@ -21,12 +21,38 @@ import (
 // Host ports for bindings that name none.
 const firstEphemeral, lastEphemeral = 32768, 60999
 
+// HostPorts is what publishing takes where the engine's network namespace is
+// joined to the host's by a user-mode network.
+type HostPorts struct {
+	// First is the lowest port that the user may bind on the host.
+	First uint16
+	// Listen: the network forwards the ports that something listens on, so
+	// reservations do (they still answer nobody).
+	Listen bool
+	// Arrive is where connections come in, whatever the host's address that they
+	// were made to; the zero address is that one itself.
+	Arrive netip.Addr
+	// Forward asks the network for a port of the host, and gives the way to end
+	// that; nil: it needs no asking. Failure is a port that somebody else has.
+	Forward func(proto string, host netip.AddrPort) (end func() error, err error)
+}
+
+// at is the address in this namespace that stands for one of the host's.
+func (h HostPorts) at(host netip.Addr) netip.Addr {
+	if h.Arrive.IsValid() && host.Is4() && !host.IsUnspecified() {
+		return h.Arrive
+	}
+	return host
+}
+
 // reservations are bound sockets, one for each published port: they receive
 // nothing, but make conflicts with the host's own processes show.
 type reservations struct {
 	mu   sync.Mutex
 	held map[portKey]int // descriptor, -1 where the host has no such socket
 	next uint16
+	host HostPorts
+	ends map[portKey]func() error // what HostPorts.Forward gave
 }
 
 type portKey struct {
@@ -39,8 +65,8 @@ func (k portKey) String() string {
 	return netip.AddrPortFrom(k.host, k.port).String()
 }
 
-func newReservations() *reservations {
-	return &reservations{held: map[portKey]int{}, next: uint16(firstEphemeral + rand.IntN(lastEphemeral-firstEphemeral))}
+func newReservations(h HostPorts) *reservations {
+	return &reservations{held: map[portKey]int{}, host: h, ends: map[portKey]func() error{}, next: uint16(firstEphemeral + rand.IntN(lastEphemeral-firstEphemeral))}
 }
 
 var errPortTaken = errors.New("port is already allocated")
@@ -56,6 +82,26 @@ func (r *reservations) reserveLocked(k portKey) error {
 	if _, ok := r.held[k]; ok {
 		return errPortTaken
 	}
+	if k.port < r.host.First {
+		return fault.New(fault.Unsupported, "cannot publish port %d: an ordinary user may not bind ports below %d; take a higher one, or permit it with: sysctl net.ipv4.ip_unprivileged_port_start=%d", k.port, r.host.First, k.port)
+	}
+	if err := r.bind(k); err != nil {
+		return err
+	}
+	if r.host.Forward == nil || !k.host.Is4() {
+		return nil
+	}
+	end, err := r.host.Forward(k.proto, netip.AddrPortFrom(k.host, k.port))
+	if err != nil {
+		r.releaseLocked(k)
+		return errPortTaken
+	}
+	r.ends[k] = end
+	return nil
+}
+
+// bind makes the socket of a port.
+func (r *reservations) bind(k portKey) error {
 	typ, proto := unix.SOCK_STREAM, 0
 	switch k.proto {
 	case "udp":
@@ -65,8 +111,8 @@ func (r *reservations) reserveLocked(k portKey) error {
 	}
 	fam := unix.AF_INET
 	var sa unix.Sockaddr
-	if k.host.Is4() {
-		sa = &unix.SockaddrInet4{Port: int(k.port), Addr: k.host.As4()}
+	if at := r.host.at(k.host); at.Is4() {
+		sa = &unix.SockaddrInet4{Port: int(k.port), Addr: at.As4()}
 	} else {
 		fam = unix.AF_INET6
 		sa = &unix.SockaddrInet6{Port: int(k.port), Addr: k.host.As16()}
@@ -98,7 +144,9 @@ func (r *reservations) reserveLocked(k portKey) error {
 			return fmt.Errorf("cannot reserve port %s/%s: %w", k, k.proto, err)
 		}
 	}
-	if err = unix.Bind(fd, sa); errors.Is(err, unix.EADDRINUSE) && k.proto == "tcp" {
+	if r.host.Listen && k.proto == "tcp" {
+		err = bindOver(fd, sa)
+	} else if err = unix.Bind(fd, sa); errors.Is(err, unix.EADDRINUSE) && k.proto == "tcp" {
 		err = bindOver(fd, sa)
 	}
 	if err != nil {
@@ -155,12 +203,20 @@ func (r *reservations) release(ks ...portKey) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for _, k := range ks {
-		if fd, ok := r.held[k]; ok {
-			if fd >= 0 {
-				unix.Close(fd)
-			}
-			delete(r.held, k)
+		r.releaseLocked(k)
+	}
+}
+
+func (r *reservations) releaseLocked(k portKey) {
+	if fd, ok := r.held[k]; ok {
+		if fd >= 0 {
+			unix.Close(fd)
 		}
+		delete(r.held, k)
+	}
+	if end := r.ends[k]; end != nil {
+		_ = end() // it is gone with the network otherwise
+		delete(r.ends, k)
 	}
 }
 
@@ -314,7 +370,7 @@ func (m *Manager) publish(n *netw, e *endpoint, pm network.PortMap, through bool
 			e.Ports = append(e.Ports, published{Host: h, Proto: string(w.container.Proto()), HostPort: port, Container: w.container.Num(), To: to, Through: through})
 		}
 	}
-	if err := m.table.AddPorts(rules(e.Ports)); err != nil {
+	if err := m.table.AddPorts(m.rules(e.Ports)); err != nil {
 		if errors.Is(err, nft.ErrNoInjection) {
 			return fault.New(fault.Unsupported, "cannot publish ports: %w", err)
 		}
@@ -376,7 +432,7 @@ func (r *reservations) ephemeral() uint16 {
 }
 
 // rules is what the table must know of published ports.
-func rules(ps []published) []nft.Port {
+func (m *Manager) rules(ps []published) []nft.Port {
 	out := make([]nft.Port, 0, len(ps))
 	for _, p := range ps {
 		proto := nft.TCP
@@ -386,7 +442,7 @@ func rules(ps []published) []nft.Port {
 		case "sctp":
 			proto = nft.SCTP
 		}
-		out = append(out, nft.Port{Host: p.Host, Proto: proto, Port: p.HostPort, To: netip.AddrPortFrom(p.To, p.Container), Through: p.Through, Routed: p.Routed})
+		out = append(out, nft.Port{Host: m.cfg.HostPorts.at(p.Host), Proto: proto, Port: p.HostPort, To: netip.AddrPortFrom(p.To, p.Container), Through: p.Through, Routed: p.Routed})
 	}
 	return out
 }
@@ -415,7 +471,7 @@ func (m *Manager) unpublish(e *endpoint) error {
 	if len(e.Ports) == 0 {
 		return nil
 	}
-	err := m.table.DelPorts(rules(e.Ports))
+	err := m.table.DelPorts(m.rules(e.Ports))
 	for _, p := range e.Ports {
 		if !p.Routed {
 			m.ports.release(portKey{p.Host, p.Proto, p.HostPort})

@@ -17,7 +17,7 @@ func TestStartTime(t *testing.T) {
 
 func TestRecord(t *testing.T) {
 	path := filepath.Join(t.TempDir(), recordName)
-	h := holder{Version: recordVersion, process: identify(os.Getpid()), Boot: bootID(), CgroupBase: "/x", Link: link{Kind: pasta, process: process{7, "8"}}}
+	h := holder{Version: recordVersion, process: identify(os.Getpid()), Boot: bootID(), CgroupBase: "/x", Link: link{Kind: Pasta, process: process{7, "8"}}}
 	if err := save(path, h); err != nil {
 		t.Fatal(err)
 	}

@@ -17,9 +17,13 @@ import (
 
 // The user-mode networks that join the holder's namespace to the host's.
 const (
-	pasta = "pasta"
-	slirp = "slirp4netns"
+	Pasta = "pasta"
+	Slirp = "slirp4netns"
 )
+
+// SlirpGuest is the namespace's address behind slirp4netns, where connections
+// to forwarded ports arrive.
+var SlirpGuest = netip.AddrFrom4([4]byte{10, 0, 2, 100})
 
 // link is the process that does so; a network without one is loopback alone.
 type link struct {
@@ -40,7 +44,7 @@ func connect(pid int, runRoot string, warn func(string)) link {
 	for _, n := range []struct {
 		kind  string
 		start func(path string, pid int, runRoot string) (int, error)
-	}{{pasta, startPasta}, {slirp, startSlirp}} {
+	}{{Pasta, startPasta}, {Slirp, startSlirp}} {
 		path, err := exec.LookPath(n.kind)
 		if err != nil {
 			continue
@@ -137,7 +141,7 @@ type Forwarder struct{ socket string }
 
 // Forwarder returns what must be told of published ports, nil if nobody.
 func (s State) Forwarder(runRoot string) *Forwarder {
-	if s.Link != slirp {
+	if s.Link != Slirp {
 		return nil
 	}
 	return &Forwarder{socket: slirpSocket(runRoot)}
@@ -155,6 +159,20 @@ func (f *Forwarder) Add(proto string, addr netip.AddrPort) (int, error) {
 		return 0, fmt.Errorf("cannot publish %s/%s: %w", addr, proto, err)
 	}
 	return answer.ID, nil
+}
+
+// Reset ends all forwardings.
+func (f *Forwarder) Reset() error {
+	var answer struct {
+		Entries []struct {
+			ID int `json:"id"`
+		} `json:"entries"`
+	}
+	err := f.call("list_hostfwd", map[string]any{}, &answer)
+	for _, e := range answer.Entries {
+		err = errors.Join(err, f.Remove(e.ID))
+	}
+	return err
 }
 
 // Remove ends a forwarding.
@@ -200,7 +218,7 @@ func resolvConf(l link, runRoot string) error {
 	if data == nil {
 		data = reachable("/run/systemd/resolve/resolv.conf")
 	}
-	if data == nil && l.Kind == slirp {
+	if data == nil && l.Kind == Slirp {
 		data = []byte("nameserver 10.0.2.3\n") // slirp4netns's own
 	}
 	if data == nil {
