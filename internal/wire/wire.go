@@ -378,7 +378,7 @@ func otherRuntimes(c *config.Config, instance string, log *slog.Logger) (map[str
 	}
 	out := map[string]engine.Runtime{}
 	for name, r := range all {
-		d, err := command.New(command.Config{Name: name, Path: r.Path, Args: r.Args, RunRoot: c.RunRoot, Instance: instance, SystemdCgroup: c.CgroupDriver == "systemd", Logger: log})
+		d, err := command.New(command.Config{Name: name, Path: r.Path, Args: r.Args, RunRoot: c.RunRoot, Instance: instance + "-" + name, SystemdCgroup: c.CgroupDriver == "systemd", Logger: log})
 		if err != nil {
 			return nil, err
 		}
