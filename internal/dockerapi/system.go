@@ -46,6 +46,17 @@ func (a systemAPI) version(w *response, r *request) error {
 		return err
 	}
 	v.APIVersion, v.MinAPIVersion = MaxAPIVersion, MinAPIVersion
+	v.Components = slices.Clone(v.Components)
+	for i, c := range v.Components {
+		if c.Name == "Engine" { // docker version prints this one's details
+			d := maps.Clone(c.Details)
+			if d == nil {
+				d = map[string]string{}
+			}
+			d["ApiVersion"], d["MinAPIVersion"] = MaxAPIVersion, MinAPIVersion
+			v.Components[i].Details = d
+		}
+	}
 	return w.json(http.StatusOK, v)
 }
 
