@@ -136,6 +136,9 @@ func (a *App) copyOut(ctx context.Context, c *client.Client, ctr, src, dst strin
 	}
 	defer r.Close()
 	in := &counter{r: r}
+	if st != nil && !st.IsDir() && !st.Mode().IsRegular() {
+		return a.copyThrough(in, dst)
+	}
 	x := tree.ExtractOptions{From: stat.Name, Owners: o.archive, Warn: a.warnf}
 	dir, err := placeOut(&x, stat, src, dst, st)
 	if err != nil {
@@ -146,6 +149,15 @@ func (a *App) copyOut(ctx context.Context, c *client.Client, ctr, src, dst strin
 	}
 	a.copied(o, in.n, dst)
 	return nil
+}
+
+// copyThrough writes the one file of an archive into a pipe or device.
+func (a *App) copyThrough(r io.Reader, dst string) error {
+	f, err := os.OpenFile(dst, os.O_WRONLY, 0)
+	if err != nil {
+		return err
+	}
+	return errors.Join(tree.CopyFile(f, r), f.Close())
 }
 
 // placeOut decides where an archive goes on the host, as cp -a would: into a

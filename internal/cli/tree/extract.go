@@ -213,3 +213,17 @@ func (x *extractor) finish() error {
 	}
 	return nil
 }
+
+// CopyFile writes the data of the one file that an archive holds.
+func CopyFile(w io.Writer, r io.Reader) error {
+	tr := tar.NewReader(r)
+	h, err := tr.Next()
+	if err != nil {
+		return fmt.Errorf("cannot read the archive: %w", err)
+	}
+	if h.Typeflag != tar.TypeReg {
+		return errors.New("only a file can be copied there")
+	}
+	_, err = io.Copy(w, tr)
+	return err
+}
