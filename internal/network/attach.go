@@ -2,11 +2,8 @@ package network
 
 import (
 	"context"
-	"crypto/rand"
-	"errors"
 	"fmt"
 	"maps"
-	"net"
 	"net/netip"
 	"os"
 	"regexp"
@@ -16,7 +13,6 @@ import (
 
 	"github.com/cloudos-io/cloudos/internal/fault"
 	"github.com/cloudos-io/cloudos/internal/network/bridge"
-	"github.com/cloudos-io/cloudos/internal/network/ipam"
 	"github.com/moby/moby/api/types/network"
 	"golang.org/x/sys/unix"
 )
@@ -160,15 +156,6 @@ func (m *Manager) current(n *netw, e *endpoint) bool {
 // parkedName is the name of the inner end of a prepared link.
 const parkedName = "eth0"
 
-func bitsOf(pools []*ipam.Pool, a netip.Addr) int {
-	for _, p := range pools {
-		if p.Subnet().Contains(a) {
-			return p.Subnet().Bits()
-		}
-	}
-	return 0
-}
-
 func checkSettings(n *netw, set *network.EndpointSettings, req AttachRequest) error {
 	if len(set.MacAddress) != 0 && (len(set.MacAddress) != 6 || set.MacAddress[0]&1 == 1) {
 		return fault.New(fault.Invalid, "cannot use MAC address %s: it must have 6 bytes and not be multicast", set.MacAddress)
@@ -206,138 +193,6 @@ func checkSettings(n *netw, set *network.EndpointSettings, req AttachRequest) er
 		}
 	}
 	return nil
-}
-
-// allocate gives an endpoint its addresses and MAC.
-func (m *Manager) allocate(n *netw, e *endpoint, set *network.EndpointSettings) error {
-	var want4, want6 netip.Addr
-	if set.IPAMConfig != nil {
-		want4, want6 = set.IPAMConfig.IPv4Address.Unmap(), set.IPAMConfig.IPv6Address
-	}
-	var err error
-	if len(n.pool4) > 0 {
-		if e.IPv4, err = m.pickAddr(n, n.pool4, want4, netip.Addr{}); err != nil {
-			return err
-		}
-	}
-	if len(n.pool6) > 0 {
-		var mirror netip.Addr
-		if e.IPv4.IsValid() && !want6.IsValid() {
-			mirror, _ = ipam.Mirror(n.pool6[0].Range(), n.pool4[0].Subnet(), e.IPv4)
-		}
-		if e.IPv6, err = m.pickAddr(n, n.pool6, want6, mirror); err != nil {
-			n.free(e.IPv4)
-			e.IPv4 = netip.Addr{}
-			return err
-		}
-	}
-	if e.MAC = net.HardwareAddr(slices.Clone(set.MacAddress)); len(e.MAC) == 0 {
-		e.MAC = macOf(e.IPv4, e.IPv6)
-	}
-	return nil
-}
-
-// claim takes the reservation that e's container has on the network out of
-// the books, if it has one and is now running.
-func (m *Manager) claim(n *netw, e *endpoint) *endpoint {
-	if !e.HasNS {
-		return nil
-	}
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	b := m.containers[e.ContainerID]
-	if b == nil {
-		return nil
-	}
-	old := b.eps[n.rec.ID]
-	if old == nil || old.HasNS {
-		return nil
-	}
-	m.unregister(n, b, old)
-	return old
-}
-
-// inheritReservation frees the reserved addresses and asks for the same ones,
-// unless others were asked for.
-func (m *Manager) inheritReservation(n *netw, e, old *endpoint, set *network.EndpointSettings) {
-	n.free(old.IPv4, old.IPv6)
-	if set.IPAMConfig == nil {
-		set.IPAMConfig = &network.EndpointIPAMConfig{}
-	}
-	if !set.IPAMConfig.IPv4Address.IsValid() {
-		set.IPAMConfig.IPv4Address = old.IPv4
-	}
-	if !set.IPAMConfig.IPv6Address.IsValid() {
-		set.IPAMConfig.IPv6Address = old.IPv6
-	}
-	if len(set.MacAddress) == 0 {
-		set.MacAddress = network.HardwareAddr(old.MAC)
-	}
-	if len(e.Aliases) == 0 {
-		e.Aliases = old.Aliases
-	}
-}
-
-// unclaim puts a reservation back after a failed attach.
-func (m *Manager) unclaim(n *netw, old *endpoint) {
-	_ = n.take(old.IPv4)
-	if old.IPv6.IsValid() {
-		_ = n.take(old.IPv6)
-	}
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	b := m.containers[old.ContainerID]
-	if b == nil {
-		b = &box{id: old.ContainerID, name: old.ContainerName, eps: map[string]*endpoint{}}
-		m.containers[old.ContainerID] = b
-	}
-	m.register(n, b, old)
-}
-
-func (m *Manager) pickAddr(n *netw, pools []*ipam.Pool, want, rather netip.Addr) (netip.Addr, error) {
-	if want.IsValid() {
-		err := n.take(want)
-		if errors.Is(err, ipam.ErrInUse) && m.exhume(n) {
-			err = n.take(want)
-		}
-		switch {
-		case errors.Is(err, ipam.ErrInUse):
-			return want, fault.New(fault.Conflict, "Address already in use: %s on network %s", want, n.rec.Name)
-		case err != nil:
-			return want, fault.New(fault.Invalid, "cannot use address %s on network %s: %w", want, n.rec.Name, err)
-		}
-		return want, nil
-	}
-	if rather.IsValid() && n.take(rather) == nil {
-		return rather, nil
-	}
-	for again := true; ; again = false {
-		for _, p := range pools {
-			if a, err := p.Next(); err == nil {
-				return a, nil
-			}
-		}
-		if !again || !m.exhume(n) {
-			return netip.Addr{}, fault.New(fault.Exhausted, "cannot give an address on network %s: %w", n.rec.Name, ipam.ErrExhausted)
-		}
-	}
-}
-
-// macOf derives a MAC from the address, so that whoever gets an address again
-// is known under the same MAC, and no neighbour's entry goes stale.
-func macOf(a4, a6 netip.Addr) net.HardwareAddr {
-	h := net.HardwareAddr{0x02, 0x42, 0, 0, 0, 0}
-	switch {
-	case a4.IsValid():
-		b := a4.As4()
-		copy(h[2:], b[:])
-	case a6.IsValid():
-		b := a6.As16()
-		copy(h[2:], b[12:])
-	default:
-		rand.Read(h[2:])
-	}
-	return h
 }
 
 // enter puts an endpoint into the books.
@@ -503,92 +358,6 @@ func (e *endpoint) prefixes() (out []netip.Prefix) {
 		}
 	}
 	return out
-}
-
-// gateways are the next hops that the network offers; an internal one offers
-// none.
-func (n *netw) gateways() (out []netip.Addr) {
-	if n.rec.Internal {
-		return nil
-	}
-	if n.gw4.IsValid() && !n.opts.noAddress4 {
-		out = append(out, n.gw4)
-	}
-	if n.gw6.IsValid() && !n.opts.noAddress6 {
-		out = append(out, n.gw6)
-	}
-	return out
-}
-
-func (m *Manager) setGates(b *box, n *netw, e *endpoint) {
-	for _, g := range n.gateways() {
-		if g.Is4() && e.IPv4.IsValid() {
-			b.gw4 = n.rec.ID
-		} else if g.Is6() && e.IPv6.IsValid() {
-			b.gw6 = n.rec.ID
-		}
-	}
-}
-
-// regate lets the default routes lead where the priorities of a container's
-// endpoints say. The caller holds b.busy.
-func (m *Manager) regate(b *box) error {
-	type cand struct {
-		n *netw
-		e *endpoint
-	}
-	var cs []cand
-	m.mu.RLock()
-	for id, e := range b.eps {
-		if n := m.nets[id]; n != nil && e.HasNS && e.IfName != "" {
-			cs = append(cs, cand{n, e})
-		}
-	}
-	m.mu.RUnlock()
-	slices.SortFunc(cs, func(a, b cand) int {
-		if a.e.GwPriority != b.e.GwPriority {
-			return b.e.GwPriority - a.e.GwPriority
-		}
-		return strings.Compare(a.n.rec.Name, b.n.rec.Name)
-	})
-	for _, six := range []bool{false, true} {
-		have, family := &b.gw4, 4
-		if six {
-			have, family = &b.gw6, 6
-		}
-		var win *cand
-		var gw netip.Addr
-		for i, c := range cs {
-			for _, g := range c.n.gateways() {
-				if g.Is6() == six && (six && c.e.IPv6.IsValid() || !six && c.e.IPv4.IsValid()) {
-					win, gw = &cs[i], g
-					break
-				}
-			}
-			if win != nil {
-				break
-			}
-		}
-		switch {
-		case win == nil && *have != "":
-			*have = ""
-			if err := m.links.DropGateway(b.netns, family); err != nil {
-				return err
-			}
-		case win != nil && *have != win.n.rec.ID:
-			if *have != "" && six {
-				// IPv6 keeps a second default route beside the first.
-				if err := m.links.DropGateway(b.netns, family); err != nil {
-					return err
-				}
-			}
-			if err := m.links.SetGateways(b.netns, win.e.IfName, win.e.prefixes(), []netip.Addr{gw}); err != nil {
-				return err
-			}
-			*have = win.n.rec.ID
-		}
-	}
-	return nil
 }
 
 func (m *Manager) save(b *box) error { return m.disk.saveContainer(b.id, m.endpointsOf(b)) }

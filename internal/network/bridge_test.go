@@ -15,9 +15,13 @@ import (
 // ask tells what the echo server at addr says to a client in ns, or the
 // failure.
 func ask(ns *os.File, proto, addr string) (string, error) {
+	return askFor(ns, proto, addr, time.Second)
+}
+
+func askFor(ns *os.File, proto, addr string, patience time.Duration) (string, error) {
 	var c net.Conn
 	dial := func() (err error) {
-		c, err = net.DialTimeout(proto, addr, time.Second)
+		c, err = net.DialTimeout(proto, addr, patience)
 		return err
 	}
 	var err error
@@ -30,7 +34,7 @@ func ask(ns *os.File, proto, addr string) (string, error) {
 		return "", err
 	}
 	defer c.Close()
-	c.SetDeadline(time.Now().Add(time.Second))
+	c.SetDeadline(time.Now().Add(patience))
 	if proto == "udp" {
 		c.Write([]byte("?"))
 		b := make([]byte, 100)
