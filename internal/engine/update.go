@@ -104,8 +104,8 @@ func (e *Engine) ContainerUpdate(ctx context.Context, name string, req mcontaine
 
 // mergeResources takes over what an update sets; zero leaves a limit alone.
 func mergeResources(have, want *mcontainer.Resources) error {
-	if want.NanoCPUs > 0 && (have.CPUPeriod > 0 && want.CPUPeriod == 0 || have.CPUQuota > 0 && want.CPUQuota == 0) {
-		return fault.New(fault.Conflict, "conflicting options: CPU Period or Quota cannot be updated as NanoCPUs has already been set")
+	if want.NanoCPUs > 0 && (have.CPUPeriod > 0 || have.CPUQuota > 0) {
+		return fault.New(fault.Conflict, "conflicting options: Nano CPUs cannot be updated as CPU Period or Quota has already been set")
 	}
 	set := func(to *int64, v int64) {
 		if v != 0 {
