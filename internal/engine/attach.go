@@ -225,6 +225,7 @@ func (e *Engine) ContainerAttach(ctx context.Context, name string, req AttachReq
 			e.forget(u, a)
 			return a.Close()
 		}
+		e.publish(u, events.ActionAttach, nil)
 		return withPast(streamsFor(r, s), past), nil
 	}
 	u.mu.Unlock()
