@@ -381,6 +381,7 @@ func TestEventsStream(t *testing.T) {
 		}
 		rest = rest[i+len(w):]
 	}
+	time.Sleep(1100 * time.Millisecond) // docker sends whole seconds
 	past := e.must("events", "--since", "1h", "--until", "0s", "--format", "{{.Action}}", "--filter", "container=ev")
 	if !strings.Contains(past, "destroy") {
 		t.Errorf("past events: %q", past)
