@@ -111,8 +111,6 @@ func newManager(t testing.TB, edit func(*Config)) *Manager {
 	return m
 }
 
-var serial int
-
 func attach(t testing.TB, m *Manager, ns *os.File, name, netw string, edit func(*AttachRequest)) Attachment {
 	t.Helper()
 	req := AttachRequest{ContainerID: name, ContainerName: name, Network: netw, NetNS: ns, Ephemeral: true, DNS: []netip.Addr{netip.MustParseAddr("192.0.2.1")}}
