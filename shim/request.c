@@ -174,6 +174,7 @@ void on_start(int c, uint32_t cookie, const char *b, size_t n, struct fds *f)
 		INIT->failed = 1;
 		kill_init();
 		ctl_fail(c, cookie, -err, command ? "run command" : "send plan");
+		M.done = command; /* there is no child whose end would end us */
 		return;
 	}
 	/* All the rest goes on beside the stage. */

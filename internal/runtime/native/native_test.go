@@ -4,6 +4,8 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	osexec "os/exec"
+	"path/filepath"
 	"sync/atomic"
 	"testing"
 
@@ -33,5 +35,19 @@ func TestConformanceParked(t *testing.T) {
 }
 
 func TestConformanceCold(t *testing.T) {
+	runtimetest.Run(t, runtimetest.Driver{New: maker(0)})
+}
+
+// TestConformanceSanitized runs the suite with a shim that traps on undefined
+// behaviour.
+func TestConformanceSanitized(t *testing.T) {
+	if testing.Short() {
+		t.Skip("SKIP: -short")
+	}
+	bin := filepath.Join(t.TempDir(), "servin-shim")
+	if out, err := osexec.Command("make", "-C", "../../../shim", "SAN=1", "OUT="+bin).CombinedOutput(); err != nil {
+		t.Skipf("SKIP: cannot build the sanitized shim: %v\n%s", err, out)
+	}
+	t.Setenv("SERVIN_SHIM", bin)
 	runtimetest.Run(t, runtimetest.Driver{New: maker(0)})
 }
