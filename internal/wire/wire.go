@@ -64,11 +64,11 @@ type part struct {
 }
 
 // New builds everything. On failure it closes what it has opened.
-func New(ctx context.Context, c *config.Config, inside rootless.State, log *slog.Logger) (s *System, err error) {
-	s = &System{log: log}
+func New(ctx context.Context, c *config.Config, inside rootless.State, log *slog.Logger) (_ *System, err error) {
+	s := &System{log: log}
 	defer func() {
 		if err != nil {
-			s.close()
+			_ = s.close()
 		}
 	}()
 
