@@ -106,11 +106,25 @@ func (c *Client) delete(ctx context.Context, path string, q url.Values, out any)
 
 // fetch is for objects that callers may want as the engine sent them.
 func (c *Client) fetch(ctx context.Context, path string, q url.Values, out any) (json.RawMessage, error) {
-	var raw json.RawMessage
-	if err := c.read(ctx, path, q, &raw); err != nil {
+	raw, err := c.raw(ctx, path, q)
+	if err != nil {
 		return nil, err
 	}
 	return raw, decodeErr(json.Unmarshal(raw, out))
+}
+
+// maxAnswer bounds an answer that is kept whole.
+const maxAnswer = 256 << 20
+
+// raw reads an answer as it is.
+func (c *Client) raw(ctx context.Context, path string, q url.Values) (json.RawMessage, error) {
+	resp, err := c.send(ctx, &request{method: "GET", path: path, query: q})
+	if err != nil {
+		return nil, err
+	}
+	defer resp.body.Close()
+	b, err := io.ReadAll(io.LimitReader(resp.body, maxAnswer))
+	return b, decodeErr(err)
 }
 
 // each decodes a stream of JSON values until it ends or fn fails.

@@ -90,7 +90,7 @@ func TestFraming(t *testing.T) {
 		}
 	}
 	for i := range 6 {
-		l, err := c.ContainerListRaw(ctx(t), client.ContainerListOptions{Size: i%2 == 0})
+		l, err := client.ContainerListAs[json.RawMessage](ctx(t), c, client.ContainerListOptions{Size: i%2 == 0})
 		if err != nil || len(l) != 1 || len(l[0]) != len(big)+2 {
 			t.Fatalf("%d: %d, %v", i, len(l), err)
 		}

@@ -28,9 +28,11 @@ func (c *Client) ContainerList(ctx context.Context, o ContainerListOptions) ([]c
 	return out, err
 }
 
-// ContainerListRaw is ContainerList with each entry as the engine wrote it.
-func (c *Client) ContainerListRaw(ctx context.Context, o ContainerListOptions) ([]json.RawMessage, error) {
-	var out []json.RawMessage
+// ContainerListAs is ContainerList with entries of a type of the caller's, which
+// need have no more than the fields that it wants; json.RawMessage takes entries
+// as the engine wrote them.
+func ContainerListAs[T any](ctx context.Context, c *Client, o ContainerListOptions) ([]T, error) {
+	var out []T
 	err := c.read(ctx, "/containers/json", o.query(), &out)
 	return out, err
 }
@@ -183,6 +185,11 @@ func (c *Client) ContainerRemove(ctx context.Context, name string, o RemoveOptio
 func (c *Client) ContainerInspect(ctx context.Context, name string, size bool) (out container.InspectResponse, raw json.RawMessage, err error) {
 	raw, err = c.fetch(ctx, cpath(name, "/json"), values("size", flag(size)), &out)
 	return out, raw, err
+}
+
+// ContainerInspectRaw is ContainerInspect without the decoding.
+func (c *Client) ContainerInspectRaw(ctx context.Context, name string, size bool) (json.RawMessage, error) {
+	return c.raw(ctx, cpath(name, "/json"), values("size", flag(size)))
 }
 
 // ContainerTop lists processes; args are ps's.

@@ -51,6 +51,11 @@ func (c *Client) ImageInspect(ctx context.Context, name, platform string) (out i
 	return out, raw, err
 }
 
+// ImageInspectRaw is ImageInspect without the decoding.
+func (c *Client) ImageInspectRaw(ctx context.Context, name, platform string) (json.RawMessage, error) {
+	return c.raw(ctx, ipath(name, "/json"), values("platform", platformJSON(platform)))
+}
+
 // platformJSON turns os/arch[/variant] into the form that the API takes.
 func platformJSON(p string) string {
 	if p == "" || strings.HasPrefix(p, "{") {

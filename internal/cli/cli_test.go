@@ -371,7 +371,7 @@ func TestPlaceOut(t *testing.T) {
 		"dir to a name":       {container.PathStat{Name: "d", Mode: fs.ModeDir}, "/d", dir + "/new", want{"d", "new", dir}},
 		"dir to a name slash": {container.PathStat{Name: "d", Mode: fs.ModeDir}, "/d", dir + "/new/", want{"d", "new", dir}},
 		"dir into a dir":      {container.PathStat{Name: "d", Mode: fs.ModeDir}, "/d", dir, want{"d", "d", dir}},
-		"contents into a dir": {container.PathStat{Name: "d", Mode: fs.ModeDir}, "/d/.", dir, want{"d", "", dir}},
+		"contents into a dir": {container.PathStat{Name: "d", Mode: fs.ModeDir}, "/d/.", dir, want{".", "", dir}},
 		"dir over a file":     {container.PathStat{Name: "d", Mode: fs.ModeDir}, "/d", f, want{}},
 		"hostile name":        {container.PathStat{Name: "../../x"}, "/x", dir, want{"../../x", "x", dir}},
 	} {

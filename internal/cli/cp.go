@@ -165,10 +165,7 @@ func (a *App) copyThrough(r io.Reader, dst string) error {
 func placeOut(x *tree.ExtractOptions, stat container.PathStat, src, dst string, st fs.FileInfo) (dir string, err error) {
 	isDir := stat.Mode.IsDir()
 	if contentsOf(src) || src == "/" {
-		x.From = "."
-		if stat.Name != "." && stat.Name != "/" {
-			x.From = stat.Name
-		}
+		x.From = "." // names are relative to the directory
 	}
 	switch {
 	case st != nil && st.IsDir():

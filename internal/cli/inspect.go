@@ -6,42 +6,64 @@ import (
 	"encoding/json"
 	"fmt"
 
+	"github.com/moby/moby/api/types/container"
+	"github.com/moby/moby/api/types/image"
+	"github.com/moby/moby/api/types/network"
+	"github.com/moby/moby/api/types/volume"
+
 	"github.com/cloudos-io/cloudos/client"
 	"github.com/cloudos-io/cloudos/internal/cli/command"
 	"github.com/cloudos-io/cloudos/internal/cli/format"
 )
 
-// found is an object and the JSON it came from.
-type found struct {
-	value any
-	raw   json.RawMessage
-}
-
-// look finds an object by name.
-type look func(ctx context.Context, c *client.Client, name string) (found, error)
+// look finds an object by name, as the engine writes it.
+type look func(ctx context.Context, c *client.Client, name string) (json.RawMessage, error)
 
 func lookContainer(size *bool) look {
-	return func(ctx context.Context, c *client.Client, name string) (found, error) {
-		v, raw, err := c.ContainerInspect(ctx, name, *size)
-		return found{v, raw}, err
+	return func(ctx context.Context, c *client.Client, name string) (json.RawMessage, error) {
+		return c.ContainerInspectRaw(ctx, name, *size)
 	}
 }
 
 func lookImage(platform *string) look {
-	return func(ctx context.Context, c *client.Client, name string) (found, error) {
-		v, raw, err := c.ImageInspect(ctx, name, *platform)
-		return found{v, raw}, err
+	return func(ctx context.Context, c *client.Client, name string) (json.RawMessage, error) {
+		return c.ImageInspectRaw(ctx, name, *platform)
 	}
 }
 
-func lookVolume(ctx context.Context, c *client.Client, name string) (found, error) {
-	v, raw, err := c.VolumeInspect(ctx, name)
-	return found{v, raw}, err
+func lookVolume(ctx context.Context, c *client.Client, name string) (json.RawMessage, error) {
+	_, raw, err := c.VolumeInspect(ctx, name)
+	return raw, err
 }
 
-func lookNetwork(ctx context.Context, c *client.Client, name string) (found, error) {
-	v, raw, err := c.NetworkInspect(ctx, name, false)
-	return found{v, raw}, err
+func lookNetwork(ctx context.Context, c *client.Client, name string) (json.RawMessage, error) {
+	_, raw, err := c.NetworkInspect(ctx, name, false)
+	return raw, err
+}
+
+// typed decodes an object for a template, in which Go's names count (.ID) beside
+// those of the JSON (.Id).
+func typed(raw json.RawMessage) (any, error) {
+	var shape struct {
+		Mountpoint, IPAM, RootFS, HostConfig json.RawMessage
+	}
+	if err := json.Unmarshal(raw, &shape); err != nil {
+		return nil, err
+	}
+	var v any
+	switch {
+	case shape.HostConfig != nil:
+		v = new(container.InspectResponse)
+	case shape.RootFS != nil:
+		v = new(image.InspectResponse)
+	case shape.IPAM != nil:
+		v = new(network.Inspect)
+	case shape.Mountpoint != nil:
+		v = new(volume.Volume)
+	default:
+		v = new(map[string]any)
+	}
+	return v, json.Unmarshal(raw, v)
 }
 
 // inspectFlags are the options of every inspect.
@@ -69,7 +91,7 @@ func (a *App) inspect(ctx context.Context, names []string, o *inspectFlags, fn l
 	var errs []error
 	var all []json.RawMessage
 	for _, n := range names {
-		x, err := fn(ctx, c, n)
+		raw, err := fn(ctx, c, n)
 		if err != nil {
 			errs = append(errs, err)
 			if _, ok := err.(*client.ConnectError); ok {
@@ -78,23 +100,23 @@ func (a *App) inspect(ctx context.Context, names []string, o *inspectFlags, fn l
 			continue
 		}
 		if tmpl == "" {
-			all = append(all, x.raw)
+			all = append(all, raw)
 			continue
 		}
-		if err := format.Object(a.out, x.value, x.raw, tmpl); err != nil {
+		var v any
+		if tmpl != "json" {
+			if v, err = typed(raw); err != nil {
+				return err
+			}
+		}
+		if err := format.Object(a.out, v, raw, tmpl); err != nil {
 			return err
 		}
 	}
 	if tmpl == "" {
-		if all == nil {
-			all = []json.RawMessage{}
-		}
-		b, err := json.Marshal(all)
-		if err != nil {
-			return err
-		}
+		list := append([]byte{'['}, bytes.Join(asBytes(all), []byte{','})...)
 		var out bytes.Buffer
-		if err := json.Indent(&out, b, "", "    "); err != nil {
+		if err := json.Indent(&out, append(list, ']'), "", "    "); err != nil {
 			return err
 		}
 		out.WriteByte('\n')
@@ -103,6 +125,14 @@ func (a *App) inspect(ctx context.Context, names []string, o *inspectFlags, fn l
 		}
 	}
 	return joined(errs)
+}
+
+func asBytes(l []json.RawMessage) [][]byte {
+	out := make([][]byte, len(l))
+	for i, b := range l {
+		out[i] = bytes.TrimSpace(b)
+	}
+	return out
 }
 
 func (a *App) inspectOf(kind, short string, complete string, more func(*command.FlagSet), fn look) *command.Command {
@@ -165,7 +195,7 @@ func (a *App) cmdInspectAny() *command.Command {
 		if typ != "" && !known {
 			return usagef("cannot inspect type %q: it is none of container, image, network, volume", typ)
 		}
-		return a.inspect(ctx, args, &o, func(ctx context.Context, c *client.Client, name string) (found, error) {
+		return a.inspect(ctx, args, &o, func(ctx context.Context, c *client.Client, name string) (json.RawMessage, error) {
 			for _, k := range kinds {
 				if typ != "" && k.name != typ {
 					continue
@@ -175,7 +205,7 @@ func (a *App) cmdInspectAny() *command.Command {
 					return x, err
 				}
 			}
-			return found{}, &client.Error{Status: 404, Message: fmt.Sprintf("no container, image, network or volume is called %s", name)}
+			return nil, &client.Error{Status: 404, Message: fmt.Sprintf("no container, image, network or volume is called %s", name)}
 		})
 	}
 	return cmd

@@ -55,7 +55,7 @@ servin ps --json`,
 				return err
 			}
 			if o.json {
-				raw, err := c.ContainerListRaw(ctx, lo)
+				raw, err := client.ContainerListAs[json.RawMessage](ctx, c, lo)
 				if err != nil {
 					return err
 				}
@@ -65,7 +65,7 @@ servin ps --json`,
 				o.fromFile = a.cfg.PsFormat
 			}
 			lo.Size = lo.Size || strings.Contains(o.template(), ".Size")
-			list, err := c.ContainerList(ctx, lo)
+			list, err := client.ContainerListAs[containerRow](ctx, c, lo)
 			if err != nil {
 				return err
 			}
@@ -73,8 +73,32 @@ servin ps --json`,
 		}}
 }
 
-func containerColumns(noTrunc, size bool, now time.Time) *format.List[container.Summary] {
-	type C = container.Summary
+// containerRow is what a list shows of a container. What the default table does
+// not show stays as it is until somebody asks: decoding all of it takes longer
+// than the rest of the command.
+type containerRow struct {
+	ID                      string `json:"Id"`
+	Names                   []string
+	Image, ImageID, Command string
+	Created                 int64
+	Ports                   []container.PortSummary
+	State, Status           string
+	SizeRw, SizeRootFs      int64
+	Labels                  map[string]string
+
+	Mounts, NetworkSettings, Health, ImageManifestDescriptor json.RawMessage
+}
+
+// later decodes a field that was left as it is.
+func later[T any](raw json.RawMessage) (v T) {
+	if len(raw) > 0 {
+		json.Unmarshal(raw, &v)
+	}
+	return v
+}
+
+func containerColumns(noTrunc, size bool, now time.Time) *format.List[containerRow] {
+	type C = containerRow
 	l := &format.List[C]{
 		Quiet:  "ID",
 		Labels: func(c C) map[string]string { return c.Labels },
@@ -92,13 +116,10 @@ func containerColumns(noTrunc, size bool, now time.Time) *format.List[container.
 			{Name: "CreatedAt", Heading: "CREATED AT", Text: func(c C) string { return time.Unix(c.Created, 0).String() }},
 			{Name: "RunningFor", Heading: "CREATED", Text: func(c C) string { return format.Ago(time.Unix(c.Created, 0), now) }},
 			{Name: "Ports", Heading: "PORTS", Text: func(c C) string { return portsText(c.Ports) }},
-			{Name: "State", Heading: "STATE", Text: func(c C) string { return string(c.State) }},
+			{Name: "State", Heading: "STATE", Text: func(c C) string { return c.State }},
 			{Name: "Status", Heading: "STATUS", Text: func(c C) string { return c.Status }},
 			{Name: "HealthStatus", Heading: "HEALTH", Text: func(c C) string {
-				if c.Health == nil {
-					return ""
-				}
-				return string(c.Health.Status)
+				return string(later[container.HealthSummary](c.Health).Status)
 			}},
 			{Name: "Size", Heading: "SIZE", Text: func(c C) string {
 				s := format.Size(c.SizeRw)
@@ -110,7 +131,7 @@ func containerColumns(noTrunc, size bool, now time.Time) *format.List[container.
 			{Name: "Labels", Heading: "LABELS", Text: func(c C) string { return labelText(c.Labels) }},
 			{Name: "Mounts", Heading: "MOUNTS", Text: func(c C) string {
 				var list []string
-				for _, m := range c.Mounts {
+				for _, m := range later[[]container.MountPoint](c.Mounts) {
 					name := m.Name
 					if name == "" {
 						name = m.Source
@@ -124,7 +145,7 @@ func containerColumns(noTrunc, size bool, now time.Time) *format.List[container.
 			}},
 			{Name: "LocalVolumes", Heading: "LOCAL VOLUMES", Text: func(c C) string {
 				n := 0
-				for _, m := range c.Mounts {
+				for _, m := range later[[]container.MountPoint](c.Mounts) {
 					if m.Driver == "local" {
 						n++
 					}
@@ -133,24 +154,17 @@ func containerColumns(noTrunc, size bool, now time.Time) *format.List[container.
 			}},
 			{Name: "Networks", Heading: "NETWORKS", Text: func(c C) string {
 				var list []string
-				if c.NetworkSettings != nil {
-					for n := range c.NetworkSettings.Networks {
-						list = append(list, n)
-					}
+				for n := range later[struct{ Networks map[string]json.RawMessage }](c.NetworkSettings).Networks {
+					list = append(list, n)
 				}
 				slices.Sort(list)
 				return strings.Join(list, ",")
 			}},
 			{Name: "Platform", Heading: "PLATFORM", Text: func(c C) string {
-				if c.ImageManifestDescriptor == nil || c.ImageManifestDescriptor.Platform == nil {
-					return ""
-				}
-				p := c.ImageManifestDescriptor.Platform
-				s := p.OS + "/" + p.Architecture
-				if p.Variant != "" {
-					s += "/" + p.Variant
-				}
-				return s
+				p := later[struct {
+					Platform struct{ OS, Architecture, Variant string }
+				}](c.ImageManifestDescriptor).Platform
+				return strings.Trim(p.OS+"/"+p.Architecture+"/"+p.Variant, "/")
 			}},
 		},
 	}
@@ -172,7 +186,7 @@ func containerNames(names []string, all bool) string {
 	return strings.Join(out, ",")
 }
 
-func containerImage(c container.Summary, noTrunc bool) string {
+func containerImage(c containerRow, noTrunc bool) string {
 	if c.Image == "" {
 		return "<no image>"
 	}
@@ -250,15 +264,4 @@ func bToI(b bool) int {
 		return 1
 	}
 	return 0
-}
-
-// indent prints JSON for people, as inspect does.
-func indent(raw json.RawMessage) ([]byte, error) {
-	var v any
-	d := json.NewDecoder(strings.NewReader(string(raw)))
-	d.UseNumber()
-	if err := d.Decode(&v); err != nil {
-		return nil, err
-	}
-	return json.MarshalIndent(v, "", "    ")
 }

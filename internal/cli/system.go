@@ -2,6 +2,7 @@ package cli
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -10,6 +11,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/moby/moby/api/types/container"
 	"github.com/moby/moby/api/types/events"
 	"github.com/moby/moby/api/types/system"
 
@@ -256,7 +258,7 @@ func (a *App) dfVerbose(du *system.DiskUsage) error {
 		fmt.Fprint(a.out, "\nContainers:\n\n")
 		l := containerColumns(false, true, now)
 		l.Table = []string{"ID", "Image", "Command", "LocalVolumes", "Size", "RunningFor", "Status", "Names"}
-		if err := l.Print(a.out, u.Items, format.Options{}); err != nil {
+		if err := l.Print(a.out, rowsOf(u.Items), format.Options{}); err != nil {
 			return err
 		}
 	}
@@ -272,6 +274,17 @@ func (a *App) dfVerbose(du *system.DiskUsage) error {
 		fmt.Fprintf(a.out, "\nBuild cache: %s\n", format.Size(u.TotalSize))
 	}
 	return nil
+}
+
+// rowsOf makes rows of whole summaries.
+func rowsOf(list []container.Summary) []containerRow {
+	rows := make([]containerRow, len(list))
+	for i, c := range list {
+		mounts, _ := json.Marshal(c.Mounts)
+		rows[i] = containerRow{ID: c.ID, Names: c.Names, Image: c.Image, ImageID: c.ImageID, Command: c.Command, Created: c.Created,
+			State: string(c.State), Status: c.Status, SizeRw: c.SizeRw, SizeRootFs: c.SizeRootFs, Labels: c.Labels, Mounts: mounts}
+	}
+	return rows
 }
 
 func (a *App) cmdEvents() *command.Command {
