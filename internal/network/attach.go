@@ -284,7 +284,11 @@ func (m *Manager) wire(n *netw, b *box, e *endpoint, ns *os.File, use *parked, p
 		if len(m.endpointsOf(b)) == 1 {
 			m.setGates(b, n, e)
 		}
-		return m.links.Plug(e.Index, n.index, m.portOf(n, e))
+		if err := m.links.Plug(e.Index, n.index, m.portOf(n, e)); err != nil {
+			return err
+		}
+		m.settle(n)
+		return nil
 	}
 	in := bridge.Interface{Name: e.IfName, MAC: e.MAC, MTU: n.rec.MTU, Addrs: e.prefixes()}
 	if len(m.endpointsOf(b)) == 1 {
@@ -311,7 +315,19 @@ func (m *Manager) wire(n *netw, b *box, e *endpoint, ns *os.File, use *parked, p
 		return err
 	}
 	m.links.Settle(e.Outer)
+	m.settle(n)
 	return nil
+}
+
+// settle makes a bridge ready to send when it has just got its first port:
+// until then it had no carrier.
+func (m *Manager) settle(n *netw) {
+	m.mu.RLock()
+	first := len(n.eps) == 1
+	m.mu.RUnlock()
+	if first {
+		m.links.Settle(n.rec.Link)
+	}
 }
 
 // portOf is how the endpoint's link is on its bridge. Where frames on bridges

@@ -271,6 +271,8 @@ func (m *Manager) setUpInjection() error {
 	if err != nil {
 		return err
 	}
+	m.links.Settle(i.Out)
+	m.links.Settle(i.In)
 	in := &nft.Injection{Out: i.Out, In: i.In, OutIndex: i.OutIndex, To4: i.To4, To6: i.To6}
 	mark, table := m.injectIDs()
 	if v, err := bridge.Sysctl("net/ipv4/conf/all/rp_filter"); err == nil && v == "1" {

@@ -39,6 +39,7 @@ func outside(t testing.TB) *os.File {
 	if err != nil {
 		t.Fatal(err)
 	}
+	l.Settle("wire0")
 	t.Cleanup(func() {
 		l, _ := bridge.New()
 		l.Delete(i)
