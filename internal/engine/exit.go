@@ -250,11 +250,13 @@ func (e *Engine) restartLater(u *unit, delay time.Duration) {
 	})
 }
 
-// giveUp calls a pending restart off; reports whether there was one.
-func (e *Engine) giveUp(u *unit) (store.Pending, bool) {
+// giveUp calls a pending restart off; reports whether there was one. A restart
+// that has begun holds the operation token: only who has that (held) can tell
+// that a container is restarting and nobody is at it.
+func (e *Engine) giveUp(u *unit, held bool) (store.Pending, bool) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
-	if u.restart == nil && u.rec.Load().State.Status != mcontainer.StateRestarting {
+	if u.restart == nil && !(held && u.rec.Load().State.Status == mcontainer.StateRestarting) {
 		return store.Pending{}, false
 	}
 	if u.restart != nil {

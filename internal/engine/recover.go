@@ -344,7 +344,7 @@ func (e *Engine) resume() {
 			if again {
 				e.startAgain(u)
 			} else if st.Status == mcontainer.StateRestarting {
-				if p, was := e.giveUp(u); was {
+				if p, was := e.giveUp(u, true); was {
 					e.saved(u, p, nil)
 				}
 			}

@@ -31,7 +31,7 @@ func (e *Engine) ContainerRemove(ctx context.Context, name string, force, volume
 
 func (e *Engine) removeUnit(ctx context.Context, u *unit, force, volumes bool) error {
 	if force {
-		_, _ = e.giveUp(u)
+		_, _ = e.giveUp(u, false)
 		e.killForRemoval(ctx, u)
 	}
 	if err := u.acquire(ctx); err != nil {

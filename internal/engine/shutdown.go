@@ -64,13 +64,13 @@ func (e *Engine) endAll(ctx context.Context) error {
 func (e *Engine) endOne(ctx context.Context, u *unit) error {
 	ctx, cancel := context.WithTimeout(ctx, e.cfg.ShutdownTimeout+40*time.Second)
 	defer cancel()
-	if p, was := e.giveUp(u); was {
-		return p.Wait()
-	}
 	if err := u.acquire(ctx); err != nil {
 		return err
 	}
 	defer u.release()
+	if p, was := e.giveUp(u, true); was {
+		return errors.Join(p.Wait(), u.settled(ctx))
+	}
 	r := u.rec.Load()
 	sig, err := stopSignal(r, "")
 	if err != nil {

@@ -51,14 +51,14 @@ func (e *Engine) ContainerStop(ctx context.Context, name, signal string, timeout
 	if err != nil {
 		return err
 	}
-	if p, was := e.giveUp(u); was {
+	if p, was := e.giveUp(u, false); was {
 		return p.Wait()
 	}
 	if err := u.acquire(ctx); err != nil {
 		return err
 	}
 	defer u.release()
-	if p, was := e.giveUp(u); was { // it ended meanwhile
+	if p, was := e.giveUp(u, true); was { // it ended meanwhile
 		return p.Wait()
 	}
 	if u.running() == nil {
@@ -161,7 +161,7 @@ func (e *Engine) ContainerKill(ctx context.Context, name, signal string) error {
 	r := u.rec.Load()
 	t := u.running()
 	if t == nil {
-		if p, was := e.giveUp(u); was {
+		if p, was := e.giveUp(u, false); was {
 			return p.Wait()
 		}
 		return fault.New(fault.Conflict, "cannot kill container: %s: container %s is not running", name, u.id)
@@ -215,7 +215,7 @@ func (e *Engine) ContainerRestart(ctx context.Context, name, signal string, time
 		return err
 	}
 	defer u.release()
-	if p, was := e.giveUp(u); was {
+	if p, was := e.giveUp(u, true); was {
 		if err := p.Wait(); err != nil {
 			return err
 		}

@@ -144,7 +144,8 @@ func (h *host) remove() {
 		h.t.Errorf("mounts are left below %s", h.dir)
 	}
 	if list, _ := os.ReadDir(filepath.Join(h.dir, "run", "shim")); len(list) > 0 {
-		h.t.Errorf("%d sandboxes are left", len(list))
+		files, _ := os.ReadDir(filepath.Join(h.dir, "run", "shim", list[0].Name()))
+		h.t.Errorf("%d sandboxes are left: %v %v", len(list), list, files)
 	}
 	if err := os.RemoveAll(h.dir); err != nil {
 		h.t.Errorf("cannot remove the root: %v", err)
