@@ -41,6 +41,9 @@ func run(ctx context.Context, args []string) error {
 	if err != nil {
 		return err
 	}
+	if c.CRI != "" {
+		return errors.New("cannot serve a kubelet at " + c.CRI + ": this build has no CRI; leave --cri out")
+	}
 	if rootless.Needed() {
 		return enterRootless(c)
 	}
@@ -69,7 +72,7 @@ func run(ctx context.Context, args []string) error {
 	s.Engine.OnShutdown(func(containers bool) { once.Do(func() { all = containers; close(stop) }) })
 	err = s.Run(ctx, func(ctx context.Context) error {
 		return daemon.Serve(ctx, daemon.Config{
-			Listen: c.Listen, Handler: s.Handler, Stop: stop, Logger: log,
+			Listen: c.Listen, Metrics: c.Metrics, WriteMetrics: s.Engine.SystemService().Metrics, Handler: s.Handler, Stop: stop, Logger: log,
 			Options: dockerapi.ListenOptions{Group: group, CA: c.TLS.CA, Cert: c.TLS.Cert, Key: c.TLS.Key, InsecureTCP: c.InsecureTCP},
 		})
 	})
@@ -102,6 +105,7 @@ func configure(args []string) (*config.Config, error) {
 	group := f.String("group", "", "group that may use the unix socket (default servin if it exists)")
 	level := f.String("log-level", "", "debug, info, warn or error (default info)")
 	pool := f.Int("pool", -1, "how many sandboxes are kept ready for each kind in use (default 8)")
+	metrics := f.String("metrics", "", "host:port that serves GET /metrics alone, for Prometheus (default: only on the listeners)")
 	version := f.Bool("version", false, "print the version")
 	if err := f.Parse(args); err != nil {
 		if errors.Is(err, pflag.ErrHelp) {
@@ -141,6 +145,7 @@ func configure(args []string) (*config.Config, error) {
 	set(&c.TLS.CA, *ca)
 	set(&c.SocketGroup, *group)
 	set(&c.LogLevel, *level)
+	set(&c.Metrics, *metrics)
 	if len(*listen) > 0 {
 		c.Listen = *listen
 	}

@@ -45,6 +45,8 @@ type Config struct {
 	SocketGroup string `yaml:"socketGroup"`
 	// LogLevel is debug, info (default), warn or error; the engine's own log is JSON lines on standard error.
 	LogLevel string `yaml:"logLevel"`
+	// Metrics is host:port of a listener that serves GET /metrics alone; empty is none.
+	Metrics string `yaml:"metrics"`
 	// Pool is how many sandboxes are parked for each kind in use (default 8, 0 parks none).
 	Pool *int `yaml:"pool"`
 

@@ -6,6 +6,8 @@ package daemon
 import (
 	"context"
 	"errors"
+	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"net/http"
@@ -26,6 +28,10 @@ type Config struct {
 	Listen  []string
 	Options dockerapi.ListenOptions
 	Handler http.Handler
+	// Metrics is host:port of a listener for GET /metrics alone, "" none; for
+	// whoever can connect there, without a question. WriteMetrics answers it.
+	Metrics      string
+	WriteMetrics func(ctx context.Context, w io.Writer) error
 	// Stop ends the daemon from inside (POST /servin/shutdown).
 	Stop   <-chan struct{}
 	Logger *slog.Logger
@@ -53,6 +59,21 @@ func Serve(ctx context.Context, c Config) error {
 		}
 		ls = append(ls, l)
 		c.Logger.Info("listening", "address", addr)
+	}
+	if c.Metrics != "" {
+		l, err := net.Listen("tcp", c.Metrics)
+		if err != nil {
+			return fmt.Errorf("cannot serve metrics: %w", err)
+		}
+		mux := http.NewServeMux()
+		mux.HandleFunc("GET /metrics", func(w http.ResponseWriter, r *http.Request) {
+			w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
+			_ = c.WriteMetrics(r.Context(), w)
+		})
+		srv := &http.Server{Handler: mux, ReadHeaderTimeout: 10 * time.Second}
+		defer srv.Close()
+		go func() { _ = srv.Serve(l) }()
+		c.Logger.Info("serving metrics", "address", l.Addr().String())
 	}
 	if c.Stop != nil {
 		go func() {

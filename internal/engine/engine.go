@@ -163,6 +163,7 @@ func New(c Config) (*Engine, error) {
 	if e.self, err = identity(filepath.Join(c.Root, "engine-id")); err != nil {
 		return nil, err
 	}
+	c.Images.Subscribe(e.imageEvent)
 	return e, nil
 }
 

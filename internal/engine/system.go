@@ -29,10 +29,7 @@ import (
 type SystemService struct{ e *Engine }
 
 // SystemService returns the use cases about the engine as a whole.
-func (e *Engine) SystemService() *SystemService {
-	e.cfg.Images.Subscribe(e.imageEvent)
-	return &SystemService{e}
-}
+func (e *Engine) SystemService() *SystemService { return &SystemService{e} }
 
 // imageEvent puts what happens to images on the bus.
 func (e *Engine) imageEvent(ev image.Event) {
