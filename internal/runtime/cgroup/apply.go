@@ -26,8 +26,17 @@ type setting struct {
 // Apply sets the limits that r asks for; what is absent stays. Warnings name
 // limits that this kernel cannot enforce.
 func (g *Group) Apply(r *specs.LinuxResources) (warnings []string, err error) {
-	if r == nil || g.h.Mode == None {
+	if r == nil {
 		return nil, nil
+	}
+	if g.h.Mode == None {
+		if r.Memory != nil || r.CPU != nil || r.Pids != nil || r.BlockIO != nil {
+			warnings = append(warnings, "limits are ignored: there are no cgroups that the engine may write to")
+		}
+		return warnings, nil
+	}
+	if g.mgr != nil {
+		return nil, g.applySystemd(r)
 	}
 	if g.h.Mode == V2 {
 		warnings, err = g.applyV2(r)

@@ -21,6 +21,7 @@ import (
 
 	"github.com/cloudos-io/cloudos/internal/fault"
 	"github.com/moby/sys/mountinfo"
+	"github.com/opencontainers/cgroups"
 	"golang.org/x/sys/unix"
 )
 
@@ -46,6 +47,7 @@ type Host struct {
 	Mode    Mode
 	v1      []hierarchy
 	unified string   // mount point of the v2 tree, "" none; the subtree's directory if delegated
+	base    string   // the delegated part of it that is ours, "" all
 	mounts  []string // every hierarchy, those that hold no controller of ours too
 	// delegated: an ordinary user's engine, which governs one subtree or nothing.
 	delegated bool
@@ -70,6 +72,10 @@ func Detect() (*Host, error) {
 	}
 	for _, m := range mounts {
 		if unix.Access(m.Mountpoint, unix.W_OK) != nil {
+			// An ordinary user's engine: what was delegated to it, if anything.
+			if own := ownUnified(); m.FSType == "cgroup2" && h.unified == "" && own != "" && unix.Access(m.Mountpoint+own, unix.W_OK) == nil {
+				h.unified, h.base = m.Mountpoint, own
+			}
 			continue
 		}
 		h.mounts = append(h.mounts, m.Mountpoint)
@@ -100,6 +106,19 @@ func Detect() (*Host, error) {
 	return h, nil
 }
 
+// ownUnified is our own v2 cgroup, "" if that is the root.
+func ownUnified() string {
+	b, _ := os.ReadFile("/proc/self/cgroup")
+	for line := range strings.Lines(string(b)) {
+		if p, ok := strings.CutPrefix(strings.TrimSpace(line), "0::/"); ok && p != "" {
+			if c, err := Clean(p); err == nil {
+				return c
+			}
+		}
+	}
+	return ""
+}
+
 func ownHierarchies() ([]string, error) {
 	b, err := os.ReadFile("/proc/self/cgroup")
 	if err != nil {
@@ -112,6 +131,16 @@ func ownHierarchies() ([]string, error) {
 		}
 	}
 	return names, nil
+}
+
+// Unified makes a hybrid host use its v2 tree alone, with whatever controllers
+// that has; it reports whether there is one.
+func (h *Host) Unified() bool {
+	if h.unified == "" {
+		return false
+	}
+	h.Mode, h.v1 = V2, nil
+	return true
 }
 
 // Controllers names the v1 hierarchies in the order of Group.Tasks.
@@ -135,7 +164,8 @@ func (h *Host) hasController(c string) bool {
 // Group is one container's cgroup.
 type Group struct {
 	h    *Host
-	path string // below each hierarchy's mount point
+	path string          // below each hierarchy's mount point
+	mgr  cgroups.Manager // where systemd manages it
 	mu   sync.Mutex
 	rule string // device rules in force, as a key
 }
@@ -162,6 +192,9 @@ func (h *Host) Create(parent, id string) (*Group, error) {
 	}
 	if id == "" || strings.ContainsAny(id, "/\x00") || id == "." || id == ".." {
 		return nil, fault.New(fault.Invalid, "cgroup name %.64q is invalid", id)
+	}
+	if h.base != "" && !strings.HasPrefix(parent, h.base+"/") {
+		parent = h.base + parent
 	}
 	g := &Group{h: h, path: filepath.Join(parent, id)}
 	if h.Mode == None {
@@ -213,6 +246,14 @@ func (h *Host) prepareParent(parent string) error {
 	elems := strings.Split(strings.Trim(parent, "/"), "/")
 	if h.Mode == V2 {
 		dir := h.unified
+		if h.base != "" {
+			// A group with processes of its own cannot pass controllers on: step aside.
+			dir += h.base
+			elems = strings.Split(strings.Trim(strings.TrimPrefix(parent, h.base), "/"), "/")
+			if err := os.Mkdir(dir+"/servind", 0o755); err == nil || errors.Is(err, fs.ErrExist) {
+				_ = write(dir+"/servind", "cgroup.procs", "0")
+			}
+		}
 		enableControllers(dir)
 		for _, e := range elems {
 			if e == "" {
@@ -335,7 +376,7 @@ func (g *Group) dir(ctrl string) string {
 // single-threaded process that writes "0" to each has joined.
 func (g *Group) Tasks() ([]int, error) {
 	var fds []int
-	if g.h.Mode != V1 {
+	if g.h.Mode != V1 || g.mgr != nil {
 		return nil, nil
 	}
 	for _, d := range g.dirs() {
@@ -353,7 +394,7 @@ func (g *Group) Tasks() ([]int, error) {
 
 // Dir opens the v2 directory for CLONE_INTO_CGROUP; -1 on v1.
 func (g *Group) Dir() (int, error) {
-	if g.h.Mode != V2 {
+	if g.h.Mode != V2 || g.mgr != nil {
 		return -1, nil
 	}
 	d := g.h.unified + g.path

@@ -177,6 +177,12 @@ func (g *Group) Remove(ctx context.Context) error {
 	if g.h.Mode == None {
 		return nil
 	}
+	if g.mgr != nil {
+		if err := g.mgr.Destroy(); err != nil {
+			return fault.New(fault.Conflict, "cannot remove the scope of %s: %w", g.path, err)
+		}
+		return nil
+	}
 	deadline := time.Now().Add(2 * time.Second)
 	for wait := time.Millisecond; ; wait = min(wait*2, 50*time.Millisecond) {
 		var last error
@@ -227,6 +233,10 @@ func (h *Host) RemoveParent(parent string) {
 	if err != nil || parent == "/" || h.Mode == None {
 		return
 	}
+	if h.base != "" {
+		_ = unix.Rmdir(h.unified + h.base + parent)
+		return
+	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	delete(h.parents, parent)
@@ -240,6 +250,9 @@ func (h *Host) Children(parent string) []string {
 	parent, err := Clean(parent)
 	if err != nil || h.Mode == None {
 		return nil
+	}
+	if h.base != "" && !strings.HasPrefix(parent, h.base+"/") {
+		parent = h.base + parent
 	}
 	var names []string
 	for _, d := range (&Group{h: h, path: parent}).dirs() {

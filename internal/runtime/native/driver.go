@@ -39,6 +39,8 @@ type Config struct {
 	// then the v2 subtree that was delegated to it, "" none.
 	Rootless   bool
 	CgroupBase string
+	// Unified uses the cgroup v2 tree of a hybrid host alone.
+	Unified bool
 	// PoolSize is how many sandboxes of each kind are kept parked; 0 is none.
 	PoolSize int
 	// PrepareLink makes a link in a parked sandbox's network namespace, DropLink
@@ -56,6 +58,7 @@ type Driver struct {
 	cg          *cgroup.Host
 	dir         string   // RunRoot/shim
 	parent      string   // default cgroup parent
+	systemd     bool     // scopes instead of directories of ours
 	controllers []string // v1 hierarchies
 	nice        int
 	limits      hostLimits
@@ -98,7 +101,22 @@ func New(cfg Config) (*Driver, error) {
 	if err != nil {
 		return nil, err
 	}
-	d.controllers = d.cg.Controllers()
+	if cfg.Unified && !d.cg.Unified() {
+		return nil, fault.New(fault.Unsupported, "cannot use the unified cgroup tree: there is none")
+	}
+	switch cfg.CgroupDriver {
+	case "", "cgroupfs":
+	case "systemd":
+		if !cgroup.SystemdRunning() {
+			return nil, fault.New(fault.Unsupported, "cannot use systemd for cgroups: the host was not booted with it; use the cgroupfs driver")
+		}
+		d.systemd = true
+	default:
+		return nil, fault.New(fault.Invalid, "cgroup driver %q is unknown (cgroupfs or systemd)", cfg.CgroupDriver)
+	}
+	if !d.systemd { // systemd puts the process where it belongs
+		d.controllers = d.cg.Controllers()
+	}
 	if d.exe, err = shim.NewExecutable(); err != nil {
 		return nil, err
 	}

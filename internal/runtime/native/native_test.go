@@ -10,6 +10,7 @@ import (
 	"testing"
 
 	contract "github.com/cloudos-io/cloudos/internal/runtime"
+	"github.com/cloudos-io/cloudos/internal/runtime/cgroup"
 	"github.com/cloudos-io/cloudos/internal/runtime/runtimetest"
 )
 
@@ -20,9 +21,13 @@ type testLog struct{ t testing.TB }
 func (l testLog) Write(p []byte) (int, error) { l.t.Logf("%s", p); return len(p), nil }
 
 func maker(pool int) func(t testing.TB, runRoot string) contract.Driver {
+	return makerOn(pool, false)
+}
+
+func makerOn(pool int, unified bool) func(t testing.TB, runRoot string) contract.Driver {
 	instance := fmt.Sprintf("t%d-%d", os.Getpid(), instances.Add(1))
 	return func(t testing.TB, runRoot string) contract.Driver {
-		d, err := New(Config{Root: runRoot, RunRoot: runRoot, Instance: instance, PoolSize: pool, Logger: slog.New(slog.NewTextHandler(os.Stderr, nil))})
+		d, err := New(Config{Root: runRoot, RunRoot: runRoot, Instance: instance, PoolSize: pool, Unified: unified, Logger: slog.New(slog.NewTextHandler(os.Stderr, nil))})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -50,4 +55,19 @@ func TestConformanceSanitized(t *testing.T) {
 	}
 	t.Setenv("SERVIN_SHIM", bin)
 	runtimetest.Run(t, runtimetest.Driver{New: maker(0)})
+}
+
+// TestConformanceUnified runs the suite on the cgroup v2 tree of a hybrid host,
+// which may lack the controllers for limits.
+func TestConformanceUnified(t *testing.T) {
+	h, err := cgroup.Detect()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if h.Mode == cgroup.V2 || !h.Unified() {
+		t.Skip("SKIP: the host has no cgroup v2 tree beside v1")
+	}
+	for _, pool := range []int{0, 3} {
+		runtimetest.Run(t, runtimetest.Driver{New: makerOn(pool, true), Lacks: map[string]bool{"limits": true}})
+	}
 }

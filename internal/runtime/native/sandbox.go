@@ -152,6 +152,10 @@ func (d *Driver) newSandbox(id string, key contract.SandboxKey) (*sandbox, error
 }
 
 func (s *sandbox) makeGroup() (err error) {
+	if s.d.systemd {
+		s.group, err = s.d.cg.Scope(s.key.CgroupParent, s.id)
+		return err
+	}
 	parent := s.d.cgroupParent(s.key)
 	g, err := s.d.cg.Create(parent, s.id)
 	if fault.Is(err, fault.Conflict) {
@@ -198,6 +202,9 @@ func (s *sandbox) clone(ctx context.Context, flags uint64, pidns, userns string,
 	}
 	s.pid, s.pidfd, s.flags = c.PID, c.PIDFD, flags
 	s.pidStart = startTime(c.PID)
+	if err := s.group.Join(c.PID); err != nil {
+		return err
+	}
 	if flags&unix.CLONE_NEWUSER != 0 {
 		if err := writeIDMaps(s.pid, uids, gids); err != nil {
 			return err

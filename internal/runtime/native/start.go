@@ -409,6 +409,9 @@ func (s *stdio) close() {
 
 func (d *Driver) cgroupPaths(key contract.SandboxKey, id string) map[string]string {
 	g, err := d.cg.Open(filepath.Join(d.cgroupParent(key), id))
+	if d.systemd {
+		g, err = d.cg.Scope(key.CgroupParent, id)
+	}
 	if err != nil {
 		return nil
 	}

@@ -236,6 +236,9 @@ func testPause(t *testing.T, dr Driver) {
 }
 
 func testLimits(t *testing.T, dr Driver) {
+	if dr.Lacks["limits"] {
+		t.Skip("SKIP: no cgroup controllers for limits")
+	}
 	e := dr.env(t)
 	spec := sh("sleep 100 & sleep 100")
 	spec.Linux.Resources.Memory = &specs.LinuxMemory{Limit: ptr(int64(64 << 20))}
@@ -270,6 +273,9 @@ func testLimits(t *testing.T, dr Driver) {
 }
 
 func testOOM(t *testing.T, dr Driver) {
+	if dr.Lacks["limits"] {
+		t.Skip("SKIP: no cgroup controllers for limits")
+	}
 	e := dr.env(t)
 	spec := Spec("/bin/dd", "if=/dev/zero", "of=/dev/null", "bs=200M", "count=1")
 	spec.Linux.Resources.Memory = &specs.LinuxMemory{Limit: ptr(int64(32 << 20)), Swap: ptr(int64(32 << 20))}

@@ -24,7 +24,7 @@ type Driver struct {
 	New func(t testing.TB, runRoot string) contract.Driver
 	// Lacks names what the driver cannot do: "errno" (failures carry the errno),
 	// "hooks" (as the test looks at them), "release" (hold before exec), "speed"
-	// (hundreds of cycles), "userns-join".
+	// (hundreds of cycles), "userns-join", "limits".
 	Lacks map[string]bool
 }
 
