@@ -4,6 +4,8 @@ import (
 	"context"
 	"io"
 	"slices"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -89,4 +91,40 @@ func BenchmarkExec(b *testing.B) {
 		s.Close()
 	}
 	report(b, "exec", all)
+}
+
+// BenchmarkSustained starts, waits and deletes two at a time; the clock stops
+// when nothing is left to tear down and the pool is full again.
+func BenchmarkSustained(b *testing.B) {
+	d, root := benchDriver(b, 8)
+	ctx := context.Background()
+	if err := d.Drained(ctx, true); err != nil {
+		b.Fatal(err)
+	}
+	key := contract.SandboxKey{Network: "none"}
+	log := b.TempDir() + "/"
+	var next atomic.Int64
+	b.ResetTimer()
+	var wg sync.WaitGroup
+	for range 2 {
+		wg.Go(func() {
+			for next.Add(1) <= int64(b.N) {
+				id := d.Reserve(key)
+				t, err := d.Start(ctx, contract.StartRequest{ID: id, Key: key, Spec: runtimetest.Spec("/bin/true"), RootFS: root.Mount(b), Ephemeral: true, Log: contract.Log{Format: "json-file", Path: log + id}})
+				if err != nil {
+					b.Error(err)
+					return
+				}
+				<-t.Exited()
+				if err := t.Delete(ctx); err != nil {
+					b.Error(err)
+				}
+			}
+		})
+	}
+	wg.Wait()
+	if err := d.Drained(ctx, true); err != nil {
+		b.Fatal(err)
+	}
+	b.ReportMetric(float64(b.N)/b.Elapsed().Seconds(), "containers/s")
 }

@@ -271,6 +271,11 @@ func (s *sandbox) park(ctx context.Context) error {
 	if s.key.Network == "bridge" && s.d.cfg.PrepareLink != nil {
 		s.link, err = s.d.cfg.PrepareLink(ctx, s.netns)
 	}
+	// Parked at low priority, ready at the ordinary one: a start must not wait
+	// for the processor behind everybody else.
+	for _, pid := range []int{s.mon.PID(), s.pid} {
+		_ = unix.Setpriority(unix.PRIO_PROCESS, pid, s.d.nice)
+	}
 	return err
 }
 
