@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"crypto/tls"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -191,6 +192,10 @@ func (c *Client) exchange(ctx context.Context, k *conn, r *request, msg []byte) 
 				return nil, fail(errStale)
 			}
 			err = ErrConnectionLost
+		}
+		var alert tls.AlertError
+		if errors.As(err, &alert) { // TLS 1.3 refuses a client's certificate this late
+			err = &ConnectError{Host: c.host, Err: err}
 		}
 		return nil, fail(err)
 	}

@@ -167,9 +167,11 @@ func (a *App) client() (*client.Client, error) {
 		return nil, err
 	}
 	cfg := client.Config{Host: c.Host, UserAgent: "servin/" + a.Version + " (" + runtime.GOOS + ")"}
-	if a.cfg != nil {
-		cfg.Headers = a.cfg.Headers
+	f, err := a.file()
+	if err != nil {
+		return nil, err
 	}
+	cfg.Headers = f.Headers
 	if strings.HasPrefix(c.Host, "tcp://") || strings.HasPrefix(c.Host, "https://") {
 		cfg.TLS = a.material(c)
 	}

@@ -56,9 +56,7 @@ func (a *App) cmdImages() *command.Command {
 				}
 				return format.JSONLines(a.out, raw)
 			}
-			if a.cfg != nil {
-				o.fromFile = a.cfg.ImagesFormat
-			}
+			o.fromFile = a.cfg.ImagesFormat
 			t := o.template()
 			lo.Shared = strings.Contains(t, ".SharedSize") || strings.Contains(t, ".UniqueSize")
 			list, err := c.ImageList(ctx, lo)

@@ -61,9 +61,7 @@ servin ps --json`,
 				}
 				return format.JSONLines(a.out, raw)
 			}
-			if a.cfg != nil {
-				o.fromFile = a.cfg.PsFormat
-			}
+			o.fromFile = a.cfg.PsFormat
 			lo.Size = lo.Size || strings.Contains(o.template(), ".Size")
 			list, err := client.ContainerListAs[containerRow](ctx, c, lo)
 			if err != nil {

@@ -39,9 +39,7 @@ func (a *App) cmdVolumeLs() *command.Command {
 				return err
 			}
 			a.warn(r.Warnings)
-			if a.cfg != nil {
-				o.fromFile = a.cfg.VolumesFormat
-			}
+			o.fromFile = a.cfg.VolumesFormat
 			slices.SortFunc(r.Volumes, func(x, y volume.Volume) int { return naturally(x.Name, y.Name) })
 			if o.json {
 				return format.JSONLines(a.out, r.Volumes)
@@ -159,9 +157,7 @@ func (a *App) cmdNetworkLs() *command.Command {
 			if err != nil {
 				return err
 			}
-			if a.cfg != nil {
-				o.fromFile = a.cfg.NetworksFormat
-			}
+			o.fromFile = a.cfg.NetworksFormat
 			slices.SortFunc(list, func(x, y network.Summary) int { return cmp.Or(naturally(x.Name, y.Name), cmp.Compare(x.ID, y.ID)) })
 			if o.json {
 				return format.JSONLines(a.out, list)
