@@ -22,10 +22,10 @@ var arrows = map[string][]string{
 	"api":                {},
 	"client":             {"api"},
 	"cmd/servin":         {"internal/cli", "client", "api"},
-	"cmd/servind":        {"internal/wire", "internal/config", "internal/daemon", "internal/image", "internal/runtime", "api"},
+	"cmd/servind":        {"internal/wire", "internal/config", "internal/daemon", "internal/dockerapi", "internal/image", "internal/rootless", "internal/runtime", "internal/shim", "api"},
 	"cmd/servin-hello":   {},
 	"internal/fault":     {},
-	"internal/container": {"internal/fault", "api"},
+	"internal/container": {"internal/fault", "internal/volume", "api"}, // ADR 8
 	"internal/event":     {"internal/fault"},
 	"internal/store":     {"internal/fault"},
 	"internal/logs":      {"internal/fault"},
