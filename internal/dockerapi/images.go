@@ -68,6 +68,9 @@ func shapeImage(s *mimage.Summary, v version) {
 	if s.RepoDigests == nil {
 		s.RepoDigests = []string{}
 	}
+	if s.Labels == nil {
+		s.Labels = map[string]string{}
+	}
 	if v < 48 {
 		s.Descriptor = nil
 	}
@@ -148,7 +151,7 @@ func shapeImageInspect(i *mimage.InspectResponse, v version) any {
 		i.Descriptor = nil
 	}
 	if i.GraphDriver == nil {
-		i.GraphDriver = &storage.DriverData{Name: "overlayfs"}
+		i.GraphDriver = &storage.DriverData{Name: "overlay2"}
 	}
 	l := legacyImage{InspectResponse: i, Comment: i.Comment, Author: i.Author}
 	var c legacyImageConfig

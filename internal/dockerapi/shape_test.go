@@ -133,7 +133,7 @@ func TestImageInspectByVersion(t *testing.T) {
 	for path, want := range map[string]map[string]any{
 		"/images/x/json":       {"Parent": "-", "Config.Env": "-", "Config.Cmd": []string{"sh"}, "GraphDriver": "-", "RepoTags": []string{}, "Identity": map[string]any{}},
 		"/v1.52/images/x/json": {"Identity": "-", "Author": "-"},
-		"/v1.51/images/x/json": {"Parent": "", "DockerVersion": "", "Config.Env": nil, "Config.Hostname": "-", "Config.Cmd": []string{"sh"}, "GraphDriver.Name": "overlayfs", "Descriptor.size": 0},
+		"/v1.51/images/x/json": {"Parent": "", "DockerVersion": "", "Config.Env": nil, "Config.Hostname": "-", "Config.Cmd": []string{"sh"}, "GraphDriver.Name": "overlay2", "Descriptor.size": 0},
 		"/v1.49/images/x/json": {"Config.Hostname": "", "Config.Tty": false, "Config.Env": nil, "Config.Cmd": []string{"sh"}},
 		"/v1.47/images/x/json": {"Descriptor": "-", "VirtualSize": "-"},
 		"/v1.44/images/x/json": {"Container": "", "ContainerConfig.Tty": false},

@@ -79,10 +79,11 @@ type legacyRegistry struct {
 
 type legacyCommit struct {
 	system.Commit
-	Expected string `json:",omitempty"`
+	Expected *string `json:",omitempty"` // up to 1.48
 }
 
 func shapeInfo(i *system.Info, v version) any {
+	i.Labels = nonNil(i.Labels)
 	if v < 44 && i.Runtimes != nil {
 		i.Runtimes = maps.Clone(i.Runtimes)
 		for k, rt := range i.Runtimes {
@@ -113,7 +114,7 @@ func shapeInfo(i *system.Info, v version) any {
 		if v >= 49 {
 			return legacyCommit{Commit: c}
 		}
-		return legacyCommit{Commit: c, Expected: c.ID}
+		return legacyCommit{Commit: c, Expected: &c.ID}
 	}
 	l.ContainerdCommit, l.RuncCommit, l.InitCommit = commit(i.ContainerdCommit), commit(i.RuncCommit), commit(i.InitCommit)
 	return l
