@@ -3,11 +3,14 @@ package docker
 import (
 	"context"
 	"encoding/json"
+	"fmt"
 	"io"
 	"net/http"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"regexp"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -386,4 +389,58 @@ func TestEventsStream(t *testing.T) {
 	if !strings.Contains(past, "destroy") {
 		t.Errorf("past events: %q", past)
 	}
+}
+
+// TestAbandonedClients: clients that die in the middle of a stream leave no
+// descriptor and no goroutine behind.
+func TestAbandonedClients(t *testing.T) {
+	e := start(t)
+	e.must("run", "-d", "--name", "base", "bb", "sleep", "1000")
+	use := func() (fds, goroutines int) {
+		l, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", e.cmd.Process.Pid))
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, metrics, err := e.http("GET", "/metrics", "")
+		if err != nil {
+			t.Fatal(err)
+		}
+		m := regexp.MustCompile(`(?m)^go_goroutines (\d+)$`).FindStringSubmatch(metrics)
+		if m == nil {
+			t.Fatalf("no go_goroutines in the metrics:\n%s", metrics)
+		}
+		goroutines, _ = strconv.Atoi(m[1])
+		return len(l), goroutines
+	}
+	e.must("run", "--rm", "bb", "true") // what is opened on first use
+	e.must("exec", "base", "true")
+	time.Sleep(time.Second)
+	fds, goroutines := use()
+
+	ctx, kill := context.WithCancel(context.Background())
+	defer kill()
+	var clients []*exec.Cmd
+	for _, args := range [][]string{{"logs", "-f", "base"}, {"events"}, {"attach", "base"}, {"wait", "base"}, {"stats", "base"}, {"exec", "base", "sleep", "1000"}} {
+		for range 5 {
+			cmd := e.command(ctx, args...)
+			if err := cmd.Start(); err != nil {
+				t.Fatal(err)
+			}
+			clients = append(clients, cmd)
+		}
+	}
+	e.eventually("every client is connected", func() bool {
+		f, _ := use()
+		return f >= fds+len(clients)
+	})
+	kill() // with SIGKILL
+	for _, c := range clients {
+		_ = c.Wait()
+	}
+	e.must("kill", "base") // ends what the execs started
+	e.must("rm", "base")
+	e.eventually("descriptors and goroutines are as before", func() bool {
+		f, g := use()
+		return f <= fds+2 && g <= goroutines+2
+	})
 }
