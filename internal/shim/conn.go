@@ -62,7 +62,9 @@ func (c *conn) recv(buf []byte) (n int, fds []int, err error) {
 	err = c.raw.Read(func(fd uintptr) bool {
 		for {
 			n, oobn, flags, _, rerr = unix.Recvmsg(int(fd), buf, oob[:], unix.MSG_CMSG_CLOEXEC|unix.MSG_DONTWAIT)
-			if rerr != unix.EINTR {
+			// A peer that ended with a request of ours unread resets the
+			// connection, once: what it sent before can still be read.
+			if rerr != unix.EINTR && rerr != unix.ECONNRESET {
 				return rerr != unix.EAGAIN
 			}
 		}
