@@ -3,6 +3,7 @@ package engine
 import (
 	"bytes"
 	"errors"
+	"fmt"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -35,31 +36,72 @@ func (e *Engine) filePaths(u *unit, r *container.Record) oci.Files {
 	}
 }
 
-// put writes a small file in place: a running container may have it mounted, so
+// generated are a container's files, open while it is started: the mounts need
+// them before the network says what is in them.
+type generated struct{ hosts, resolv *os.File }
+
+// openFiles makes the generated files as far as they are known. They belong to
+// the container's root.
+func (e *Engine) openFiles(u *unit, r *container.Record, s *scope) (g generated, err error) {
+	open := func(name string) *os.File {
+		if err != nil {
+			return nil
+		}
+		var f *os.File
+		if f, err = os.OpenFile(filepath.Join(u.dir, name), os.O_WRONLY|os.O_CREATE, 0o644); err != nil {
+			return nil
+		}
+		s.hold(f)
+		if r.UserNS.Size != 0 {
+			err = f.Chown(int(r.UserNS.Host), int(r.UserNS.Host))
+		}
+		return f
+	}
+	g.hosts, g.resolv = open(hostsFile), open(resolvFile)
+	if f := open(hostnameFile); err == nil {
+		err = replace(f, []byte(r.Config.Hostname+"\n"))
+	}
+	if err != nil {
+		return g, fmt.Errorf("cannot write the container's files: %w", err)
+	}
+	return g, nil
+}
+
+// replace writes a small file in place: a running container has it mounted, so
 // it must stay the same inode.
-func put(path string, b []byte) error {
-	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o644)
+func replace(f *os.File, b []byte) error {
+	fi, err := f.Stat()
 	if err != nil {
 		return err
 	}
-	_, err = f.Write(b)
-	if cerr := f.Close(); err == nil {
-		err = cerr
+	if fi.Size() > int64(len(b)) {
+		if err := f.Truncate(0); err != nil {
+			return err
+		}
 	}
+	_, err = f.WriteAt(b, 0)
 	return err
 }
 
-// touch makes an empty file unless there is one, and gives it to the container's
-// root.
-func touch(path string, root int) error {
+// put is replace by name.
+func put(path string, b []byte) error {
 	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE, 0o644)
 	if err != nil {
 		return err
 	}
-	if root != 0 {
-		err = f.Chown(root, root)
+	return errors.Join(replace(f, b), f.Close())
+}
+
+// fill writes what depends on the endpoints in use.
+func (e *Engine) fill(g generated, r *container.Record, a attached) error {
+	err := replace(g.hosts, e.hosts(r, a.endpoints, e.linkHosts(r)))
+	if err == nil {
+		err = replace(g.resolv, e.resolvConf(r, a.dns))
 	}
-	return errors.Join(err, f.Close())
+	if err != nil {
+		return fmt.Errorf("cannot write the container's files: %w", err)
+	}
+	return nil
 }
 
 // servers are the DNS servers that a container asked for, or the engine's.
@@ -70,23 +112,18 @@ func (e *Engine) servers(r *container.Record) []netip.Addr {
 	return e.cfg.Resolver.Servers
 }
 
-func (e *Engine) writeHostname(u *unit, r *container.Record) error {
-	return put(filepath.Join(u.dir, hostnameFile), []byte(r.Config.Hostname+"\n"))
-}
-
 // hostEntry is a line of a hosts file.
 type hostEntry struct {
 	ip    netip.Addr
 	names string
 }
 
-// writeHosts generates /etc/hosts from the endpoints in use, links and --add-host.
-func (e *Engine) writeHosts(u *unit, r *container.Record, eps map[string]*network.EndpointSettings, links []hostEntry) error {
-	path := filepath.Join(u.dir, hostsFile)
+// hosts generates /etc/hosts from the endpoints in use, links and --add-host.
+func (e *Engine) hosts(r *container.Record, eps map[string]*network.EndpointSettings, links []hostEntry) []byte {
 	if r.HostConfig.NetworkMode.IsHost() && len(r.HostConfig.ExtraHosts) == 0 {
 		b, err := os.ReadFile("/etc/hosts")
 		if err == nil {
-			return put(path, b)
+			return b
 		}
 	}
 	var b bytes.Buffer
@@ -120,7 +157,7 @@ func (e *Engine) writeHosts(u *unit, r *container.Record, eps map[string]*networ
 		line(ep.IPAddress, own)
 		line(ep.GlobalIPv6Address, own)
 	}
-	return put(path, b.Bytes())
+	return b.Bytes()
 }
 
 // hostGateway is the address under which a container reaches its host.
@@ -202,7 +239,7 @@ func (e *Engine) resolvConf(r *container.Record, servers []string) []byte {
 // refreshFiles writes the generated files of a running container anew after its
 // networks changed. A resolv.conf that somebody edited is left alone.
 func (e *Engine) refreshFiles(u *unit, before, now *container.Record) {
-	if err := e.writeHosts(u, now, now.Attached, e.linkHosts(now)); err != nil {
+	if err := put(filepath.Join(u.dir, hostsFile), e.hosts(now, now.Attached, e.linkHosts(now))); err != nil {
 		e.log.Warn("cannot write a container's hosts file", "container", u.id, "cause", err)
 	}
 	path := filepath.Join(u.dir, resolvFile)

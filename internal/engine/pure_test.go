@@ -265,7 +265,6 @@ func TestApplyChanges(t *testing.T) {
 
 func TestHostsAndResolvConf(t *testing.T) {
 	e := &Engine{}
-	u := &unit{dir: t.TempDir()}
 	r := record("x", func(r *container.Record) {
 		r.Config.Hostname, r.Config.Domainname = "box", "example.org"
 		r.HostConfig.ExtraHosts = []string{"a:1.2.3.4", "b=::5", "gw:host-gateway"}
@@ -273,10 +272,7 @@ func TestHostsAndResolvConf(t *testing.T) {
 		r.HostConfig.DNSOptions = []string{"ndots:2"}
 	})
 	eps := map[string]*network.EndpointSettings{"bridge": {IPAddress: netip.MustParseAddr("172.17.0.2"), Gateway: netip.MustParseAddr("172.17.0.1")}}
-	if err := e.writeHosts(u, r, eps, nil); err != nil {
-		t.Fatal(err)
-	}
-	got := string(readSmall(u.dir + "/hosts"))
+	got := string(e.hosts(r, eps, nil))
 	for _, want := range []string{"127.0.0.1\tlocalhost\n", "1.2.3.4\ta\n", "::5\tb\n", "172.17.0.1\tgw\n", "172.17.0.2\tbox.example.org box\n"} {
 		if !strings.Contains(got, want) {
 			t.Errorf("hosts lacks %q:\n%s", want, got)

@@ -6,21 +6,18 @@ import (
 	"fmt"
 	"os"
 	"path"
-	"path/filepath"
 	"strings"
 	"time"
 
 	"github.com/cyphar/filepath-securejoin/pathrs-lite"
 	mcontainer "github.com/moby/moby/api/types/container"
 	"github.com/moby/moby/api/types/events"
-	"github.com/moby/moby/api/types/network"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
 	"github.com/cloudos-io/cloudos/internal/cdi"
 	"github.com/cloudos-io/cloudos/internal/container"
 	"github.com/cloudos-io/cloudos/internal/fault"
-	net "github.com/cloudos-io/cloudos/internal/network"
 	"github.com/cloudos-io/cloudos/internal/oci"
 	"github.com/cloudos-io/cloudos/internal/runtime"
 	"github.com/cloudos-io/cloudos/internal/store"
@@ -110,7 +107,7 @@ func (e *Engine) launch(ctx context.Context, u *unit, o launch) (p store.Pending
 	if err != nil {
 		return p, err
 	}
-	req, err := e.prepare(ctx, u, r, &back)
+	req, files, err := e.prepare(ctx, u, r, &back)
 	if err != nil {
 		return p, err
 	}
@@ -119,7 +116,7 @@ func (e *Engine) launch(ctx context.Context, u *unit, o launch) (p store.Pending
 	if !r.HostConfig.NetworkMode.IsContainer() && !r.HostConfig.NetworkMode.IsHost() && len(r.Endpoints) > 0 && !r.Config.NetworkDisabled {
 		req.Network = func(ctx context.Context, sb runtime.Sandbox) error {
 			var err error
-			att, err = e.connect(ctx, u, r, sb)
+			att, err = e.connect(ctx, u, r, sb, files)
 			return err
 		}
 		if !r.HostConfig.NetworkMode.IsNone() {
@@ -127,7 +124,7 @@ func (e *Engine) launch(ctx context.Context, u *unit, o launch) (p store.Pending
 		}
 	}
 	if req.Network == nil && !r.HostConfig.NetworkMode.IsContainer() {
-		if err := e.writeNetworkFiles(u, r, attached{}); err != nil {
+		if err := e.fill(files, r, attached{}); err != nil {
 			return p, err
 		}
 	}
@@ -182,94 +179,12 @@ func (e *Engine) launch(ctx context.Context, u *unit, o launch) (p store.Pending
 	return p, nil
 }
 
-// startFailed notes why a start failed.
-func (e *Engine) startFailed(u *unit, cause error, o launch) {
-	if o.create {
-		return // the container goes away with the request
-	}
-	_, p, err := e.change(u, func(n *container.Record) {
-		if serr := step(n, container.EventStartFailed); serr != nil {
-			return
-		}
-		n.State.Error = cause.Error()
-		n.State.ExitCode = startExitCode(cause)
-		n.Attached, n.Ports = nil, nil
-	})
-	e.saved(u, p, err)
-	e.publish(u, events.ActionDie, map[string]string{"exitCode": fmt.Sprint(startExitCode(cause))})
-	e.notify(u, true)
-}
-
-// startExitCode is what a shell would give for the failure: 126 where the
-// command cannot be executed, 127 where it cannot be found, 128 otherwise.
-func startExitCode(err error) int {
-	var se *runtime.StartError
-	if errors.As(err, &se) && se.Step == "exec" || errors.As(err, &se) && strings.HasPrefix(se.Step, "exec") {
-		if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENOTDIR) {
-			return 127
-		}
-		return 126
-	}
-	return 128
-}
-
-// explain says what went wrong in words that clients know, and what a command
-// line should exit with.
-func explain(r *container.Record, err error) error {
-	return fault.WithExitCode(exitCodeOf(err), explainStart("failed to create task for container: ", r.Path, err))
-}
-
-// exitCodeOf is 126 or 127 where the command is to blame, else 125.
-func exitCodeOf(err error) int {
-	if c := startExitCode(err); c != 128 {
-		return c
-	}
-	return 125
-}
-
-func explainStart(prefix, cmd string, err error) error {
-	var se *runtime.StartError
-	if !errors.As(err, &se) {
-		return err
-	}
-	if strings.HasPrefix(se.Step, "exec") {
-		switch {
-		case errors.Is(se.Err, unix.ENOENT) && !strings.Contains(cmd, "/"):
-			return fault.New(fault.Invalid, "%sexec: %q: executable file not found in $PATH", prefix, cmd)
-		case errors.Is(se.Err, unix.ENOENT), errors.Is(se.Err, unix.ENOTDIR):
-			return fault.New(fault.Invalid, "%sexec: %q: stat %s: no such file or directory", prefix, cmd, cmd)
-		case errors.Is(se.Err, unix.EACCES), errors.Is(se.Err, unix.EISDIR), errors.Is(se.Err, unix.ENOEXEC):
-			return fault.New(fault.Invalid, "%sexec: %q: %s", prefix, cmd, execError(se.Err))
-		}
-	}
-	if fault.Of(err) != fault.Internal {
-		return err
-	}
-	kind := fault.Internal
-	for _, e := range []error{unix.ENOENT, unix.ENOTDIR, unix.EINVAL, unix.EACCES, unix.EPERM, unix.ELOOP, unix.ENODEV, unix.EROFS, unix.ENAMETOOLONG} {
-		if errors.Is(err, e) {
-			kind = fault.Invalid // something that the request names is not as it must be
-		}
-	}
-	return fault.New(kind, "%s%w", prefix, err)
-}
-
-func execError(err error) string {
-	if errors.Is(err, unix.ENOEXEC) {
-		return "exec format error"
-	}
-	if errors.Is(err, unix.EISDIR) {
-		return "is a directory: permission denied"
-	}
-	return "permission denied"
-}
-
 // prepare makes everything ready that a start needs but its network.
-func (e *Engine) prepare(ctx context.Context, u *unit, r *container.Record, back *scope) (req runtime.StartRequest, err error) {
+func (e *Engine) prepare(ctx context.Context, u *unit, r *container.Record, back *scope) (req runtime.StartRequest, g generated, err error) {
 	hc := r.HostConfig
 	root, err := e.cfg.Snapshots.Mount(ctx, r.ID, false, idMap(r))
 	if err != nil {
-		return req, fmt.Errorf("cannot mount the container's file system: %w", err)
+		return req, g, fmt.Errorf("cannot mount the container's file system: %w", err)
 	}
 	keep := false
 	defer func() {
@@ -279,36 +194,30 @@ func (e *Engine) prepare(ctx context.Context, u *unit, r *container.Record, back
 	}()
 	log, err := e.logSettings(hc.LogConfig)
 	if err != nil {
-		return req, err
+		return req, g, err
 	}
 	log.Path = u.log
 	if err := os.Mkdir(u.dir, 0o711); err != nil && !errors.Is(err, os.ErrExist) {
-		return req, fmt.Errorf("cannot make the container's directory: %w", err)
+		return req, g, fmt.Errorf("cannot make the container's directory: %w", err)
 	}
 	if !hc.NetworkMode.IsContainer() {
-		if err := e.writeHostname(u, r); err != nil {
-			return req, fmt.Errorf("cannot write the container's files: %w", err)
-		}
-		// They are opened for the mounts before the network says what is in them.
-		for _, f := range []string{hostsFile, resolvFile, hostnameFile} {
-			if err := touch(filepath.Join(u.dir, f), int(r.UserNS.Host)); err != nil {
-				return req, fmt.Errorf("cannot write the container's files: %w", err)
-			}
+		if g, err = e.openFiles(u, r, back); err != nil {
+			return req, g, err
 		}
 	}
 	if wd := r.Config.WorkingDir; wd != "" && wd != "/" {
 		if err := ensureDir(root, wd, r); err != nil {
-			return req, err
+			return req, g, err
 		}
 	}
 	in, err := e.specInput(ctx, u, r, root, back)
 	if err != nil {
-		return req, err
+		return req, g, err
 	}
 	devices, plain := cdi.Wanted(hc)
 	if len(devices) > 0 {
 		if e.cfg.CDI == nil {
-			return req, fault.New(fault.Unsupported, "cannot add devices: this engine has no CDI")
+			return req, g, fault.New(fault.Unsupported, "cannot add devices: this engine has no CDI")
 		}
 		without := *hc
 		without.Devices = plain
@@ -319,7 +228,7 @@ func (e *Engine) prepare(ctx context.Context, u *unit, r *container.Record, back
 		err = e.cfg.CDI.Inject(ctx, spec, devices)
 	}
 	if err != nil {
-		return req, err
+		return req, g, err
 	}
 	for _, w := range warnings {
 		e.log.Warn("container starts with a restriction", "container", u.id, "warning", w)
@@ -333,7 +242,7 @@ func (e *Engine) prepare(ctx context.Context, u *unit, r *container.Record, back
 			Width: uint16(min(hc.ConsoleSize[1], 1<<16-1)), Height: uint16(min(hc.ConsoleSize[0], 1<<16-1)),
 		},
 	}
-	return req, nil
+	return req, g, nil
 }
 
 // specInput gathers what the spec depends on. Things that must stay until the
@@ -386,99 +295,6 @@ func (e *Engine) specInput(ctx context.Context, u *unit, r *container.Record, ro
 	return in, err
 }
 
-// join opens the namespaces of the containers that this one shares some with.
-func (e *Engine) join(r *container.Record, in *oci.Input, back *scope) error {
-	hc := r.HostConfig
-	open := func(name, kind string) (*unit, string, error) {
-		o, err := e.lookup(name)
-		if err != nil {
-			return nil, "", err
-		}
-		t := o.running()
-		if t == nil {
-			return nil, "", fault.New(fault.Conflict, "cannot join %s namespace of a non running container: container %s is %s", kind, o.rec.Load().Name, o.rec.Load().State.Status)
-		}
-		f, err := openNamespace(t, kind)
-		if err != nil {
-			return nil, "", err
-		}
-		back.hold(f)
-		return o, fdPath(f), nil
-	}
-	if m := hc.NetworkMode; m.IsContainer() {
-		o, p, err := open(m.ConnectedContainer(), "net")
-		if err != nil {
-			return err
-		}
-		in.Join.Network = p
-		if err := e.joinUser(o, in, back); err != nil {
-			return err
-		}
-	}
-	if m := hc.IpcMode; m.IsContainer() {
-		o, p, err := open(m.Container(), "ipc")
-		if err != nil {
-			return err
-		}
-		or := o.rec.Load()
-		if !or.HostConfig.IpcMode.IsShareable() {
-			return fault.New(fault.Invalid, "cannot join IPC of container %s: non-shareable IPC (hint: use IpcMode:shareable for the donor container)", or.Name)
-		}
-		in.Join.IPC, in.ShmSource = p, e.hostDir(o)+"/shm"
-		if err := e.joinUser(o, in, back); err != nil {
-			return err
-		}
-	}
-	if m := hc.PidMode; m.IsContainer() {
-		o, p, err := open(m.Container(), "pid")
-		if err != nil {
-			return err
-		}
-		in.Join.PID = p
-		if err := e.joinUser(o, in, back); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// joinUser joins the user namespace that owns the namespaces joined.
-func (e *Engine) joinUser(o *unit, in *oci.Input, back *scope) error {
-	if in.Join.User != "" || o.rec.Load().UserNS.Size == 0 {
-		return nil
-	}
-	t := o.running()
-	if t == nil {
-		return fault.New(fault.Conflict, "cannot join user namespace of a non running container: %s", o.id)
-	}
-	f, err := openNamespace(t, "user")
-	if err != nil {
-		return err
-	}
-	back.hold(f)
-	in.Join.User = fdPath(f)
-	return nil
-}
-
-// openNamespace opens a namespace of the task's process. The pid may have been
-// given to somebody else only after the task ended.
-func openNamespace(t runtime.Task, kind string) (*os.File, error) {
-	f, err := os.Open(fmt.Sprintf("/proc/%d/ns/%s", t.Pid(), kind))
-	if err != nil {
-		return nil, fault.New(fault.Conflict, "cannot join %s namespace: %w", kind, err)
-	}
-	select {
-	case <-t.Exited():
-		f.Close()
-		return nil, fault.New(fault.Conflict, "cannot join %s namespace: container %s has ended", kind, t.ID())
-	default:
-		return f, nil
-	}
-}
-
-// fdPath names a descriptor so that other processes of ours can open it too.
-func fdPath(f *os.File) string { return fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), f.Fd()) }
-
 // ensureDir makes the working directory inside the root, if it is missing.
 func ensureDir(root *os.File, dir string, r *container.Record) error {
 	f, err := openIn(root, dir, unix.O_PATH, 0)
@@ -519,85 +335,4 @@ func (e *Engine) cgroupPath(r *container.Record) string {
 		return parent + ":servin:" + r.ID
 	}
 	return path.Join("/", parent, r.ID)
-}
-
-// writeNetworkFiles generates hosts and resolv.conf for the endpoints in use.
-func (e *Engine) writeNetworkFiles(u *unit, r *container.Record, a attached) error {
-	if err := e.writeHosts(u, r, a.endpoints, e.linkHosts(r)); err != nil {
-		return fmt.Errorf("cannot write the container's hosts file: %w", err)
-	}
-	if err := put(filepath.Join(u.dir, resolvFile), e.resolvConf(r, a.dns)); err != nil {
-		return fmt.Errorf("cannot write the container's resolv.conf: %w", err)
-	}
-	return nil
-}
-
-// attached is what a container's endpoints came to be.
-type attached struct {
-	endpoints map[string]*network.EndpointSettings
-	ports     network.PortMap
-	dns       []string
-}
-
-// connect attaches the container to its networks and writes the files that
-// depend on the addresses.
-func (e *Engine) connect(ctx context.Context, u *unit, r *container.Record, sb runtime.Sandbox) (attached, error) {
-	a := attached{endpoints: make(map[string]*network.EndpointSettings, len(r.Endpoints))}
-	if r.HostConfig.NetworkMode.IsNone() {
-		a.endpoints[network.NetworkNone] = &network.EndpointSettings{}
-		return a, e.writeNetworkFiles(u, r, a)
-	}
-	for i, name := range sortedEndpoints(r, r.Endpoints) {
-		req := e.attachRequest(r, name, r.Endpoints[name])
-		req.NetNS = sb.NetNS
-		if i == 0 {
-			req.Link, _ = sb.Link.(*net.Link)
-			req.Ports = publishedPorts(r)
-		}
-		at, err := e.cfg.Networks.Attach(ctx, req)
-		if err != nil {
-			return a, err
-		}
-		ep := at.Settings
-		a.endpoints[name] = &ep
-		for p, b := range at.Ports {
-			if a.ports == nil {
-				a.ports = network.PortMap{}
-			}
-			a.ports[p] = b
-		}
-		if len(a.dns) == 0 {
-			a.dns = at.DNS
-		}
-		for _, w := range at.Warnings {
-			e.log.Warn("network attached with a restriction", "container", u.id, "network", name, "warning", w)
-		}
-	}
-	return a, e.writeNetworkFiles(u, r, a)
-}
-
-// attachRequest describes one endpoint to the networks.
-func (e *Engine) attachRequest(r *container.Record, name string, ep *network.EndpointSettings) net.AttachRequest {
-	return net.AttachRequest{
-		ContainerID: r.ID, ContainerName: r.Name, Hostname: r.Config.Hostname, Network: name, Settings: ep.Copy(),
-		DNS: e.servers(r), PublishThrough: r.Extra.PublishThrough || e.cfg.PublishThrough, Ephemeral: r.Ephemeral,
-	}
-}
-
-// publishedPorts are the bindings asked for, with those of --publish-all.
-func publishedPorts(r *container.Record) network.PortMap {
-	hc := r.HostConfig
-	if !hc.PublishAllPorts {
-		return hc.PortBindings
-	}
-	m := make(network.PortMap, len(hc.PortBindings)+len(r.Config.ExposedPorts))
-	for p := range r.Config.ExposedPorts {
-		m[p] = []network.PortBinding{{}}
-	}
-	for p, b := range hc.PortBindings {
-		if len(b) > 0 {
-			m[p] = b
-		}
-	}
-	return m
 }

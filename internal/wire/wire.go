@@ -50,11 +50,11 @@ import (
 // System is an engine with all its parts, not yet running.
 type System struct {
 	Engine  *engine.Engine
+	Images  *image.Service
 	Handler http.Handler
 	// parts run as long as the system does.
 	parts  []part
 	closes []func() error
-	images *image.Service
 	log    *slog.Logger
 }
 
@@ -120,7 +120,7 @@ func New(ctx context.Context, c *config.Config, inside rootless.State, log *slog
 	}
 	s.onClose(images.Close)
 	s.part("images", images.Run)
-	s.images = images
+	s.Images = images
 	volumes, err := volume.New(volume.Config{Root: filepath.Join(c.Root, "volumes"), Log: log})
 	if err != nil {
 		return nil, err
@@ -244,7 +244,7 @@ func (s *System) Run(ctx context.Context, serve func(ctx context.Context) error)
 	err := s.Engine.Recover(ctx)
 	if err == nil {
 		go func() {
-			if err := s.images.EnsureEmbedded(bg); err != nil && bg.Err() == nil {
+			if err := s.Images.EnsureEmbedded(bg); err != nil && bg.Err() == nil {
 				s.log.Warn("cannot load the built-in image", "cause", err)
 			}
 		}()

@@ -153,7 +153,7 @@ func (h *host) remove() {
 }
 
 // busyboxTar is a root file system of a static busybox.
-func busyboxTar(t *testing.T) io.Reader {
+func busyboxTar(t testing.TB) io.Reader {
 	t.Helper()
 	const path = "/usr/bin/busybox"
 	f, err := elf.Open(path)
