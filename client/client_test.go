@@ -35,7 +35,7 @@ func engine(t *testing.T, h http.HandlerFunc) (*client.Client, *httptest.Server)
 	if err != nil {
 		t.Fatal(err)
 	}
-	srv := &httptest.Server{Listener: l, Config: &http.Server{Handler: h}}
+	srv := &httptest.Server{Listener: &countingListener{Listener: l}, Config: &http.Server{Handler: h}}
 	srv.Start()
 	t.Cleanup(srv.Close)
 	c, err := client.New(client.Config{Host: "unix://" + sock, UserAgent: "test", Headers: map[string]string{"X-Extra": "1\r\nX-Evil: 2"}})
@@ -44,6 +44,20 @@ func engine(t *testing.T, h http.HandlerFunc) (*client.Client, *httptest.Server)
 	}
 	t.Cleanup(func() { c.Close() })
 	return c, srv
+}
+
+// countingListener counts connections.
+type countingListener struct {
+	net.Listener
+	n atomic.Int32
+}
+
+func (l *countingListener) Accept() (net.Conn, error) {
+	c, err := l.Listener.Accept()
+	if err == nil {
+		l.n.Add(1)
+	}
+	return c, err
 }
 
 func ctx(t *testing.T) context.Context {
@@ -74,7 +88,6 @@ func TestListAndHeaders(t *testing.T) {
 // Bodies of every framing come through whole, and the connection is used again.
 func TestFraming(t *testing.T) {
 	big := strings.Repeat("x", 300_000)
-	var conns atomic.Int32
 	c, srv := engine(t, func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Query().Get("size") {
 		case "1":
@@ -84,18 +97,13 @@ func TestFraming(t *testing.T) {
 		}
 		fmt.Fprintf(w, "[%q]\n", big)
 	})
-	srv.Config.ConnState = func(_ net.Conn, s http.ConnState) {
-		if s == http.StateNew {
-			conns.Add(1)
-		}
-	}
 	for i := range 6 {
 		l, err := client.ContainerListAs[json.RawMessage](ctx(t), c, client.ContainerListOptions{Size: i%2 == 0})
 		if err != nil || len(l) != 1 || len(l[0]) != len(big)+2 {
 			t.Fatalf("%d: %d, %v", i, len(l), err)
 		}
 	}
-	if n := conns.Load(); n > 3 {
+	if n := srv.Listener.(*countingListener).n.Load(); n > 3 {
 		t.Errorf("%d connections for 6 requests", n)
 	}
 }

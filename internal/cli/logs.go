@@ -56,7 +56,9 @@ func (a *App) point(s string) (string, error) {
 }
 
 func (a *App) cmdTop() *command.Command {
+	jsonOut := false
 	return &command.Command{Name: "top", Args: "CONTAINER [ps OPTIONS]", Short: "List the processes of a container", Min: 1, Max: -1, Inner: true, Complete: []string{"running", ""},
+		Flags: func(f *command.FlagSet) { f.Bool(&jsonOut, "json", "", "Print the processes as JSON, one a line") },
 		Run: func(ctx context.Context, args []string) error {
 			c, err := a.client()
 			if err != nil {
@@ -66,13 +68,32 @@ func (a *App) cmdTop() *command.Command {
 			if err != nil {
 				return err
 			}
+			if jsonOut {
+				return format.JSONLines(a.out, processes(&t))
+			}
 			lines := append([][]string{t.Titles}, t.Processes...)
 			return format.Align(a.out, lines)
 		}}
 }
 
+// processes gives each process as a map from title to value.
+func processes(t *container.TopResponse) []map[string]string {
+	out := make([]map[string]string, len(t.Processes))
+	for i, p := range t.Processes {
+		out[i] = make(map[string]string, len(p))
+		for j, v := range p {
+			if j < len(t.Titles) {
+				out[i][t.Titles[j]] = v
+			}
+		}
+	}
+	return out
+}
+
 func (a *App) cmdDiff() *command.Command {
+	jsonOut := false
 	return &command.Command{Name: "diff", Args: "CONTAINER", Short: "List files that a container changed: A added, C changed, D deleted", Min: 1, Max: 1, Complete: []string{"container"},
+		Flags: func(f *command.FlagSet) { f.Bool(&jsonOut, "json", "", "Print the API's objects as JSON, one a line") },
 		Run: func(ctx context.Context, args []string) error {
 			c, err := a.client()
 			if err != nil {
@@ -81,6 +102,9 @@ func (a *App) cmdDiff() *command.Command {
 			list, err := c.ContainerDiff(ctx, args[0])
 			if err != nil {
 				return err
+			}
+			if jsonOut {
+				return format.JSONLines(a.out, list)
 			}
 			for _, ch := range list {
 				kind := "C"
@@ -97,7 +121,11 @@ func (a *App) cmdDiff() *command.Command {
 }
 
 func (a *App) cmdPort() *command.Command {
+	jsonOut := false
 	return &command.Command{Name: "port", Args: "CONTAINER [PRIVATE_PORT[/PROTO]]", Short: "List the published ports of a container", Min: 1, Max: 2, Complete: []string{"container", ""},
+		Flags: func(f *command.FlagSet) {
+			f.Bool(&jsonOut, "json", "", "Print one object a binding as JSON, one a line")
+		},
 		Run: func(ctx context.Context, args []string) error {
 			c, err := a.client()
 			if err != nil {
@@ -119,10 +147,16 @@ func (a *App) cmdPort() *command.Command {
 				if len(ports[p]) == 0 {
 					return fmt.Errorf("port %s of %s is not published", p, args[0])
 				}
+				if jsonOut {
+					return format.JSONLines(a.out, bindings(network.PortMap{p: ports[p]}))
+				}
 				for _, b := range ports[p] {
 					fmt.Fprintln(a.out, bindingText(b))
 				}
 				return nil
+			}
+			if jsonOut {
+				return format.JSONLines(a.out, bindings(ports))
 			}
 			var lines []string
 			for p, bs := range ports {
@@ -136,6 +170,20 @@ func (a *App) cmdPort() *command.Command {
 			}
 			return nil
 		}}
+}
+
+// binding is a published port in JSON.
+type binding struct{ Port, HostIp, HostPort string }
+
+func bindings(ports network.PortMap) []binding {
+	var out []binding
+	for p, bs := range ports {
+		for _, b := range bs {
+			out = append(out, binding{p.String(), b.HostIP.String(), b.HostPort})
+		}
+	}
+	slices.SortFunc(out, func(x, y binding) int { return naturally(x.Port+x.HostIp+x.HostPort, y.Port+y.HostIp+y.HostPort) })
+	return out
 }
 
 func bindingText(b network.PortBinding) string {
