@@ -273,7 +273,7 @@ int monitor_main(void)
 		clients[i].in = clients[i].out[0] = clients[i].out[1] = -1;
 	for (int s = 0; s < 2; s++)
 		streams[s].fd = -1, streams[s].data = streams[s].rbuf;
-	M.listen = M.mntns = M.pty = M.stdin_fd = -1;
+	M.held_fd = M.listen = M.mntns = M.pty = M.stdin_fd = -1;
 	M.ctl[0] = 3;
 	if (fcntl(3, F_SETFD, FD_CLOEXEC) < 0 || fchdir(4) < 0)
 		return 1;

@@ -58,6 +58,7 @@ struct monitor {
 	char inbuf[RBUF + 1];
 	char held[SYNC_MAXMSG];
 	uint32_t held_len;
+	int held_fd;
 	char msg[CTL_MAXMSG];
 };
 

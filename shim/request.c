@@ -148,6 +148,8 @@ void on_start(int c, uint32_t cookie, const char *b, size_t n, struct fds *f)
 		streams[1].fd = take(f, &k);
 	if (st.flags & START_LOGPIPE)
 		lc.pipe_fd = take(f, &k);
+	if (st.flags & START_HOLDFILE)
+		M.held_fd = take(f, &k);
 	M.flags = st.flags;
 	M.width = st.width, M.height = st.height;
 
@@ -217,7 +219,8 @@ void on_release(int c, uint32_t cookie)
 	}
 	INIT->wait = W_EXEC;
 	M.state = STATE_STARTING;
-	err = relay(INIT, SYNC_PLAN, M.held, M.held_len, NULL, 0);
+	err = relay(INIT, SYNC_PLAN, M.held, M.held_len, &M.held_fd, M.held_fd >= 0);
+	shut(&M.held_fd);
 	if (err < 0) {
 		INIT->failed = 1;
 		kill_init();

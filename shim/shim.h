@@ -136,6 +136,7 @@ struct PACKED ctl_clone {
  * being started. It takes the place of CLONE as well.
  */
 #define START_COMMAND 1024u
+#define START_HOLDFILE 2048u /* the held plan is a memfd, after the log pipe; hold_len is its head's */
 
 enum { LOG_NONE = 0, LOG_JSON = 1, LOG_K8S = 2, LOG_PIPE = 3 };
 

@@ -36,7 +36,7 @@ func TestHeader(t *testing.T) {
 		"START_STDIN": uint64(startStdin), "START_STDOUT": uint64(startStdout), "START_STDERR": uint64(startStderr),
 		"START_LOGPIPE": uint64(startLogPipe), "START_TERMINAL": uint64(startTerminal), "START_STDIN_ONCE": uint64(startStdinOnce),
 		"START_NONBLOCK": uint64(startNonBlock), "START_EPHEMERAL": uint64(startEphemeral), "START_HOLD": uint64(startHold),
-		"START_PIDNS": uint64(startPIDNS), "START_COMMAND": uint64(startCommand),
+		"START_PIDNS": uint64(startPIDNS), "START_COMMAND": uint64(startCommand), "START_HOLDFILE": uint64(startHoldFile),
 		"LOG_NONE": uint64(LogNone), "LOG_JSON": uint64(LogJSON), "LOG_K8S": uint64(LogK8s), "LOG_PIPE": uint64(LogPipe),
 		"EXEC_HAS_CGROUP": uint64(execHasCgroup), "EXEC_TERMINAL": uint64(execTerminal),
 		"ATTACH_STDIN": uint64(attachStdin), "ATTACH_STDOUT": uint64(attachStdout), "ATTACH_STDERR": uint64(attachStderr),

@@ -62,6 +62,7 @@ const (
 	startHold      uint32 = 256
 	startPIDNS     uint32 = 512
 	startCommand   uint32 = 1024
+	startHoldFile  uint32 = 2048
 
 	execHasCgroup uint32 = 1
 	execTerminal  uint32 = 2

@@ -155,8 +155,8 @@ type StartRequest struct {
 
 // Start begins the start; Pending.Started, or with Hold Pending.Done, waits for it.
 func (m *Monitor) Start(r StartRequest) (*Pending, error) {
-	if len(r.LogPath) > 4000 || len(r.Hold) > 60000 {
-		return nil, fault.New(fault.Invalid, "cannot start: log path or held plan is too long")
+	if len(r.LogPath) > 4000 {
+		return nil, fault.New(fault.Invalid, "cannot start: the log's path is too long")
 	}
 	var flags uint32
 	var fds []int
@@ -183,7 +183,18 @@ func (m *Monitor) Start(r StartRequest) (*Pending, error) {
 	}
 	var held []byte
 	if r.Hold != nil {
-		held = append(le.AppendUint32(le.AppendUint32(nil, uint32(len(r.Hold))), 0), r.Hold...)
+		held = le.AppendUint32(le.AppendUint32(nil, uint32(len(r.Hold))), 0)
+		if len(r.Hold) <= InlinePlan/2 { // the other plan has to fit as well
+			held = append(held, r.Hold...)
+		} else {
+			fd, err := planFile(r.Hold)
+			if err != nil {
+				return nil, err
+			}
+			defer unix.Close(fd)
+			flags |= startHoldFile
+			fds = append(fds, fd)
+		}
 	}
 	b := make([]byte, 0, 64+len(r.LogPath)+len(held))
 	b = le.AppendUint32(b, flags)

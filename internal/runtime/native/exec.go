@@ -44,6 +44,12 @@ func (t *task) Exec(ctx context.Context, req contract.ExecRequest) (contract.Exe
 		return nil, err
 	}
 	proc := t.d.limits.clampProcess(req.Process)
+	if !t.userNS {
+		var err error
+		if proc, err = t.d.limits.permits(proc); err != nil {
+			return nil, err
+		}
+	}
 	p, err := plan.Exec(proc, opts)
 	if err != nil {
 		return nil, err

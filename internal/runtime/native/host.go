@@ -8,6 +8,7 @@ import (
 	"strconv"
 	"strings"
 
+	"github.com/cloudos-io/cloudos/internal/fault"
 	"github.com/cloudos-io/cloudos/internal/plan"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
@@ -16,6 +17,8 @@ import (
 // hostLimits is what this process may pass on.
 type hostLimits struct {
 	userNS      bool // this process is not in the first user namespace
+	keepGroups  bool // setgroups is denied there
+	uids, gids  []idSpan
 	sysResource bool // CAP_SYS_RESOURCE: raise hard limits, lower oom scores
 	bounding    uint64
 	oomScore    int
@@ -25,6 +28,46 @@ type hostLimits struct {
 }
 
 const capSysResource = 24
+
+// idSpan is a run of ids that exist in a user namespace.
+type idSpan struct{ first, size uint64 }
+
+func readIDs(path string) (out []idSpan) {
+	b, _ := os.ReadFile(path)
+	for line := range strings.Lines(string(b)) {
+		f := strings.Fields(line)
+		if len(f) != 3 {
+			continue
+		}
+		first, err1 := strconv.ParseUint(f[0], 10, 32)
+		size, err2 := strconv.ParseUint(f[2], 10, 32)
+		if err1 == nil && err2 == nil {
+			out = append(out, idSpan{first, size})
+		}
+	}
+	return out
+}
+
+func hasID(l []idSpan, id uint32) bool {
+	return slices.ContainsFunc(l, func(s idSpan) bool { return uint64(id) >= s.first && uint64(id)-s.first < s.size })
+}
+
+// permits refuses a process whose ids the engine's own user namespace lacks, and
+// leaves out supplementary groups that it lacks.
+func (h *hostLimits) permits(p *specs.Process) (*specs.Process, error) {
+	if !h.userNS {
+		return p, nil
+	}
+	if !hasID(h.uids, p.User.UID) || !hasID(h.gids, p.User.GID) {
+		return nil, fault.New(fault.Unsupported, "cannot run as user %d, group %d: the engine's user namespace does not map them; give its user more ids in /etc/subuid and /etc/subgid, then shut the engine down and start it again", p.User.UID, p.User.GID)
+	}
+	if !slices.ContainsFunc(p.User.AdditionalGids, func(g uint32) bool { return !hasID(h.gids, g) }) {
+		return p, nil
+	}
+	c := *p
+	c.User.AdditionalGids = slices.DeleteFunc(slices.Clone(p.User.AdditionalGids), func(g uint32) bool { return !hasID(h.gids, g) })
+	return &c, nil
+}
 
 func rlimitNames() map[string]int {
 	return map[string]int{
@@ -40,6 +83,11 @@ func readHostLimits() hostLimits {
 	h := hostLimits{rlimits: map[string]uint64{}}
 	b, err := os.ReadFile("/proc/self/uid_map")
 	h.userNS = err == nil && !slices.Equal(strings.Fields(string(b)), []string{"0", "0", "4294967295"})
+	if h.userNS {
+		h.uids, h.gids = readIDs("/proc/self/uid_map"), readIDs("/proc/self/gid_map")
+		b, _ = os.ReadFile("/proc/self/setgroups")
+		h.keepGroups = strings.TrimSpace(string(b)) == "deny"
+	}
 	b, _ = os.ReadFile("/proc/self/status")
 	for line := range strings.Lines(string(b)) {
 		k, v, _ := strings.Cut(line, ":")

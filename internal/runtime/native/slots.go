@@ -24,7 +24,8 @@ type slotSources struct {
 
 // planOptions are the parts of plan.Options that depend on the host alone.
 func (d *Driver) planOptions(id string) plan.Options {
-	o := plan.Options{ID: id, CgroupV2: d.cg.Mode != cgroup.V1, V1Controllers: d.controllers, AppArmor: d.limits.appArmor, SELinux: d.limits.seLinux, BindDevices: d.limits.userNS}
+	o := plan.Options{ID: id, CgroupV2: d.cg.Mode != cgroup.V1, V1Controllers: d.controllers, AppArmor: d.limits.appArmor, SELinux: d.limits.seLinux, BindDevices: d.limits.userNS,
+		KeepGroups: d.limits.keepGroups}
 	return o
 }
 

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"github.com/cloudos-io/cloudos/internal/fault"
@@ -97,6 +98,16 @@ func (s *start) run(ctx context.Context) (*task, error) {
 	}
 	var warnings []string
 	s.spec, warnings = d.limits.clamp(req.Spec)
+	if !slices.ContainsFunc(s.spec.Linux.Namespaces, func(n specs.LinuxNamespace) bool { return n.Type == specs.UserNamespace }) {
+		p, err := d.limits.permits(s.spec.Process)
+		if err != nil {
+			return nil, err
+		}
+		if p != s.spec.Process {
+			c := *s.spec
+			c.Process, s.spec = p, &c
+		}
+	}
 	if err := s.compile(ctx); err != nil {
 		return nil, err
 	}

@@ -267,6 +267,30 @@ func testUserNamespace(t *testing.T, dr Driver) {
 	}
 }
 
+// testLarge: more mounts and a longer environment than fit one message.
+func testLarge(t *testing.T, dr Driver) {
+	e := dr.env(t)
+	src := filepath.Join(e.dir, "src")
+	if err := os.Mkdir(src, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	for _, network := range []bool{false, true} {
+		spec := sh("ls /data | wc -l; echo ${#BIG}; grep -c /data/ /proc/mounts")
+		for i := range 300 {
+			spec.Mounts = append(spec.Mounts, specs.Mount{Destination: fmt.Sprintf("/data/%d", i), Source: src, Type: "bind", Options: []string{"rbind", "ro"}})
+		}
+		spec.Process.Env = append(spec.Process.Env, "BIG="+strings.Repeat("x", 100000), "MORE="+strings.Repeat("y", 20000))
+		out, _, x := e.output(spec, func(r *contract.StartRequest) {
+			if network {
+				r.Network = func(context.Context, contract.Sandbox) error { time.Sleep(10 * time.Millisecond); return nil }
+			}
+		})
+		if out != "300\n100000\n300\n" || x.Code != 0 {
+			t.Errorf("%q %+v", out, x)
+		}
+	}
+}
+
 func testCancel(t *testing.T, dr Driver) {
 	e := dr.env(t)
 	for _, after := range []time.Duration{0, 200 * time.Microsecond, 500 * time.Microsecond, time.Millisecond, 2 * time.Millisecond, 3 * time.Millisecond} {

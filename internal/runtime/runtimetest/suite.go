@@ -238,7 +238,7 @@ func Run(t *testing.T, dr Driver) {
 		{"Signal", testSignal}, {"Exec", testExec}, {"ExecTerminal", testExecTerminal}, {"Terminal", testTerminal},
 		{"Pause", testPause}, {"Limits", testLimits}, {"OOM", testOOM}, {"Isolation", testIsolation},
 		{"StopAfterCreate", testHeld}, {"Hooks", testHooks}, {"Restore", testRestore}, {"Network", testNetwork},
-		{"Mounts", testMounts}, {"Namespaces", testNamespaces}, {"UserNamespace", testUserNamespace}, {"Cancel", testCancel}, {"Cycles", testCycles},
+		{"Mounts", testMounts}, {"Namespaces", testNamespaces}, {"UserNamespace", testUserNamespace}, {"Large", testLarge}, {"Cancel", testCancel}, {"Cycles", testCycles},
 	} {
 		t.Run(c.name, func(t *testing.T) { c.f(t, dr) })
 	}
