@@ -72,7 +72,7 @@ func run(ctx context.Context, args []string) error {
 	s.Engine.OnShutdown(func(containers bool) { once.Do(func() { all = containers; close(stop) }) })
 	err = s.Run(ctx, func(ctx context.Context) error {
 		return daemon.Serve(ctx, daemon.Config{
-			Listen: c.Listen, Metrics: c.Metrics, WriteMetrics: s.Engine.SystemService().Metrics, Handler: s.Handler, Stop: stop, Logger: log,
+			Listen: c.Listen, Metrics: c.Metrics, WriteMetrics: s.Engine.SystemService().Metrics, Debug: c.Debug, Handler: s.Handler, Stop: stop, Logger: log,
 			Options: dockerapi.ListenOptions{Group: group, CA: c.TLS.CA, Cert: c.TLS.Cert, Key: c.TLS.Key, InsecureTCP: c.InsecureTCP},
 		})
 	})
@@ -106,6 +106,7 @@ func configure(args []string) (*config.Config, error) {
 	level := f.String("log-level", "", "debug, info, warn or error (default info)")
 	pool := f.Int("pool", -1, "how many sandboxes are kept ready for each kind in use (default 8)")
 	metrics := f.String("metrics", "", "host:port that serves GET /metrics alone, for Prometheus (default: only on the listeners)")
+	debugAt := f.String("debug", "", "unix:///path of a socket, root's alone, that serves profiles of this process (go tool pprof)")
 	version := f.Bool("version", false, "print the version")
 	if err := f.Parse(args); err != nil {
 		if errors.Is(err, pflag.ErrHelp) {
@@ -146,6 +147,7 @@ func configure(args []string) (*config.Config, error) {
 	set(&c.SocketGroup, *group)
 	set(&c.LogLevel, *level)
 	set(&c.Metrics, *metrics)
+	set(&c.Debug, *debugAt)
 	if len(*listen) > 0 {
 		c.Listen = *listen
 	}

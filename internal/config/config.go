@@ -47,6 +47,9 @@ type Config struct {
 	LogLevel string `yaml:"logLevel"`
 	// Metrics is host:port of a listener that serves GET /metrics alone; empty is none.
 	Metrics string `yaml:"metrics"`
+	// Debug is unix:///path of a socket, the engine's user's alone, that serves
+	// profiles of the daemon for go tool pprof; empty is none.
+	Debug string `yaml:"debug"`
 	// Pool is how many sandboxes are parked for each kind in use (default 8, 0 parks none).
 	Pool *int `yaml:"pool"`
 

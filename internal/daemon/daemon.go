@@ -32,6 +32,8 @@ type Config struct {
 	// whoever can connect there, without a question. WriteMetrics answers it.
 	Metrics      string
 	WriteMetrics func(ctx context.Context, w io.Writer) error
+	// Debug is unix:///path of a socket for profiles of this process, "" none.
+	Debug string
 	// Stop ends the daemon from inside (POST /servin/shutdown).
 	Stop   <-chan struct{}
 	Logger *slog.Logger
@@ -74,6 +76,15 @@ func Serve(ctx context.Context, c Config) error {
 		defer srv.Close()
 		go func() { _ = srv.Serve(l) }()
 		c.Logger.Info("serving metrics", "address", l.Addr().String())
+	}
+	if c.Debug != "" {
+		l, err := listenDebug(c.Debug)
+		if err != nil {
+			return err
+		}
+		srv := &http.Server{Handler: debugHandler(), ReadHeaderTimeout: 10 * time.Second}
+		defer srv.Close()
+		go func() { _ = srv.Serve(l) }()
 	}
 	if c.Stop != nil {
 		go func() {
