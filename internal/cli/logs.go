@@ -173,7 +173,11 @@ func (a *App) cmdPort() *command.Command {
 }
 
 // binding is a published port in JSON.
-type binding struct{ Port, HostIp, HostPort string }
+type binding struct {
+	Port     string
+	HostIP   string `json:"HostIp"`
+	HostPort string
+}
 
 func bindings(ports network.PortMap) []binding {
 	var out []binding
@@ -182,7 +186,7 @@ func bindings(ports network.PortMap) []binding {
 			out = append(out, binding{p.String(), b.HostIP.String(), b.HostPort})
 		}
 	}
-	slices.SortFunc(out, func(x, y binding) int { return naturally(x.Port+x.HostIp+x.HostPort, y.Port+y.HostIp+y.HostPort) })
+	slices.SortFunc(out, func(x, y binding) int { return naturally(x.Port+x.HostIP+x.HostPort, y.Port+y.HostIP+y.HostPort) })
 	return out
 }
 
