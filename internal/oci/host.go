@@ -2,6 +2,7 @@ package oci
 
 import (
 	"errors"
+	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -34,6 +35,7 @@ type Host struct {
 	UnprivilegedPortStart      bool // net.ipv4.ip_unprivileged_port_start exists
 	CPURealtime                bool // the cpu controller has real-time limits
 	SwapLimit                  bool // memory controller accounts swap
+	NoTTYGroup                 bool // group 5 does not exist in the engine's user namespace
 	// Lacking tells for a cgroup controller (memory, cpu, cpuset, pids, io) why
 	// this engine cannot use it; such limits are refused.
 	Lacking map[string]string
@@ -56,6 +58,9 @@ func ProbeHost() Host {
 	err := unix.MountSetattr(-1, "", unix.AT_EMPTY_PATH, &unix.MountAttr{Attr_set: unix.MOUNT_ATTR_RDONLY})
 	h.RecursiveReadonly = !errors.Is(err, unix.ENOSYS)
 	h.Capabilities = ownCapabilities()
+	if b, err := os.ReadFile("/proc/self/gid_map"); err == nil {
+		h.NoTTYGroup = !mapsGroup(string(b), 5)
+	}
 	h.CPULimit = h.CPUs
 	if b, err := os.ReadFile("/sys/devices/system/cpu/online"); err == nil {
 		if set, err := CPUSet(strings.TrimSpace(string(b))); err == nil && len(set) > 0 {
@@ -64,6 +69,17 @@ func ProbeHost() Host {
 	}
 	h.ThermalPaths, _ = filepath.Glob("/sys/devices/system/cpu/cpu[0-9]*/thermal_throttle")
 	return h
+}
+
+// mapsGroup reports whether a gid_map has a group.
+func mapsGroup(m string, gid uint64) bool {
+	for line := range strings.Lines(m) {
+		var inside, outside, size uint64
+		if n, _ := fmt.Sscan(line, &inside, &outside, &size); n == 3 && gid >= inside && gid-inside < size {
+			return true
+		}
+	}
+	return false
 }
 
 func exists(path string) bool {

@@ -16,7 +16,7 @@ import (
 func (g *generator) defaultMounts() []specs.Mount {
 	pts := []string{"nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620"}
 	// Group 5 is tty everywhere; a user namespace may lack it.
-	if !g.userNS || mapped(g.spec.Linux.GIDMappings, 5) {
+	if !g.userNS && !g.in.Host.NoTTYGroup || g.userNS && mapped(g.spec.Linux.GIDMappings, 5) {
 		pts = append(pts, "gid=5")
 	}
 	ms := []specs.Mount{

@@ -107,6 +107,9 @@ type Options struct {
 	// BindDevices has device nodes bound from the host's, because the driver itself
 	// lives in a user namespace, where mknod is refused.
 	BindDevices bool
+	// KeepGroups: setgroups is denied to the driver and so to its containers (a
+	// user namespace in which one id is mapped).
+	KeepGroups bool
 	// Parked is set when the park plan has been carried out already.
 	Parked bool
 	// Prepare, for Park, are the mounts that the container is likely to have (those

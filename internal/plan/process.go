@@ -78,6 +78,7 @@ func Hooks(hooks []specs.Hook, state []byte) (*Plan, error) {
 // privileges are still there for it.
 func (b *builder) process(spec *specs.Spec, o Options, exec bool) {
 	p := spec.Process
+	b.keepGroups = b.keepGroups || o.KeepGroups
 	if o.ID != "" && len(o.ID) <= 128 {
 		b.op(OpKeyring, 0, "join session keyring", new(enc).str("_ses."+o.ID))
 	}

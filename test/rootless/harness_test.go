@@ -91,6 +91,13 @@ func newUser(t *testing.T, programs ...string) *user {
 	}
 	u := &user{t: t, dir: dir, subIDs: true}
 	t.Cleanup(func() {
+		// Nothing is left after a shutdown; this is for tests that failed before.
+		for _, p := range u.processes() {
+			pid, _, _ := strings.Cut(p, " ")
+			if n, err := strconv.Atoi(pid); err == nil {
+				_ = syscall.Kill(n, syscall.SIGKILL)
+			}
+		}
 		if err := os.RemoveAll(dir); err != nil {
 			t.Errorf("cannot remove the user's folders: %v", err)
 		}
@@ -258,6 +265,7 @@ for f in passwd group subuid subgid; do mount --bind "$d/etc/$f" "/etc/$f"; done
 mount -t tmpfs -o mode=755 svr "$d/dev"
 mknod -m 666 "$d/dev/tun" c 10 200
 mount --bind "$d/dev/tun" /dev/net/tun
+if [ -d "$cg/servin-engine" ]; then cg=$cg/servin-engine; fi # as systemd's DelegateSubgroup= has it
 [ -z "$cg" ] || echo $$ > "$cg/cgroup.procs"
 cd "$d/home"
 exec setpriv --reuid "$0" --regid "$0" --clear-groups -- env -i HOME="$d/home" XDG_RUNTIME_DIR="$d/run" PATH="$d/path" USER=svrtest LANG=C "$@"`

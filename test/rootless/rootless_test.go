@@ -464,19 +464,27 @@ func TestDelegated(t *testing.T) {
 	}
 	fs := rootfs(t)
 	u.start()
+	down := false
+	defer func() {
+		if !down {
+			u.shutdown()
+		}
+		// The daemon's own group is empty now; it could not remove that itself.
+		_ = os.Remove(filepath.Join(u.cgroup, "servin-engine"))
+	}()
 	u.importImage("bb", fs)
-	u.must("run", "-d", "--name", "c", "bb", "sleep", "1000")
-	pid := u.must("inspect", "--format", "{{.State.Pid}}", "c")
+	u.must("run", "-d", "--name", "calm", "bb", "sleep", "1000")
+	pid := u.must("inspect", "--format", "{{.State.Pid}}", "calm")
 	own, err := os.ReadFile("/proc/" + pid + "/cgroup")
 	must(t, err)
 	if want := "0::/" + filepath.Base(u.cgroup) + "/servin"; !strings.Contains(string(own), want) {
 		t.Errorf("the container is in %s, want it below %s", own, want)
 	}
-	u.must("pause", "c")
-	if got := u.must("inspect", "--format", "{{.State.Status}}", "c"); got != "paused" {
+	u.must("pause", "calm")
+	if got := u.must("inspect", "--format", "{{.State.Status}}", "calm"); got != "paused" {
 		t.Errorf("status %s", got)
 	}
-	u.must("unpause", "c")
+	u.must("unpause", "calm")
 	have, err := os.ReadFile(u.cgroup + "/cgroup.controllers")
 	must(t, err)
 	for flag, c := range map[string]string{"-m": "memory", "--pids-limit": "pids"} {
@@ -489,13 +497,12 @@ func TestDelegated(t *testing.T) {
 	}
 	u.kill()
 	u.start()
-	if got := u.must("inspect", "--format", "{{.State.Pid}}", "c"); got != pid {
+	if got := u.must("inspect", "--format", "{{.State.Pid}}", "calm"); got != pid {
 		t.Errorf("pid %s after a crash, was %s", got, pid)
 	}
-	u.must("pause", "c")
-	u.must("unpause", "c")
+	u.must("pause", "calm")
+	u.must("unpause", "calm")
 	u.must("run", "--rm", "bb", "true")
+	down = true
 	u.shutdown()
-	// The daemon's own group is empty now.
-	_ = os.Remove(filepath.Join(u.cgroup, "servin-engine"))
 }
