@@ -48,7 +48,7 @@ func delegatedAt(mount, base string) *Host {
 			return h
 		}
 	}
-	h.Mode, h.unified = V2, dir
+	h.Mode, h.unified, h.mounts = V2, dir, []string{dir}
 	return h
 }
 
