@@ -47,7 +47,6 @@ type Host struct {
 	Mode    Mode
 	v1      []hierarchy
 	unified string   // mount point of the v2 tree, "" none; the subtree's directory if delegated
-	base    string   // the delegated part of it that is ours, "" all
 	mounts  []string // every hierarchy, those that hold no controller of ours too
 	// delegated: an ordinary user's engine, which governs one subtree or nothing.
 	delegated bool
@@ -72,10 +71,6 @@ func Detect() (*Host, error) {
 	}
 	for _, m := range mounts {
 		if unix.Access(m.Mountpoint, unix.W_OK) != nil {
-			// An ordinary user's engine: what was delegated to it, if anything.
-			if own := ownUnified(); m.FSType == "cgroup2" && h.unified == "" && own != "" && unix.Access(m.Mountpoint+own, unix.W_OK) == nil {
-				h.unified, h.base = m.Mountpoint, own
-			}
 			continue
 		}
 		h.mounts = append(h.mounts, m.Mountpoint)
@@ -104,19 +99,6 @@ func Detect() (*Host, error) {
 		h.Mode = V2
 	}
 	return h, nil
-}
-
-// ownUnified is our own v2 cgroup, "" if that is the root.
-func ownUnified() string {
-	b, _ := os.ReadFile("/proc/self/cgroup")
-	for line := range strings.Lines(string(b)) {
-		if p, ok := strings.CutPrefix(strings.TrimSpace(line), "0::/"); ok && p != "" {
-			if c, err := Clean(p); err == nil {
-				return c
-			}
-		}
-	}
-	return ""
 }
 
 func ownHierarchies() ([]string, error) {
@@ -193,9 +175,6 @@ func (h *Host) Create(parent, id string) (*Group, error) {
 	if id == "" || strings.ContainsAny(id, "/\x00") || id == "." || id == ".." {
 		return nil, fault.New(fault.Invalid, "cgroup name %.64q is invalid", id)
 	}
-	if h.base != "" && !strings.HasPrefix(parent, h.base+"/") {
-		parent = h.base + parent
-	}
 	g := &Group{h: h, path: filepath.Join(parent, id)}
 	if h.Mode == None {
 		return g, nil
@@ -246,14 +225,6 @@ func (h *Host) prepareParent(parent string) error {
 	elems := strings.Split(strings.Trim(parent, "/"), "/")
 	if h.Mode == V2 {
 		dir := h.unified
-		if h.base != "" {
-			// A group with processes of its own cannot pass controllers on: step aside.
-			dir += h.base
-			elems = strings.Split(strings.Trim(strings.TrimPrefix(parent, h.base), "/"), "/")
-			if err := os.Mkdir(dir+"/servind", 0o755); err == nil || errors.Is(err, fs.ErrExist) {
-				_ = write(dir+"/servind", "cgroup.procs", "0")
-			}
-		}
 		enableControllers(dir)
 		for _, e := range elems {
 			if e == "" {

@@ -233,10 +233,6 @@ func (h *Host) RemoveParent(parent string) {
 	if err != nil || parent == "/" || h.Mode == None {
 		return
 	}
-	if h.base != "" {
-		_ = unix.Rmdir(h.unified + h.base + parent)
-		return
-	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	delete(h.parents, parent)
@@ -250,9 +246,6 @@ func (h *Host) Children(parent string) []string {
 	parent, err := Clean(parent)
 	if err != nil || h.Mode == None {
 		return nil
-	}
-	if h.base != "" && !strings.HasPrefix(parent, h.base+"/") {
-		parent = h.base + parent
 	}
 	var names []string
 	for _, d := range (&Group{h: h, path: parent}).dirs() {

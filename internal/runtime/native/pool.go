@@ -29,6 +29,7 @@ type shelf struct {
 	want     int
 	used     time.Time
 	devices  []specs.LinuxDeviceCgroup // what containers of this kind last asked for
+	mounts   []specs.Mount             // likewise
 	failures int
 	retry    time.Time
 }
@@ -133,21 +134,27 @@ func (p *pool) has(id string) bool {
 	return false
 }
 
-func (p *pool) devices(key contract.SandboxKey) []specs.LinuxDeviceCgroup {
+// likely is what the next container of this kind probably asks for.
+func (p *pool) likely(key contract.SandboxKey) ([]specs.LinuxDeviceCgroup, []specs.Mount) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return p.shelf(key).devices
+	s := p.shelf(key)
+	return s.devices, s.mounts
 }
 
-// learn remembers the device rules that containers of this kind get, so that the
-// next sandboxes are parked with them.
-func (p *pool) learn(key contract.SandboxKey, r *specs.LinuxResources) {
-	if !p.parkable(key) || r == nil || len(r.Devices) == 0 {
+// learn remembers the device rules and file systems that containers of this kind
+// get, so that the next sandboxes are parked with them.
+func (p *pool) learn(key contract.SandboxKey, spec *specs.Spec) {
+	if !p.parkable(key) {
 		return
 	}
 	p.mu.Lock()
-	p.shelf(key).devices = r.Devices
-	p.mu.Unlock()
+	defer p.mu.Unlock()
+	s := p.shelf(key)
+	if r := spec.Linux.Resources; r != nil && len(r.Devices) > 0 {
+		s.devices = r.Devices
+	}
+	s.mounts = spec.Mounts
 }
 
 // enter and leave bracket what the user waits for.

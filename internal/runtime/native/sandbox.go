@@ -238,7 +238,10 @@ func openProc(pid, pidfd int, name string, flags int) (*os.File, error) {
 
 // park carries the park plan out.
 func (s *sandbox) park(ctx context.Context) error {
-	p, err := plan.Park(true, s.d.planOptions(s.id))
+	opts := s.d.planOptions(s.id)
+	rules, mounts := s.d.pool.likely(s.key)
+	opts.Prepare = mounts
+	p, err := plan.Park(true, opts)
 	if err != nil {
 		return err
 	}
@@ -263,7 +266,7 @@ func (s *sandbox) park(ctx context.Context) error {
 	}
 	s.plan = true
 	s.closeTasks()
-	if rules := s.d.pool.devices(s.key); rules != nil {
+	if rules != nil {
 		if _, err := s.group.Apply(&specs.LinuxResources{Devices: rules}); err != nil {
 			return err
 		}

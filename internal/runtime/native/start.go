@@ -158,7 +158,7 @@ func (s *start) run(ctx context.Context) (*task, error) {
 		var w []string
 		w, err = s.sb.group.Apply(s.spec.Linux.Resources)
 		warnings = append(warnings, w...)
-		d.pool.learn(req.Key, s.spec.Linux.Resources)
+		d.pool.learn(req.Key, s.spec)
 	}
 	if err != nil {
 		if network != nil {
