@@ -177,6 +177,10 @@ type Task interface {
 	Delete(ctx context.Context) error
 }
 
+// Warner is implemented by tasks that may not have got all that was asked for:
+// limits that the host does not permit, controllers that the kernel lacks.
+type Warner interface{ Warnings() []string }
+
 // AttachOptions tells which streams a client wants.
 type AttachOptions struct{ Stdin, Stdout, Stderr bool }
 

@@ -3,6 +3,7 @@ package shim
 import (
 	"context"
 	"errors"
+	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"sync"
@@ -103,7 +104,11 @@ func Dial(dir string, h Handler) (*Monitor, error) {
 		return nil, err
 	}
 	m := newMonitor(c, 0, h)
+	m.mu.Lock()
 	m.peer = int(cr.Pid)
+	// A former daemon's execs may still run under its low numbers.
+	m.next = 1<<16 + rand.Uint32N(1<<30)
+	m.mu.Unlock()
 	return m, nil
 }
 

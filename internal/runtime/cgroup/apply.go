@@ -252,7 +252,16 @@ func (g *Group) blkioV1(b *specs.LinuxBlockIO) (set []setting) {
 }
 
 func (g *Group) applyV2(r *specs.LinuxResources) ([]string, error) {
-	var set []setting
+	set, err := settingsV2(r, unix.Access(g.dir("")+"/io.bfq.weight", unix.F_OK) == nil)
+	if err != nil {
+		return nil, err
+	}
+	return g.writeAll(set)
+}
+
+// settingsV2 is what to write where on cgroup v2; bfq tells which scheduler
+// takes weights.
+func settingsV2(r *specs.LinuxResources, bfq bool) (set []setting, err error) {
 	add := func(file, value string) { set = append(set, setting{file: file, value: value}) }
 	if c := r.CPU; c != nil {
 		if c.Shares != nil && *c.Shares != 0 {
@@ -310,7 +319,7 @@ func (g *Group) applyV2(r *specs.LinuxResources) ([]string, error) {
 	}
 	if b := r.BlockIO; b != nil {
 		if b.Weight != nil && *b.Weight != 0 {
-			if unix.Access(g.dir("")+"/io.bfq.weight", unix.F_OK) == nil {
+			if bfq {
 				add("io.bfq.weight", num(*b.Weight))
 			} else {
 				set = append(set, setting{file: "io.weight", value: num(cgroups.ConvertBlkIOToIOWeightValue(*b.Weight)), lenient: true})
@@ -337,7 +346,7 @@ func (g *Group) applyV2(r *specs.LinuxResources) ([]string, error) {
 			add(k, line)
 		}
 	}
-	return g.writeAll(set)
+	return set, nil
 }
 
 func orMax(v int64) string {
