@@ -125,11 +125,9 @@ func DefaultHost() string {
 		return "tcp://127.0.0.1:2375"
 	}
 	if os.Geteuid() != 0 {
-		if dir := os.Getenv("XDG_RUNTIME_DIR"); dir != "" {
-			p := dir + "/servin/servin.sock"
-			if _, err := os.Stat(p); err == nil {
-				return "unix://" + p
-			}
+		p := filepath.Join(api.UserRuntimeDir(), "servin", "servin.sock")
+		if _, err := os.Stat(p); err == nil {
+			return "unix://" + p
 		}
 	}
 	return "unix://" + api.DefaultSocket

@@ -173,6 +173,10 @@ func enterRootless(c *config.Config) error {
 	if err != nil {
 		return err
 	}
+	// Inside, the user is another one: the places are settled here.
+	if err := os.Setenv("XDG_RUNTIME_DIR", api.UserRuntimeDir()); err != nil {
+		return err
+	}
 	return rootless.Enter(rootless.Config{
 		RunRoot: c.RunRoot, Shim: x.Path(), Args: append([]string{self}, os.Args[1:]...),
 		Warn: func(s string) { fmt.Fprintln(os.Stderr, "servind: note:", s) },

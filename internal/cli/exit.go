@@ -123,6 +123,9 @@ func (a *App) explain(err error) string {
 	case network == "unix" && errors.Is(err, os.ErrPermission):
 		return fmt.Sprintf("cannot reach the engine at %s: permission denied: join the group that owns the socket (ls -l %s), run as root, or start a rootless engine of your own", ce.Host, addr)
 	case network == "unix" && (errors.Is(err, os.ErrNotExist) || errors.Is(err, syscall.ECONNREFUSED)):
+		if os.Geteuid() > 0 {
+			return fmt.Sprintf("cannot reach the engine at %s: is servind running? Start one of your own with 'servind &', the host's with 'sudo systemctl start servind', or name another engine with --host or 'servin context use'", ce.Host)
+		}
 		return fmt.Sprintf("cannot reach the engine at %s: is servind running? Start it with 'sudo systemctl start servind' or 'sudo servind &', or name another engine with --host or 'servin context use'", ce.Host)
 	case network == "ssh":
 		return fmt.Sprintf("cannot reach the engine at %s: %s", ce.Host, why)

@@ -241,13 +241,7 @@ func UserRoots() (root, run string) {
 	if data == "" {
 		data = filepath.Join(home, ".local", "share")
 	}
-	run = os.Getenv("XDG_RUNTIME_DIR")
-	if run == "" {
-		run = filepath.Join(os.TempDir(), fmt.Sprintf("servin-%d", os.Getuid()))
-	} else {
-		run = filepath.Join(run, "servin")
-	}
-	return filepath.Join(data, "servin"), run
+	return filepath.Join(data, "servin"), filepath.Join(api.UserRuntimeDir(), "servin")
 }
 
 // Check says what is wrong with a configuration, if anything.

@@ -69,3 +69,31 @@ func TestReachable(t *testing.T) {
 		}
 	}
 }
+
+func TestOurs(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "run")
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := ours(dir); err != nil {
+		t.Error(err)
+	}
+	if err := os.Chmod(dir, 0o770); err != nil {
+		t.Fatal(err)
+	}
+	if ours(dir) == nil {
+		t.Error("a group's folder passed")
+	}
+	if os.Getuid() != 0 {
+		return
+	}
+	if err := os.Chmod(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Chown(dir, 1, 1); err != nil {
+		t.Fatal(err)
+	}
+	if ours(dir) == nil {
+		t.Error("another user's folder passed")
+	}
+}

@@ -96,6 +96,9 @@ func Enter(c Config) error {
 	if err := os.MkdirAll(c.RunRoot, 0o700); err != nil {
 		return fmt.Errorf("cannot make the run root: %w", err)
 	}
+	if err := ours(c.RunRoot); err != nil {
+		return err
+	}
 	lock, err := os.OpenFile(filepath.Join(c.RunRoot, "rootless.lock"), os.O_CREATE|os.O_RDWR|syscall.O_CLOEXEC, 0o600)
 	if err != nil {
 		return fmt.Errorf("cannot lock the run root: %w", err)
@@ -143,6 +146,22 @@ func Enter(c Config) error {
 	env := append(os.Environ(), Marker+"="+string(state))
 	argv := append([]string{"servin-shim", "rootless-enter", strconv.Itoa(h.PID)}, c.Args...)
 	return fmt.Errorf("cannot enter the user namespace: %w", syscall.Exec(c.Shim, argv, env))
+}
+
+// ours refuses a run root that somebody else could have laid ready: whoever
+// can write there can have this user's engine do anything.
+func ours(dir string) error {
+	for _, d := range []string{dir, filepath.Dir(dir)} {
+		var st unix.Stat_t
+		if err := unix.Stat(d, &st); err != nil {
+			return fmt.Errorf("cannot look at %s: %w", d, err)
+		}
+		sticky := d != dir && st.Mode&unix.S_ISVTX != 0
+		if int(st.Uid) != os.Getuid() && (d == dir || st.Uid != 0) || st.Mode&0o022 != 0 && !sticky {
+			return fault.New(fault.Invalid, "cannot use the run root %s: %s is not this user's alone; set XDG_RUNTIME_DIR or --run-root to a folder that is", dir, d)
+		}
+	}
+	return nil
 }
 
 // Prepare is the first thing to do inside: it shows the name servers that can be
