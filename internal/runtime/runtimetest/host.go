@@ -313,15 +313,22 @@ func testCancel(t *testing.T, dr Driver) {
 	}
 }
 
-// Leftovers counts what containers could leave behind on the host.
-func Leftovers(t testing.TB) map[string]int {
+// Leftovers counts what containers could leave behind in this process and, as
+// mounts, in the directories of the test; others mount elsewhere meanwhile.
+func Leftovers(t testing.TB, dirs ...string) map[string]int {
 	t.Helper()
 	count := map[string]int{}
 	b, err := os.ReadFile("/proc/self/mountinfo")
 	if err != nil {
 		t.Fatal(err)
 	}
-	count["mounts"] = strings.Count(string(b), "\n")
+	for line := range strings.Lines(string(b)) {
+		for _, d := range dirs {
+			if strings.Contains(line, d) {
+				count["mounts"]++
+			}
+		}
+	}
 	fds, _ := os.ReadDir("/proc/self/fd")
 	count["descriptors"] = len(fds)
 	count["goroutines"] = runtime.NumGoroutine()
@@ -360,7 +367,7 @@ func testCycles(t *testing.T, dr Driver) {
 	if err := e.d.Drained(e.ctx(), true); err != nil {
 		t.Fatal(err)
 	}
-	before := Leftovers(t)
+	before := Leftovers(t, e.dir, e.root.Dir)
 	var wg sync.WaitGroup
 	for w := range 4 {
 		wg.Go(func() {
@@ -378,7 +385,7 @@ func testCycles(t *testing.T, dr Driver) {
 	}
 	var after map[string]int
 	for range 100 {
-		after = Leftovers(t)
+		after = Leftovers(t, e.dir, e.root.Dir)
 		if after["descriptors"] <= before["descriptors"] && after["goroutines"] <= before["goroutines"]+2 {
 			break
 		}
