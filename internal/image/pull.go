@@ -37,6 +37,7 @@ type puller struct {
 	base     context.Context // without the lease: partial downloads outlive the pull
 	slots    *semaphore.Weighted
 	fetched  atomic.Bool // something was not here already
+	lazy     bool
 }
 
 // Pull fetches an image, or all tags of a repository, and unpacks it. Equal
@@ -79,8 +80,12 @@ func (s *Service) Pull(ctx context.Context, o PullOptions) error {
 
 func (s *Service) pullOne(ctx context.Context, named reference.Named, o PullOptions, progress func(Progress)) error {
 	key := named.String() + "\x00" + o.Platform + "\x00" + authKey(o.Auth)
+	lazily := s.lazily(o, progress)
+	if lazily {
+		key += "\x00lazy"
+	}
 	return s.pulls.do(ctx, key, progress, func(ctx context.Context, progress func(Progress)) error {
-		p := &puller{s: s, named: named, platform: o.Platform, auth: o.Auth, progress: progress,
+		p := &puller{s: s, named: named, platform: o.Platform, auth: o.Auth, progress: progress, lazy: lazily,
 			slots: semaphore.NewWeighted(int64(s.cfg.MaxConcurrentDownloads))}
 		if err := p.run(ctx); err != nil {
 			if ctx.Err() != nil {
@@ -249,12 +254,12 @@ func (p *puller) small(ctx context.Context, desc ocispec.Descriptor, limit int64
 	p.fetched.Store(true)
 	rc, err := p.fetcher.Fetch(p.base, bare(desc))
 	if err != nil {
-		return nil, err
+		return nil, missing(desc, err)
 	}
 	defer rc.Close()
 	b, err := io.ReadAll(io.LimitReader(rc, limit+1))
 	if err != nil {
-		return nil, fmt.Errorf("cannot fetch %s: %w", desc.Digest, err)
+		return nil, fmt.Errorf("cannot fetch %s: %w", desc.Digest, tooLong(desc, err))
 	}
 	if got := desc.Digest.Algorithm().FromBytes(b); got != desc.Digest {
 		return nil, fault.New(fault.Invalid, "the registry sent %s instead of %s", got, desc.Digest)
@@ -350,24 +355,30 @@ func (p *puller) layers(ctx context.Context, v *variant) error {
 		p.progress(Progress{ID: short(l.desc.Digest), Action: "Pulling fs layer"})
 	}
 	g, gctx := errgroup.WithContext(ctx)
-	ready := map[digest.Digest]chan struct{}{}
+	type arrival struct {
+		c    chan struct{}
+		lazy *lazyLayer
+	}
+	ready := map[digest.Digest]arrival{}
 	for _, l := range stacked {
-		if c, ok := ready[l.desc.Digest]; ok {
-			l.ready = c // the same layer twice
+		if a, ok := ready[l.desc.Digest]; ok {
+			l.ready, l.lazy = a.c, a.lazy // the same layer twice
 			continue
 		}
-		c := make(chan struct{})
-		ready[l.desc.Digest] = c
-		l.ready = c
+		a := arrival{c: make(chan struct{}), lazy: p.lazyLayer(l)}
+		ready[l.desc.Digest] = a
+		l.ready, l.lazy = a.c, a.lazy
 		g.Go(func() error {
 			if err := p.slots.Acquire(gctx, 1); err != nil {
 				return err
 			}
 			defer p.slots.Release(1)
-			if err := p.blob(gctx, l.desc); err != nil {
-				return err
+			if a.lazy == nil || !p.prepareLazy(gctx, l, a.lazy) {
+				if err := p.blob(gctx, l.desc); err != nil {
+					return err
+				}
 			}
-			close(c)
+			close(a.c)
 			return nil
 		})
 	}
@@ -485,7 +496,7 @@ func (p *puller) download(ctx context.Context, desc ocispec.Descriptor) (int64, 
 func (p *puller) transfer(ctx context.Context, desc ocispec.Descriptor, w content.Writer, off int64) (int64, error) {
 	rc, err := p.fetcher.Fetch(ctx, bare(desc))
 	if err != nil {
-		return off, err
+		return off, missing(desc, err)
 	}
 	defer rc.Close()
 	if off > 0 {
@@ -503,7 +514,7 @@ func (p *puller) transfer(ctx context.Context, desc ocispec.Descriptor, w conten
 		n, err := rc.Read(buf)
 		if n > 0 {
 			if off+int64(n) > desc.Size {
-				return off, fault.New(fault.Invalid, "the registry sends more than the %d bytes of layer %s", desc.Size, desc.Digest)
+				return off, errTooLong(desc)
 			}
 			if _, werr := w.Write(buf[:n]); werr != nil {
 				return off, diskFault(fmt.Errorf("cannot store layer %s: %w", short(desc.Digest), werr))
@@ -521,12 +532,33 @@ func (p *puller) transfer(ctx context.Context, desc ocispec.Descriptor, w conten
 		case err == nil:
 			continue
 		case !errors.Is(err, io.EOF):
-			return off, fmt.Errorf("cannot download layer %s: %w", short(desc.Digest), err)
+			return off, fmt.Errorf("cannot download layer %s: %w", short(desc.Digest), tooLong(desc, err))
 		case off < desc.Size:
 			return off, fmt.Errorf("cannot download layer %s: the registry stopped after %d of %d bytes: %w", short(desc.Digest), off, desc.Size, io.ErrUnexpectedEOF)
 		}
 		return off, nil
 	}
+}
+
+// missing tells that a part of an image is not there. Without it the error would
+// read as if the image were unknown.
+func missing(desc ocispec.Descriptor, err error) error {
+	if errdefs.IsNotFound(err) {
+		return fault.New(fault.NotFound, "the registry does not have %s, which the image names", desc.Digest)
+	}
+	return err
+}
+
+func errTooLong(desc ocispec.Descriptor) error {
+	return fault.New(fault.Invalid, "the registry sends more than the %d bytes of %s", desc.Size, desc.Digest)
+}
+
+// tooLong gives the fetcher's refusal to read on its kind and its words.
+func tooLong(desc ocispec.Descriptor, err error) error {
+	if errdefs.IsFailedPrecondition(err) {
+		return errTooLong(desc)
+	}
+	return err
 }
 
 // attestation fetches what BuildKit says about an image, for saving and pushing.
