@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net/http"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -13,6 +14,7 @@ import (
 	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/containerd/v2/core/remotes"
+	remoteerrors "github.com/containerd/containerd/v2/core/remotes/errors"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/platforms"
 	"github.com/distribution/reference"
@@ -37,7 +39,6 @@ type puller struct {
 	base     context.Context // without the lease: partial downloads outlive the pull
 	slots    *semaphore.Weighted
 	fetched  atomic.Bool // something was not here already
-	lazy     bool
 }
 
 // Pull fetches an image, or all tags of a repository, and unpacks it. Equal
@@ -80,12 +81,8 @@ func (s *Service) Pull(ctx context.Context, o PullOptions) error {
 
 func (s *Service) pullOne(ctx context.Context, named reference.Named, o PullOptions, progress func(Progress)) error {
 	key := named.String() + "\x00" + o.Platform + "\x00" + authKey(o.Auth)
-	lazily := s.lazily(o, progress)
-	if lazily {
-		key += "\x00lazy"
-	}
 	return s.pulls.do(ctx, key, progress, func(ctx context.Context, progress func(Progress)) error {
-		p := &puller{s: s, named: named, platform: o.Platform, auth: o.Auth, progress: progress, lazy: lazily,
+		p := &puller{s: s, named: named, platform: o.Platform, auth: o.Auth, progress: progress,
 			slots: semaphore.NewWeighted(int64(s.cfg.MaxConcurrentDownloads))}
 		if err := p.run(ctx); err != nil {
 			if ctx.Err() != nil {
@@ -355,30 +352,24 @@ func (p *puller) layers(ctx context.Context, v *variant) error {
 		p.progress(Progress{ID: short(l.desc.Digest), Action: "Pulling fs layer"})
 	}
 	g, gctx := errgroup.WithContext(ctx)
-	type arrival struct {
-		c    chan struct{}
-		lazy *lazyLayer
-	}
-	ready := map[digest.Digest]arrival{}
+	ready := map[digest.Digest]chan struct{}{}
 	for _, l := range stacked {
-		if a, ok := ready[l.desc.Digest]; ok {
-			l.ready, l.lazy = a.c, a.lazy // the same layer twice
+		if c, ok := ready[l.desc.Digest]; ok {
+			l.ready = c // the same layer twice
 			continue
 		}
-		a := arrival{c: make(chan struct{}), lazy: p.lazyLayer(l)}
-		ready[l.desc.Digest] = a
-		l.ready, l.lazy = a.c, a.lazy
+		c := make(chan struct{})
+		ready[l.desc.Digest] = c
+		l.ready = c
 		g.Go(func() error {
 			if err := p.slots.Acquire(gctx, 1); err != nil {
 				return err
 			}
 			defer p.slots.Release(1)
-			if a.lazy == nil || !p.prepareLazy(gctx, l, a.lazy) {
-				if err := p.blob(gctx, l.desc); err != nil {
-					return err
-				}
+			if err := p.blob(gctx, l.desc); err != nil {
+				return err
 			}
-			close(a.c)
+			close(c)
 			return nil
 		})
 	}
@@ -469,8 +460,8 @@ func (p *puller) download(ctx context.Context, desc ocispec.Descriptor) (int64, 
 	}
 	if off < desc.Size {
 		if off, err = p.transfer(ctx, desc, w, off); err != nil {
-			if fault.Is(err, fault.Invalid) {
-				abort()
+			if fault.Is(err, fault.Invalid) || st.Offset > 0 && noRanges(err) {
+				abort() // begin again from the start
 			}
 			return off, err
 		}
@@ -559,6 +550,12 @@ func tooLong(desc ocispec.Descriptor, err error) error {
 		return errTooLong(desc)
 	}
 	return err
+}
+
+// noRanges tells that the registry does not go on with a download in its midst.
+func noRanges(err error) bool {
+	var st remoteerrors.ErrUnexpectedStatus
+	return errors.As(err, &st) && st.StatusCode == http.StatusRequestedRangeNotSatisfiable
 }
 
 // attestation fetches what BuildKit says about an image, for saving and pushing.
