@@ -103,6 +103,9 @@ func normal(out string) string {
 	var lines []string
 	for l := range strings.Lines(out) {
 		l = strings.TrimSpace(l)
+		if strings.HasPrefix(l, "SigQ:") {
+			continue // signals pending for the user, all over the host
+		}
 		if strings.HasPrefix(l, "/dev/core ") || l == "/proc/kcore" {
 			continue // runc makes the link where the host's kernel has the file
 		}
