@@ -256,7 +256,7 @@ func (p *puller) small(ctx context.Context, desc ocispec.Descriptor, limit int64
 	defer rc.Close()
 	b, err := io.ReadAll(io.LimitReader(rc, limit+1))
 	if err != nil {
-		return nil, fmt.Errorf("cannot fetch %s: %w", desc.Digest, tooLong(desc, err))
+		return nil, fmt.Errorf("cannot fetch %s: %w", desc.Digest, broken(desc, err))
 	}
 	if got := desc.Digest.Algorithm().FromBytes(b); got != desc.Digest {
 		return nil, fault.New(fault.Invalid, "the registry sent %s instead of %s", got, desc.Digest)
@@ -523,7 +523,7 @@ func (p *puller) transfer(ctx context.Context, desc ocispec.Descriptor, w conten
 		case err == nil:
 			continue
 		case !errors.Is(err, io.EOF):
-			return off, fmt.Errorf("cannot download layer %s: %w", short(desc.Digest), tooLong(desc, err))
+			return off, fmt.Errorf("cannot download layer %s: %w", short(desc.Digest), broken(desc, err))
 		case off < desc.Size:
 			return off, fmt.Errorf("cannot download layer %s: the registry stopped after %d of %d bytes: %w", short(desc.Digest), off, desc.Size, io.ErrUnexpectedEOF)
 		}
@@ -544,12 +544,12 @@ func errTooLong(desc ocispec.Descriptor) error {
 	return fault.New(fault.Invalid, "the registry sends more than the %d bytes of %s", desc.Size, desc.Digest)
 }
 
-// tooLong gives the fetcher's refusal to read on its kind and its words.
-func tooLong(desc ocispec.Descriptor, err error) error {
+// broken gives what a fetcher's read fails with its kind and its words.
+func broken(desc ocispec.Descriptor, err error) error {
 	if errdefs.IsFailedPrecondition(err) {
 		return errTooLong(desc)
 	}
-	return err
+	return missing(desc, err) // the request goes out with the first read
 }
 
 // noRanges tells that the registry does not go on with a download in its midst.
