@@ -13,7 +13,6 @@ import (
 	"github.com/cloudos-io/cloudos/internal/fault"
 	"github.com/cloudos-io/cloudos/internal/network/bridge"
 	"github.com/cloudos-io/cloudos/internal/network/ipam"
-	"github.com/cloudos-io/cloudos/internal/network/nft"
 	"github.com/moby/moby/api/types/network"
 )
 
@@ -363,7 +362,7 @@ func (m *Manager) ourLinks() map[string]bool {
 
 // fell removes what raise made.
 func (m *Manager) fell(n *netw) error {
-	err := errors.Join(m.table.DelBridge(n.rec.Link), nft.Revoke(m.table.Name(), n.rec.Link))
+	err := errors.Join(m.table.DelBridge(n.rec.Link), m.revoke(context.Background(), n.rec.Link, false))
 	if i := m.links.Index(n.rec.Link); i != 0 && !n.rec.Foreign {
 		err = errors.Join(err, m.links.Delete(i))
 	}

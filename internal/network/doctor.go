@@ -2,11 +2,10 @@ package network
 
 import (
 	"context"
-	"errors"
 	"fmt"
+	"slices"
 	"strings"
 
-	"github.com/cloudos-io/cloudos/internal/fault"
 	"github.com/cloudos-io/cloudos/internal/network/bridge"
 	"github.com/cloudos-io/cloudos/internal/network/nft"
 )
@@ -21,7 +20,9 @@ const (
 // Doctor looks at the host's firewall and forwarding, and changes nothing.
 func (m *Manager) Doctor(ctx context.Context) []Finding {
 	var out []Finding
-	add := func(sev, title, detail, fix string) { out = append(out, Finding{sev, title, detail, fix}) }
+	add := func(sev, title, detail, fix string) {
+		out = append(out, Finding{Severity: sev, Title: title, Detail: detail, Fix: fix})
+	}
 	if m.broken != nil {
 		add(sevError, "bridge networks are off", m.broken.Error(), "give the engine CAP_NET_ADMIN and a kernel with bridge, veth and nf_tables")
 		return out
@@ -46,9 +47,9 @@ func (m *Manager) Doctor(ctx context.Context) []Finding {
 		return out
 	}
 	for _, d := range m.drops(host) {
-		add(sevError, "the host's firewall drops forwarded packets",
-			fmt.Sprintf("%s drops what no rule of it accepts, so that containers on %s reach nothing outside, and published ports do not reach them", d.place, strings.Join(d.links, ", ")),
-			d.fix)
+		out = append(out, Finding{Severity: sevError, Title: "the host's firewall drops forwarded packets",
+			Detail: fmt.Sprintf("%s drops what no rule of it accepts, so that containers on %s reach nothing outside, or published ports do not reach them", d.place, strings.Join(d.links, ", ")),
+			Fix:    "servin system doctor --fix, or by hand: " + d.fix, Action: d.action()})
 	}
 	if host.OutputDrops != "" {
 		add(sevWarning, "the host's firewall drops what the host sends", fmt.Sprintf("%s has the policy drop: the engine passes first packets to published ports out of %si0, which must be accepted there", host.OutputDrops, m.vethPrefix()),
@@ -81,32 +82,51 @@ type drop struct {
 	chain      nft.Chain
 }
 
-// drops finds where FORWARD drops and no accept of ours is in place.
+// action says what AllowForward does about it. It names the place and all
+// links, so that consent to it is consent to nothing else.
+func (d drop) action() string {
+	return fmt.Sprintf("let %s accept what is forwarded from and to %s: %s", d.place, strings.Join(d.links, ", "), d.fix)
+}
+
+// nowhere is a link that no rule names: what a host without a default route
+// would send by.
+const nowhere = "\x00"
+
+// drops finds where FORWARD drops what goes from our bridges to the outside,
+// or the first packets to published ports.
 func (m *Manager) drops(host nft.Host) (out []drop) {
 	links := m.forwarding()
 	if len(links) == 0 {
 		return nil
 	}
+	uplink, six, tools := bridge.Uplink(), m.uses6(), map[nft.Kind]bool{}
+	if uplink == "" {
+		uplink = nowhere
+	}
+	inject := m.vethPrefix() + "i1"
 	for _, c := range host.Forward {
 		var missing []string
 		for _, l := range links {
-			if !c.Accepts[l] {
+			if !c.Passes(l, uplink) || !c.Passes(inject, l) {
 				missing = append(missing, l)
 			}
 		}
-		if len(missing) == 0 {
+		if len(missing) == 0 || c.Six() && !six || tools[c.Kind] {
 			continue
 		}
 		d := drop{place: c.String(), links: missing, chain: c}
 		switch c.Kind {
 		case nft.UFW:
-			d.fix = eachLink(missing, "ufw route allow in on %[1]s; ufw route allow out on %[1]s")
+			// One command is for both families.
+			tools[c.Kind] = true
+			d.place, d.fix = "ufw", script(ufwCommands(missing, false))
 		case nft.Firewalld:
-			d.fix = eachLink(missing, "firewall-cmd --permanent --zone=trusted --add-interface=%[1]s") + "; firewall-cmd --reload"
+			tools[c.Kind] = true
+			d.place, d.fix = "firewalld", script(m.zone().commands(missing))
 		case nft.Docker:
-			d.fix = "servin system doctor --fix puts the accept into DOCKER-USER: " + eachLink(missing, "iptables -I DOCKER-USER -i %[1]s -j ACCEPT; iptables -I DOCKER-USER -o %[1]s -j ACCEPT")
+			d.fix = eachLink(missing, "iptables -I DOCKER-USER -i %[1]s -j ACCEPT; iptables -I DOCKER-USER -o %[1]s -j ACCEPT")
 		default:
-			d.fix = "servin system doctor --fix adds it: " + eachLink(missing, "nft insert rule "+c.Where()+" iifname %[1]s accept; nft insert rule "+c.Where()+" oifname %[1]s accept")
+			d.fix = eachLink(missing, "nft insert rule "+c.Where()+" iifname %[1]s accept; nft insert rule "+c.Where()+" oifname %[1]s accept")
 		}
 		out = append(out, d)
 	}
@@ -130,6 +150,7 @@ func (m *Manager) forwarding() (out []string) {
 			out = append(out, n.rec.Link)
 		}
 	}
+	slices.Sort(out)
 	return out
 }
 
@@ -141,28 +162,7 @@ func (m *Manager) forwardWarning() string {
 		return ""
 	}
 	if ds := m.drops(host); len(ds) > 0 {
-		return fmt.Sprintf("%s drops forwarded packets: containers on this network reach nothing outside; %s", ds[0].place, ds[0].fix)
+		return fmt.Sprintf("%s drops forwarded packets: containers on this network reach nothing outside; to let them: servin system doctor --fix, or by hand: %s", ds[0].place, ds[0].fix)
 	}
 	return ""
-}
-
-// AllowForward puts the narrow accepts that Doctor offers into the host's own
-// firewall: for each of our bridges, in the one chain that drops, and nothing
-// else. It is to be called only when the user agreed; they go with the
-// network. ufw and firewalld keep
-// their rules in files of their own, and are left to their tools.
-func (m *Manager) AllowForward(ctx context.Context) error {
-	host, err := nft.Inspect(m.table.Name())
-	if err != nil {
-		return err
-	}
-	var errs error
-	for _, d := range m.drops(host) {
-		if d.chain.Kind == nft.UFW || d.chain.Kind == nft.Firewalld {
-			errs = errors.Join(errs, fault.New(fault.Unsupported, "cannot change %s: its rules are kept by its own tool; run: %s", d.place, d.fix))
-			continue
-		}
-		errs = errors.Join(errs, d.chain.Allow(d.links, m.table.Name()))
-	}
-	return errs
 }

@@ -62,6 +62,8 @@ type Manager struct {
 	table *nft.Table
 	host  *hostState
 	ports *reservations
+	// consents are our accepts in the host's own firewall.
+	consents *consents
 	// broken says why bridge networks cannot work on this host, nil if they can.
 	broken error
 	six    bool
@@ -161,6 +163,7 @@ func New(ctx context.Context, cfg Config) (*Manager, error) {
 		return nil, err
 	}
 	m.host = newHostState(cfg.RunRoot, m.tag)
+	m.consents = newConsents(cfg.Root)
 	if m.links, err = bridge.New(); err != nil {
 		return nil, err
 	}

@@ -73,4 +73,6 @@ type Finding struct {
 	Title    string
 	Detail   string
 	Fix      string
+	// Action is what AllowForward would do about it, "" if nothing.
+	Action string
 }

@@ -357,7 +357,7 @@ func TestDestroyLeavesNothing(t *testing.T) {
 	m := newManager(t, func(c *Config) { c.IPv6 = "on" })
 	ctx := context.Background()
 	create(t, m, mnetwork.CreateRequest{Name: "n"})
-	if err := m.AllowForward(ctx); err != nil {
+	if _, err := m.AllowForward(ctx, actions(m)); err != nil {
 		t.Fatal(err)
 	}
 	for i := range 3 {
@@ -463,7 +463,7 @@ func TestForwardDrop(t *testing.T) {
 	if err != nil || !strings.Contains(r.Warning, "inet admin f") {
 		t.Fatalf("got %+v, %v", r, err)
 	}
-	if err := m.AllowForward(context.Background()); err != nil {
+	if _, err := m.AllowForward(context.Background(), actions(m)); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := ask(ns, "tcp", client4+":80"); err != nil {

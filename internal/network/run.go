@@ -8,7 +8,6 @@ import (
 	"strings"
 
 	"github.com/cloudos-io/cloudos/internal/network/bridge"
-	"github.com/cloudos-io/cloudos/internal/network/nft"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
@@ -21,12 +20,21 @@ func (m *Manager) Run(ctx context.Context) error {
 	g.Go(func() error { return m.reap(ctx) })
 	if m.broken == nil {
 		g.Go(func() error {
+			if err := m.reallow(ctx, false); err != nil {
+				m.log.Error("accepts in the host's firewall could not be put back", "cause", err)
+			}
+			return nil
+		})
+		g.Go(func() error {
 			return m.table.Watch(ctx, func(err error) {
 				if err != nil {
 					m.log.Error("the engine's nftables rules were changed by another program and could not be restored", "cause", err)
 					return
 				}
 				m.log.Warn("the engine's nftables rules were changed by another program and have been restored")
+				if err := m.reallow(ctx, true); err != nil {
+					m.log.Error("accepts in the host's firewall could not be put back", "cause", err)
+				}
 			})
 		})
 	}
@@ -194,7 +202,7 @@ func (m *Manager) Destroy(ctx context.Context) error {
 	}
 	var errs error
 	if m.broken == nil {
-		errs = errors.Join(m.table.Delete(), nft.Revoke(m.table.Name(), ""))
+		errs = errors.Join(m.table.Delete(), m.revoke(ctx, "", true))
 	}
 	var all []int
 	for _, name := range own {

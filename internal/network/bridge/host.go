@@ -155,3 +155,32 @@ func SetSysctl(path, value string) error {
 	}
 	return nil
 }
+
+// Uplink names the link of the host's default route, "" if there is none.
+func Uplink() string {
+	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
+		routes, err := netlink.RouteList(nil, family)
+		if err != nil {
+			continue
+		}
+		best := -1
+		name := ""
+		for _, r := range routes {
+			if r.Dst != nil && !(r.Dst.IP.IsUnspecified() && isDefault(r.Dst)) || best >= 0 && r.Priority >= best {
+				continue
+			}
+			if i, err := net.InterfaceByIndex(r.LinkIndex); err == nil {
+				best, name = r.Priority, i.Name
+			}
+		}
+		if name != "" {
+			return name
+		}
+	}
+	return ""
+}
+
+func isDefault(n *net.IPNet) bool {
+	ones, _ := n.Mask.Size()
+	return ones == 0
+}

@@ -23,7 +23,7 @@ const (
 	Firewalld
 )
 
-// Chain is a chain of the host's that drops forwarded packets.
+// Chain is a chain of the host's through which forwarded packets go.
 type Chain struct {
 	Kind   Kind
 	family nftables.TableFamily
@@ -31,9 +31,25 @@ type Chain struct {
 	name   string
 	// insert is the chain that an accept belongs into, mostly the same.
 	insert string
-	// Accepts names the links for which both directions are accepted.
-	Accepts map[string]bool
+	drops  bool // its policy
+	view   *view
 }
+
+// Passes tells whether the chain lets the first packet of a connection go from
+// one link to another, as far as rules tell by links alone: what a rule asks
+// besides that is taken not to hold.
+func (c Chain) Passes(in, out string) bool {
+	switch c.view.walk(c.name, in, out, 0) {
+	case accepted:
+		return true
+	case dropped:
+		return false
+	}
+	return !c.drops
+}
+
+// Six tells whether the chain sees IPv6 alone.
+func (c Chain) Six() bool { return c.family == nftables.TableFamilyIPv6 }
 
 func (c Chain) String() string {
 	who := map[Kind]string{Admin: "chain", Docker: "Docker's chain", UFW: "ufw's chain", Firewalld: "firewalld's chain"}[c.Kind]
@@ -57,6 +73,7 @@ func familyName(f nftables.TableFamily) string {
 
 // Host is what of the host's firewall matters to us.
 type Host struct {
+	// Forward are all filtering chains at the forward hook.
 	Forward []Chain
 	// OutputDrops names an output chain whose policy is drop.
 	OutputDrops string
@@ -76,7 +93,7 @@ func Inspect(ours string) (Host, error) {
 	if err != nil {
 		return h, fmt.Errorf("cannot list the chains of nftables: %w", err)
 	}
-	names := map[string]bool{}
+	names, views := map[string]bool{}, map[string]*view{}
 	key := func(ch *nftables.Chain, name string) string {
 		return fmt.Sprint(ch.Table.Family, "\x00", ch.Table.Name, "\x00", name)
 	}
@@ -100,18 +117,11 @@ func Inspect(ours string) (Host, error) {
 		if *ch.Hooknum != *nftables.ChainHookForward {
 			continue
 		}
-		rules, err := c.GetRules(ch.Table, ch)
-		if err != nil {
-			continue // it went meanwhile
+		tab := fmt.Sprint(ch.Table.Family, "\x00", ch.Table.Name)
+		if views[tab] == nil {
+			views[tab] = newView(c, ch.Table, chains)
 		}
-		// firewalld has an accepting policy and rejects in its last rule.
-		if n := len(rules); n > 0 && unconditional(rules[n-1]) {
-			dropping = true
-		}
-		if !dropping {
-			continue
-		}
-		f := Chain{family: ch.Table.Family, table: ch.Table.Name, name: ch.Name, insert: ch.Name, Accepts: map[string]bool{}}
+		f := Chain{family: ch.Table.Family, table: ch.Table.Name, name: ch.Name, insert: ch.Name, drops: dropping, view: views[tab]}
 		switch {
 		case ch.Table.Name == "firewalld":
 			f.Kind = Firewalld
@@ -120,48 +130,11 @@ func Inspect(ours string) (Host, error) {
 		case names[key(ch, "DOCKER-USER")]:
 			f.Kind, f.insert = Docker, "DOCKER-USER"
 		}
-		in, out := map[string]bool{}, map[string]bool{}
-		read := func(rules []*nftables.Rule) {
-			for _, r := range rules {
-				if name, iif, ok := acceptsLink(r); ok && iif {
-					in[name] = true
-				} else if ok {
-					out[name] = true
-				}
-			}
-		}
-		read(rules)
-		for _, sub := range []string{f.insert, "ufw-user-forward", "ufw6-user-forward"} {
-			if sub != ch.Name && names[key(ch, sub)] {
-				if more, err := c.GetRules(ch.Table, &nftables.Chain{Name: sub, Table: ch.Table}); err == nil {
-					read(more)
-				}
-			}
-		}
-		for l := range in {
-			f.Accepts[l] = out[l]
-		}
 		h.Forward = append(h.Forward, f)
 	}
 	b, err := os.ReadFile("/proc/net/ip_tables_names")
 	h.Legacy = err == nil && bytes.Contains(b, []byte("filter"))
 	return h, nil
-}
-
-// unconditional tells whether a rule drops or rejects whatever comes.
-func unconditional(r *nftables.Rule) bool {
-	for _, e := range r.Exprs {
-		switch x := e.(type) {
-		case *expr.Counter:
-		case *expr.Reject:
-			return true
-		case *expr.Verdict:
-			return x.Kind == expr.VerdictDrop
-		default:
-			return false
-		}
-	}
-	return false
 }
 
 // acceptsLink reads a rule that does nothing but accept what comes in from,
