@@ -45,14 +45,20 @@ func (g *generator) defaultMounts() []specs.Mount {
 			ms[i] = specs.Mount{Destination: dst, Type: "bind", Source: dst, Options: o}
 		}
 	}
-	if !g.newNet {
+	// A rootless engine owns its own namespaces and those of its containers, all
+	// but the one with the host's processes.
+	owner := g.in.Rootless && !g.userNS
+	if !g.newNet && !owner {
 		bind("/sys", true)
 	}
-	if !g.newPID {
+	if !g.newPID && (!owner || g.in.HostConfig.PidMode.IsHost()) {
 		bind("/proc", false)
 	}
-	if !g.newIPC {
+	if !g.newIPC && !owner {
 		bind("/dev/mqueue", false)
+	}
+	if g.in.CgroupPath == "" && g.in.Join.Cgroup == "" && !g.in.HostConfig.CgroupnsMode.IsPrivate() {
+		bind("/sys/fs/cgroup", true)
 	}
 	return ms
 }

@@ -41,7 +41,9 @@ func validSysctl(name string) bool {
 func (g *generator) sysctls() error {
 	hc := g.in.HostConfig
 	all := make(map[string]string, len(hc.Sysctls)+2)
-	if g.newNet {
+	// With the host's procfs in place of one of its own there is nothing to write
+	// them through (see defaultMounts).
+	if g.newNet && !(g.in.Rootless && hc.PidMode.IsHost()) {
 		// A process may ping and listen on low ports without a capability; the
 		// group range cannot be set where the ids are not mapped.
 		if !g.userNS && !g.in.Rootless && g.in.Host.PingGroupRange {

@@ -85,6 +85,16 @@ func (u *user) testRun(t *testing.T) {
 	if got := u.must("run", "--rm", "--device", "/dev/full:/dev/full", "--read-only", "--tmpfs", "/run", "--init", "bb", "sh", "-c", "echo x > /run/x; cat /run/x"); got != "x" {
 		t.Errorf("options: %q", got)
 	}
+	for _, mode := range []string{"--pid", "--ipc", "--network", "--uts", "--cgroupns"} {
+		if got := u.must("run", "--rm", mode, "host", "bb", "sh", "-c", "test -d /proc/self && test -d /sys/class && echo fine"); got != "fine" {
+			t.Errorf("%s host: %q", mode, got)
+		}
+	}
+	u.must("run", "-d", "--name", "first", "--ipc", "shareable", "bb", "sleep", "1000")
+	if got := u.must("run", "--rm", "--pid", "container:first", "--network", "container:first", "--ipc", "container:first", "bb", "cat", "/proc/1/comm"); got != "sleep" {
+		t.Errorf("joined namespaces: process 1 is %q", got)
+	}
+	u.must("rm", "-f", "first")
 	u.must("run", "-d", "--name", "long", "bb", "sh", "-c", "trap 'echo bye; exit 3' TERM; echo begun; while :; do sleep 0.1; done")
 	if got := u.must("exec", "-u", "web", "long", "sh", "-c", "id -u; cat /proc/1/comm"); got != "1000\nsh" {
 		t.Errorf("exec: %q", got)
