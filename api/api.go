@@ -73,6 +73,20 @@ type Finding struct {
 	Title    string
 	Detail   string `json:",omitempty"`
 	Fix      string `json:",omitempty"`
+	// Action is what the engine itself can do about it, when asked to by
+	// POST /servin/doctor/fix.
+	Action string `json:",omitempty"`
+}
+
+// FixRequest is the body of POST /servin/doctor/fix: the actions that the user
+// was shown and agreed to. No other is carried out.
+type FixRequest struct {
+	Actions []string
+}
+
+// FixReport is its answer: what was done.
+type FixReport struct {
+	Done []string
 }
 
 // PruneRequest is the body of POST /servin/prune.

@@ -67,6 +67,13 @@ func (c *Client) Doctor(ctx context.Context) ([]api.Finding, error) {
 	return out, err
 }
 
+// Fix has the engine carry out actions of its findings that the user agreed to.
+func (c *Client) Fix(ctx context.Context, actions []string) (api.FixReport, error) {
+	var out api.FixReport
+	err := c.post(ctx, api.Root+"/doctor/fix", nil, api.FixRequest{Actions: actions}, &out)
+	return out, err
+}
+
 // Prune removes what nothing uses.
 func (c *Client) Prune(ctx context.Context, req api.PruneRequest) (api.PruneReport, error) {
 	var out api.PruneReport

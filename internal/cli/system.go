@@ -15,9 +15,11 @@ import (
 	"github.com/moby/moby/api/types/events"
 	"github.com/moby/moby/api/types/system"
 
+	"github.com/cloudos-io/cloudos/api"
 	"github.com/cloudos-io/cloudos/client"
 	"github.com/cloudos-io/cloudos/internal/cli/command"
 	"github.com/cloudos-io/cloudos/internal/cli/format"
+	"github.com/cloudos-io/cloudos/internal/cli/terminal"
 )
 
 func (a *App) system() []*command.Command {
@@ -350,11 +352,19 @@ func eventText(m *events.Message) string {
 }
 
 func (a *App) cmdDoctor() *command.Command {
-	jsonOut, verbose := false, false
+	jsonOut, verbose, fix, yes := false, false, false, false
 	return &command.Command{Name: "doctor", Short: "Check the host and say what to mend",
+		Long: `Check the host and say what to mend.
+
+With --fix, what the engine can mend itself is shown, and done if you agree: it lets
+the host's own firewall (nftables, ufw, firewalld, Docker's rules) accept what is
+forwarded from and to the bridges of networks, and nothing else. The accepts go with
+their network.`,
 		Flags: func(f *command.FlagSet) {
 			f.Bool(&jsonOut, "json", "", "Print the findings as JSON, one a line")
 			f.Bool(&verbose, "verbose", "v", "Show what is well, in full")
+			f.Bool(&fix, "fix", "", "Offer to mend what the engine can, and do it on a yes")
+			f.Bool(&yes, "yes", "y", "With --fix: do not ask")
 		},
 		Run: func(ctx context.Context, args []string) error {
 			c, err := a.client()
@@ -364,6 +374,11 @@ func (a *App) cmdDoctor() *command.Command {
 			list, err := c.Doctor(ctx)
 			if err != nil {
 				return err
+			}
+			if fix {
+				if list, err = a.fixFindings(ctx, c, list, yes); err != nil {
+					return err
+				}
 			}
 			bad := 0
 			for _, f := range list {
@@ -396,6 +411,44 @@ func (a *App) cmdDoctor() *command.Command {
 			}
 			return fmt.Errorf("%d findings are errors", bad)
 		}}
+}
+
+// fixFindings has the engine do what it offers, on consent, and looks again.
+func (a *App) fixFindings(ctx context.Context, c *client.Client, list []api.Finding, yes bool) ([]api.Finding, error) {
+	var actions []string
+	for _, f := range list {
+		if f.Action != "" {
+			actions = append(actions, f.Action)
+		}
+	}
+	if len(actions) == 0 {
+		fmt.Fprintln(a.Stderr, "There is nothing that the engine could mend.")
+		return list, nil
+	}
+	fmt.Fprintln(a.Stderr, "The engine can:")
+	for _, s := range actions {
+		fmt.Fprintf(a.Stderr, "  %s\n", s)
+	}
+	if !yes {
+		if !terminal.Is(a.Stdin) {
+			return nil, fmt.Errorf("%w: this changes the host's firewall; say --yes to do it without being asked", errNotConfirmed)
+		}
+		ok, err := a.yesNo("Go on?")
+		if err != nil {
+			return nil, err
+		}
+		if !ok {
+			return nil, exitWith(exitFailure, errNotConfirmed)
+		}
+	}
+	rep, err := c.Fix(ctx, actions)
+	if err != nil {
+		return nil, err
+	}
+	for _, s := range rep.Done {
+		fmt.Fprintf(a.Stderr, "Done: %s\n", s)
+	}
+	return c.Doctor(ctx)
 }
 
 func prefixed(p, s string) string {

@@ -106,6 +106,7 @@ type System interface {
 	// Events replays from since (if set) and follows until until or ctx ends.
 	Events(ctx context.Context, since, until time.Time, f Filters, emit func(events.Message) error) error
 	Doctor(ctx context.Context) ([]api.Finding, error)
+	Fix(ctx context.Context, req api.FixRequest) (api.FixReport, error)
 	// Prune removes what nothing uses.
 	Prune(ctx context.Context, o api.PruneRequest) (api.PruneReport, error)
 	// Shutdown stops the daemon; with containers it ends them too and removes

@@ -288,6 +288,10 @@ func (f *fake) Events(_ context.Context, since, until time.Time, fl Filters, emi
 	return f.late
 }
 func (f *fake) Doctor(context.Context) ([]api.Finding, error) { return nil, f.call("doctor") }
+
+func (f *fake) Fix(_ context.Context, o api.FixRequest) (api.FixReport, error) {
+	return api.FixReport{}, f.call("fix %v", o.Actions)
+}
 func (f *fake) Prune(_ context.Context, o api.PruneRequest) (api.PruneReport, error) {
 	return api.PruneReport{}, f.call("prune %s", js(o))
 }

@@ -135,6 +135,7 @@ func routes(c Config) []route {
 		{"POST", "/servin/run", 0, own.run},
 		{"GET", "/servin/health", 0, own.health},
 		{"GET", "/servin/doctor", 0, own.doctor},
+		{"POST", "/servin/doctor/fix", 0, own.fix},
 		{"GET", "/servin/drained", 0, own.drained},
 		{"POST", "/servin/prune", 0, own.prune},
 		{"POST", "/servin/shutdown", 0, own.shutdown},

@@ -166,6 +166,7 @@ var routeCases = []routeCase{
 	{method: "POST", path: "/servin/run", body: `{}`, status: 400, answer: "config cannot be empty"},
 	{method: "GET", path: "/servin/health", status: 200, answer: `"Status":"ok"`},
 	{method: "GET", path: "/servin/doctor", status: 200, call: "doctor", answer: "[]"},
+	{method: "POST", path: "/servin/doctor/fix", body: `{"Actions":["a","b"]}`, status: 200, call: "fix [a b]", answer: `{"Done":[]}`},
 	{method: "GET", path: "/servin/drained?full=1", status: 204, call: "drained full=true"},
 	{method: "POST", path: "/servin/prune", body: `{"All":true}`, status: 200, call: `prune {"All":true}`},
 	{method: "POST", path: "/servin/shutdown", body: `{"Containers":true}`, status: 204, call: "shutdown containers=true"},
@@ -351,6 +352,7 @@ Our own routes (types in package ` + "`api`" + `):
 | ` + "`POST /servin/run`" + ` | creates, attaches, starts and waits in one round trip: body ` + "`RunRequest`" + `, upgraded stream of frames |
 | ` + "`GET /servin/health`" + ` | ` + "`Health`" + `; waits for nothing |
 | ` + "`GET /servin/doctor`" + ` | checks the host, a list of ` + "`Finding`" + ` |
+| ` + "`POST /servin/doctor/fix`" + ` | carries out the actions of findings that the user agreed to, ` + "`FixRequest` to `FixReport`" + ` |
 | ` + "`GET /servin/drained?full=1`" + ` | 204 once no teardown is pending and, with full, the pool of parked sandboxes is full |
 | ` + "`POST /servin/prune`" + ` | ` + "`PruneRequest`" + ` to ` + "`PruneReport`" + ` |
 | ` + "`POST /servin/shutdown`" + ` | ` + "`ShutdownRequest`" + `; 204 before the daemon leaves |

@@ -113,6 +113,19 @@ func (a servinAPI) doctor(w *response, r *request) error {
 	return w.json(http.StatusOK, nonNil(l))
 }
 
+func (a servinAPI) fix(w *response, r *request) error {
+	var o api.FixRequest
+	if err := r.decode(w, &o); err != nil {
+		return err
+	}
+	rep, err := a.sys.Fix(r.Context(), o)
+	if err != nil {
+		return err
+	}
+	rep.Done = nonNil(rep.Done)
+	return w.json(http.StatusOK, rep)
+}
+
 func (a servinAPI) prune(w *response, r *request) error {
 	var o api.PruneRequest
 	if err := r.decode(w, &o); err != nil {

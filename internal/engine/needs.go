@@ -69,6 +69,9 @@ type Networks interface {
 	Restore(ctx context.Context, live []network.Live) error
 	// Doctor looks at the host's firewall and forwarding.
 	Doctor(ctx context.Context) []network.Finding
+	// AllowForward carries out the actions of Doctor's findings that the user
+	// agreed to, and tells which it did.
+	AllowForward(ctx context.Context, actions []string) (done []string, err error)
 	// Run serves names, watches the ruleset and does deferred teardown.
 	Run(ctx context.Context) error
 	// Destroy removes every link, rule and address of this engine (shutdown).

@@ -292,9 +292,18 @@ func (s *SystemService) Doctor(ctx context.Context) ([]api.Finding, error) {
 		out = append(out, s.e.cfg.Checks(ctx)...)
 	}
 	for _, f := range s.e.cfg.Networks.Doctor(ctx) {
-		out = append(out, api.Finding{Severity: f.Severity, Title: f.Title, Detail: f.Detail, Fix: f.Fix})
+		out = append(out, api.Finding{Severity: f.Severity, Title: f.Title, Detail: f.Detail, Fix: f.Fix, Action: f.Action})
 	}
 	return out, nil
+}
+
+// Fix carries out actions that Doctor offers and the user agreed to.
+func (s *SystemService) Fix(ctx context.Context, req api.FixRequest) (api.FixReport, error) {
+	if len(req.Actions) == 0 {
+		return api.FixReport{}, fault.New(fault.Invalid, "cannot fix: name the actions that were agreed to")
+	}
+	done, err := s.e.cfg.Networks.AllowForward(ctx, req.Actions)
+	return api.FixReport{Done: done}, err
 }
 
 // ImageInUse tells which containers use an image id: container id to whether it runs.
