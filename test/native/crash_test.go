@@ -23,13 +23,13 @@ func TestDaemonKilled(t *testing.T) {
 		}
 		time.Sleep(20 * time.Millisecond)
 		e.kill()
-		wg.Wait()
 		begin := time.Now()
 		e.boot()
 		if got := e.must("inspect", "--format", "{{.State.Pid}} {{.State.Running}}", "steady"); got != pid+" true" {
 			t.Fatalf("after a crash: %q, want pid %s", got, pid)
 		}
 		t.Logf("taken back after %s", time.Since(begin).Round(time.Millisecond))
+		wg.Wait() // the command line waits for an engine that went away
 	}
 	eventually(t, "exit of the writer", 30*time.Second, func() bool {
 		return e.must("inspect", "--format", "{{.State.Status}} {{.State.ExitCode}}", "writer") == "exited 9"

@@ -91,7 +91,9 @@ func layerOf(t *testing.T, img v1.Image) func(*http.Request) bool {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return func(r *http.Request) bool { return r.Method == http.MethodGet && strings.HasSuffix(r.URL.Path, d.String()) }
+	return func(r *http.Request) bool {
+		return r.Method == http.MethodGet && strings.HasSuffix(r.URL.Path, d.String())
+	}
 }
 
 // TestLyingRegistry pulls from registries that do what they must not. Each pull

@@ -6,6 +6,8 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -14,7 +16,7 @@ import (
 // traces counts what an engine has on a host: what names its folder, or the
 // instance id that its links, tables and cgroups carry.
 type traces struct {
-	mounts, cgroups, links, processes, tables, fds int
+	mounts, cgroups, links, processes, namespaces, tables, rules, fds int
 }
 
 // lines counts the lines of a command's output that hold one of the texts.
@@ -60,21 +62,87 @@ func (e *engine) take() traces {
 		links:  lines(e.t, []string{"ether"}, "ip", "-o", "link"),
 		tables: lines(e.t, id, "nft", "list", "tables"),
 	}
-	// A process of the engine has its folder open or as its working directory.
-	for _, p := range glob("/proc/[0-9]*") {
-		for _, l := range append(glob(p+"/fd/*"), p+"/cwd") {
-			if to, err := os.Readlink(l); err == nil && strings.HasPrefix(to, e.dir+"/") {
-				tr.processes++
-				break
+	tr.rules = lines(e.t, []string{"accept", "drop", "jump", "dnat", "masquerade", "elements", "@"}, "nft", "list", "table", "ip", "servin_"+id[0])
+	spaces := map[string]bool{}
+	for _, p := range e.processes() {
+		tr.processes++
+		for _, ns := range glob(fmt.Sprintf("/proc/%d/ns/*", p)) {
+			if to, err := os.Readlink(ns); err == nil {
+				spaces[to] = true
 			}
 		}
 	}
+	tr.namespaces = len(spaces)
 	select {
 	case <-e.exited:
 	default:
 		tr.fds = len(glob(fmt.Sprintf("/proc/%d/fd/*", e.cmd.Process.Pid)))
 	}
 	return tr
+}
+
+// processes are those of the engine: they have its folder open or as their
+// working directory, or are in one of its cgroups.
+func (e *engine) processes() (pids []int) {
+	e.t.Helper()
+	id := e.instance()
+	for _, p := range glob("/proc/[0-9]*") {
+		pid, err := strconv.Atoi(filepath.Base(p))
+		if err != nil {
+			continue
+		}
+		if cg, err := os.ReadFile(p + "/cgroup"); err == nil && strings.Contains(string(cg), id) {
+			pids = append(pids, pid)
+			continue
+		}
+		for _, l := range append(glob(p+"/fd/*"), p+"/cwd") {
+			if to, err := os.Readlink(l); err == nil && strings.HasPrefix(to, e.dir+"/") {
+				pids = append(pids, pid)
+				break
+			}
+		}
+	}
+	return pids
+}
+
+// numbers and ids in paths, which differ from time to time.
+var varying = regexp.MustCompile(`[0-9a-f]{32,64}|[0-9a-f]{8}-[0-9a-f-]{27}|\b[0-9]+\b`)
+
+// files counts the paths under the engine's folders, with what varies replaced.
+// What is kept ready for the next start is not counted.
+func (e *engine) files() map[string]int {
+	m := map[string]int{}
+	for _, top := range []string{"root", "run"} {
+		_ = filepath.WalkDir(filepath.Join(e.dir, top), func(path string, d os.DirEntry, err error) error {
+			if err != nil {
+				return nil
+			}
+			rel := strings.TrimPrefix(path, e.dir+"/")
+			if rel == "root/layers/spare" || strings.HasPrefix(rel, "root/images/layers/snapshots/") && d.IsDir() && strings.HasSuffix(rel, "/fs") {
+				m[rel]++
+				return filepath.SkipDir
+			}
+			m[varying.ReplaceAllString(rel, "N")]++
+			return nil
+		})
+	}
+	return m
+}
+
+// differ lists the paths whose number differs.
+func differ(before, after map[string]int) (d []string) {
+	for p, n := range after {
+		if n != before[p] {
+			d = append(d, fmt.Sprintf("%s: %d, was %d", p, n, before[p]))
+		}
+	}
+	for p, n := range before {
+		if after[p] == 0 {
+			d = append(d, fmt.Sprintf("%s: 0, was %d", p, n))
+		}
+	}
+	slices.Sort(d)
+	return d
 }
 
 func glob(pattern string) []string {
