@@ -139,8 +139,15 @@ static void on_ctl(int c)
 		break;
 	}
 	case CTL_QUIT:
-		if (M.recorded || M.state <= STATE_PARKED)
+		if (M.state <= STATE_PARKED)
 			M.done = true;
+		else if (M.recorded) {
+			/* All that is to be told has been told, but a client may not have
+			 * read everything yet: it gets the rest, and then we end. */
+			shut(&M.listen);
+			for (int i = 0; i < MAXCTL; i++)
+				drop_ctl(i);
+		}
 		else if (INIT->wait == W_COMMAND)
 			kill_init(); /* the command that was to make the container */
 		break;
