@@ -369,7 +369,9 @@ func (b *builder) devices(spec *specs.Spec, o Options) {
 			continue // a link into devpts, the terminal
 		}
 		if (userns || o.BindDevices) && d.mode&unix.S_IFMT != unix.S_IFIFO {
-			b.device(d.path, b.slot(Slot{Kind: SlotDevice, Source: d.path, Propagation: unix.MS_PRIVATE}), d.mode, d.major, d.minor)
+			slot := Slot{Kind: SlotDevice, Source: d.path, Propagation: unix.MS_PRIVATE}
+			slot.Device.Type, slot.Device.Major, slot.Device.Minor = d.mode&unix.S_IFMT, d.major, d.minor
+			b.device(d.path, b.slot(slot), d.mode, d.major, d.minor)
 			continue
 		}
 		b.mknod(d.path, d.mode, d.major, d.minor, d.uid, d.gid)

@@ -94,6 +94,10 @@ func TestGolden(t *testing.T) {
 		"park-v2-hostnet": func(t *testing.T) (*Plan, error) {
 			return Park(false, Options{CgroupV2: true})
 		},
+		"park-rootless": func(t *testing.T) (*Plan, error) { return Park(true, Options{CgroupV2: true, BindDevices: true}) },
+		"rootless-one-id": func(t *testing.T) (*Plan, error) {
+			return Compile(defaultSpec(t, "/bundle/rootfs", "/bin/true"), Options{CgroupV2: true, BindDevices: true, KeepGroups: true})
+		},
 		"everything": func(t *testing.T) (*Plan, error) {
 			return Compile(everything(t), Options{ID: "abc", V1Controllers: v1, Seccomp: filter, SeccompFlags: 4, SeccompNotify: true,
 				AppArmor: true, SELinux: true, PreserveFDs: 2})
@@ -148,5 +152,27 @@ func TestGolden(t *testing.T) {
 				t.Fatal("encoding is not stable")
 			}
 		})
+	}
+}
+
+// TestParkedRootless: a procfs that was not prepared cannot be had any more once
+// the host's is out of sight.
+func TestParkedRootless(t *testing.T) {
+	o := Options{CgroupV2: true, BindDevices: true, Parked: true, Prepare: defaultSpec(t, "/bundle/rootfs", "/bin/true").Mounts}
+	if _, err := Compile(defaultSpec(t, "/bundle/rootfs", "/bin/true"), o); err != nil {
+		t.Errorf("what was prepared: %v", err)
+	}
+	s := defaultSpec(t, "/bundle/rootfs", "/bin/true")
+	for i := range s.Mounts {
+		if s.Mounts[i].Type == "proc" {
+			s.Mounts[i].Options = append(s.Mounts[i].Options, "hidepid=2")
+		}
+	}
+	if _, err := Compile(s, o); err == nil {
+		t.Error("a procfs with other options passed")
+	}
+	o.BindDevices = false
+	if _, err := Compile(s, o); err != nil {
+		t.Errorf("as root: %v", err)
 	}
 }

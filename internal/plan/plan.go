@@ -77,6 +77,9 @@ type Slot struct {
 	Propagation uint64
 	UIDMap      []specs.LinuxIDMapping // idmapped mount, nil for none
 	GIDMap      []specs.LinuxIDMapping
+	// Device, of a SlotDevice, is the node's type (S_IFMT) and number: it may lie
+	// elsewhere on the host than Source, its place in the container.
+	Device struct{ Type, Major, Minor uint32 }
 	// Optional: the driver sends a placeholder when the source is missing.
 	Optional bool
 }

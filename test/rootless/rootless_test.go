@@ -90,6 +90,9 @@ func (u *user) testRun(t *testing.T) {
 			t.Errorf("%s host: %q", mode, got)
 		}
 	}
+	if got := u.must("run", "--rm", "--device", "/dev/full:/dev/brim", "bb", "stat", "-c", "%t:%T", "/dev/brim"); got != "1:7" {
+		t.Errorf("a device in another place: %q", got)
+	}
 	u.must("run", "-d", "--name", "first", "--ipc", "shareable", "bb", "sleep", "1000")
 	if got := u.must("run", "--rm", "--pid", "container:first", "--network", "container:first", "--ipc", "container:first", "bb", "cat", "/proc/1/comm"); got != "sleep" {
 		t.Errorf("joined namespaces: process 1 is %q", got)

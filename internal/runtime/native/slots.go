@@ -90,7 +90,11 @@ func (d *Driver) cloneMount(sl *plan.Slot) (int, error) {
 	if sl.Recursive {
 		flags |= unix.AT_RECURSIVE
 	}
-	fd, err := unix.OpenTree(unix.AT_FDCWD, sl.Source, flags)
+	source := sl.Source
+	if sl.Kind == plan.SlotDevice {
+		source = devicePath(sl)
+	}
+	fd, err := unix.OpenTree(unix.AT_FDCWD, source, flags)
 	if err != nil {
 		if sl.Optional && errors.Is(err, unix.ENOENT) {
 			return unix.Open("/dev/null", unix.O_PATH|unix.O_CLOEXEC, 0)
@@ -108,6 +112,30 @@ func (d *Driver) cloneMount(sl *plan.Slot) (int, error) {
 		}
 	}
 	return fd, nil
+}
+
+// devicePath finds a device node on the host: at the place that it has in the
+// container, else where the kernel says that it is.
+func devicePath(sl *plan.Slot) string {
+	is := func(path string) bool {
+		var st unix.Stat_t
+		return unix.Stat(path, &st) == nil && st.Mode&unix.S_IFMT == sl.Device.Type &&
+			uint64(st.Rdev) == unix.Mkdev(sl.Device.Major, sl.Device.Minor)
+	}
+	if is(sl.Source) {
+		return sl.Source
+	}
+	kind := "char"
+	if sl.Device.Type == unix.S_IFBLK {
+		kind = "block"
+	}
+	data, _ := os.ReadFile("/sys/dev/" + kind + "/" + strconv.Itoa(int(sl.Device.Major)) + ":" + strconv.Itoa(int(sl.Device.Minor)) + "/uevent")
+	for line := range strings.Lines(string(data)) {
+		if name, ok := strings.CutPrefix(strings.TrimSpace(line), "DEVNAME="); ok && is("/dev/"+name) {
+			return "/dev/" + name
+		}
+	}
+	return sl.Source // whose absence or otherness is then reported
 }
 
 func setAttr(fd int, sl *plan.Slot) error {
