@@ -220,21 +220,5 @@ func TestStorm(t *testing.T) {
 		}
 	}
 	s.clear("steady")
-	e.must("run", "--rm", "--network", "none", "bb", "true") // sandboxes of this kind are kept ready again
-	var after traces
-	var diff []string
-	for deadline := time.Now().Add(15 * time.Second); ; time.Sleep(500 * time.Millisecond) {
-		e.settle()
-		after, diff = e.take(), differ(filesBefore, e.files())
-		before.fds, after.fds = 0, 0
-		if before == after && len(diff) == 0 || time.Now().After(deadline) {
-			break
-		}
-	}
-	if before != after {
-		t.Errorf("traces left:\nbefore %+v\nafter  %+v", before, after)
-	}
-	for _, d := range diff {
-		t.Errorf("files: %s", d)
-	}
+	e.compare(before, filesBefore)
 }
