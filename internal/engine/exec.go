@@ -209,6 +209,12 @@ func (e *Engine) ExecStart(ctx context.Context, id string, req mcontainer.ExecSt
 		}
 	}
 	a.Stdin = in
+	// Clients ask for the exit code as soon as the output ends.
+	for _, r := range []*io.Reader{&a.Stdout, &a.Stderr} {
+		if *r != nil {
+			*r = untilExit{*r, proc}
+		}
+	}
 	if !x.req.AttachStdout && !x.req.Tty {
 		a.Stdout = nil
 	}
@@ -216,6 +222,25 @@ func (e *Engine) ExecStart(ctx context.Context, id string, req mcontainer.ExecSt
 		a.Stderr = nil
 	}
 	return a, nil
+}
+
+// untilExit ends a stream no sooner than its process has ended.
+type untilExit struct {
+	io.Reader
+	proc runtime.Exec
+}
+
+func (u untilExit) Read(p []byte) (int, error) {
+	n, err := u.Reader.Read(p)
+	if n == 0 && err == io.EOF {
+		t := time.NewTimer(2 * time.Second) // a monitor that died tells no end
+		defer t.Stop()
+		select {
+		case <-u.proc.Exited():
+		case <-t.C:
+		}
+	}
+	return n, err
 }
 
 // runExec starts the process.
