@@ -85,7 +85,7 @@ func TestMonitorStorm(t *testing.T) {
 	if s.refused.Load() > 0 {
 		t.Errorf("the daemon was away for %d requests:\n%s", s.refused.Load(), e.log())
 	}
-	if s.failed.Load()*2 > s.done.Load() {
+	if s.done.Load()-s.failed.Load() < 40 {
 		t.Error("too few requests succeeded for this test to say anything")
 	}
 	if got := e.must("inspect", "--format", "{{.State.Pid}} {{.State.Running}}", "steady"); got != pid+" true" {

@@ -80,8 +80,15 @@ func (s *storm) ask(args ...string) result {
 // work does one thing after another; names are its own.
 func (s *storm) work(worker int) {
 	rnd := rand.New(rand.NewPCG(uint64(worker), 7))
+	var mine []string
 	for i := 0; !s.stop.Load(); i++ {
 		name := fmt.Sprintf("s%dx%d", worker, i)
+		if mine = append(mine, name); len(mine) > 12 { // address pools and the machine have an end
+			for _, n := range mine {
+				s.sweep(n)
+			}
+			mine = nil
+		}
 		switch rnd.IntN(8) {
 		case 0:
 			s.ask("run", "-d", "--rm", "bb", "true")
@@ -120,6 +127,27 @@ func (s *storm) work(worker int) {
 			s.ask("exec", "steady", "sh", "-c", "echo x; exit 3")
 		case 7:
 			s.ask("run", "-d", "--rm", "-p", "80", "bb", "sleep", "0.2")
+		}
+	}
+}
+
+// sweep removes what may be left under a worker's name, until it is gone.
+func (s *storm) sweep(name string) {
+	for _, x := range []struct {
+		l    *ledger
+		args []string
+	}{
+		{&s.containers, []string{"rm", "-f", "-v", name}}, {&s.networks, []string{"networks", "rm", name}}, {&s.volumes, []string{"volumes", "rm", name}},
+	} {
+		x.l.mu.Lock()
+		there, known := x.l.there[name]
+		x.l.mu.Unlock()
+		if known && !there {
+			continue
+		}
+		x.l.forget(name)
+		if r := s.e.run(x.args...); r.code == 0 {
+			x.l.set(name, r, false)
 		}
 	}
 }
@@ -198,7 +226,7 @@ func TestStorm(t *testing.T) {
 	if worst > 10*time.Second {
 		t.Errorf("a restart took %s", worst)
 	}
-	if s.failed.Load()*2 > s.done.Load() {
+	if s.done.Load()-s.failed.Load() < 40 {
 		t.Error("too few requests succeeded for this test to say anything")
 	}
 	for _, d := range glob(e.dir + "/root/*.damaged*") {

@@ -1,7 +1,11 @@
 package native
 
 import (
+	"context"
+	"encoding/json"
 	"fmt"
+	"net"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -156,10 +160,46 @@ func (e *engine) settle() {
 	e.must("system", "drained", "--full")
 }
 
+// memory is what a daemon says of itself on its debug socket after a full
+// collection, and the kernel of it.
+type memory struct {
+	Goroutines             int
+	HeapBytes, HeapObjects int64
+	pss                    int64 // bytes
+}
+
+func (e *engine) memory(socket string) (m memory) {
+	e.t.Helper()
+	c := &http.Client{Timeout: 30 * time.Second, Transport: &http.Transport{DisableKeepAlives: true,
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return (&net.Dialer{}).DialContext(ctx, "unix", socket)
+		}}}
+	resp, err := c.Get("http://daemon/debug/memory")
+	if err != nil {
+		e.t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	if err := json.NewDecoder(resp.Body).Decode(&m); err != nil {
+		e.t.Fatal(err)
+	}
+	rollup, err := os.ReadFile(fmt.Sprintf("/proc/%d/smaps_rollup", e.cmd.Process.Pid))
+	if err != nil {
+		e.t.Fatal(err)
+	}
+	for line := range strings.Lines(string(rollup)) {
+		var kb int64
+		if _, err := fmt.Sscanf(line, "Pss: %d kB", &kb); err == nil {
+			m.pss = kb << 10
+		}
+	}
+	return m
+}
+
 // TestNoTraces starts and removes containers in every usual way, sixteen at a
-// time, and compares the host before and after.
+// time, and compares the host and the daemon before and after.
 func TestNoTraces(t *testing.T) {
-	e := start(t)
+	debug := filepath.Join(t.TempDir(), "debug.sock")
+	e := start(t, "--debug", "unix://"+debug)
 	warm := func(n int) {
 		sem := make(chan struct{}, 16)
 		errs := make(chan string, n)
@@ -199,17 +239,33 @@ func TestNoTraces(t *testing.T) {
 		default:
 		}
 	}
-	warm(32)
+	n := pick(160, 1000)
+	warm(n)
 	e.settle()
 	time.Sleep(1200 * time.Millisecond)
-	before := e.take()
-	warm(pick(160, 1000))
+	before, files, was := e.take(), e.files(), e.memory(debug)
+	warm(n) // the same once more
 	e.settle()
 	time.Sleep(1200 * time.Millisecond)
-	after := e.take()
+	after, is := e.take(), e.memory(debug)
 	before.fds, after.fds = before.fds/8, after.fds/8 // idle connections come and go
 	if before != after {
 		t.Errorf("traces left:\nbefore %+v\nafter  %+v", before, after)
+	}
+	for _, d := range differ(files, e.files()) {
+		t.Errorf("files: %s", d)
+	}
+	t.Logf("after %d containers %+v, after %d more %+v", n, was, n, is)
+	if is.Goroutines > was.Goroutines+8 {
+		t.Errorf("%d goroutines, were %d", is.Goroutines, was.Goroutines)
+	}
+	// Less than half a kilobyte for each container would be a leak that a daemon
+	// could live with; tables that doubled once are not one.
+	if d := is.HeapBytes - was.HeapBytes; d > 256<<10+int64(n)*512 {
+		t.Errorf("the heap grew by %d bytes in %d containers", d, n)
+	}
+	if d := is.pss - was.pss; d > 6<<20 {
+		t.Errorf("the daemon grew by %d bytes in %d containers", d, n)
 	}
 }
 
