@@ -193,6 +193,9 @@ int op_creds(struct stage *s, struct rd *r, uint16_t flags)
 	/* changing ids makes a process dumpable as the sysctl says: not before exec */
 	if (e >= 0)
 		e = SYS(SYS_prctl, PR_SET_DUMPABLE, 0);
+	/* it also forgets what signal the death of the monitor brings */
+	if (e >= 0)
+		e = SYS(SYS_prctl, PR_SET_PDEATHSIG, 9 /* SIGKILL */);
 	if (e >= 0 && s->cwd)
 		e = change_directory(s, s->cwd);
 	return e < 0 ? (int)e : 0;

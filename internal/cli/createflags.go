@@ -20,41 +20,40 @@ type createFlags struct {
 	env, envFiles, labels, labelFile []string
 	annotations                      []string
 
-	entrypoint                                            string
-	user, workdir, hostname, domainname                   string
-	stopSignal                                            string
-	stopTimeout                                           *int
-	detachKeys                                            string
-	health                                                healthFlags
-	noHealthcheck                                         bool
-	init                                                  *bool
-	ports, expose                                         []string
-	publishAll, publishThrough                            bool
-	networks, aliases, links, linkLocal                   []string
-	ip, ip6, mac                                          string
-	dns, dnsOpts, dnsSearch                               []string
-	addHost                                               []string
-	volumes, mounts, tmpfs, volumesFrom                   []string
-	volumeDriver                                          string
-	readOnly, privileged, autoRemove                      bool
-	capAdd, capDrop, groupAdd, securityOpt                []string
-	ipc, pid, uts, userns, cgroupns, isolation            string
-	cgroupParent, runtime                                 string
-	logDriver                                             string
-	logOpts, storageOpts, sysctls                         []string
-	restart                                               string
-	restartUnhealthy                                      bool
-	shmSize                                               int64
-	oomKillDisable                                        bool
-	oomScoreAdj                                           int
-	ulimits                                               []*container.Ulimit
-	devices, deviceRules                                  []string
-	gpus                                                  []container.DeviceRequest
-	res                                                   container.Resources
-	memorySwappiness                                      int64
-	pidsLimit                                             int64
-	pidsLimitSet, memorySwappinessSet, entrypointSet, ent bool
-	useAPISocket                                          bool
+	entrypoint                                 string
+	user, workdir, hostname, domainname        string
+	stopSignal                                 string
+	stopTimeout                                *int
+	detachKeys                                 string
+	health                                     healthFlags
+	noHealthcheck                              bool
+	init                                       *bool
+	ports, expose                              []string
+	publishAll, publishThrough                 bool
+	networks, aliases, links, linkLocal        []string
+	ip, ip6, mac                               string
+	dns, dnsOpts, dnsSearch                    []string
+	addHost                                    []string
+	volumes, mounts, tmpfs, volumesFrom        []string
+	volumeDriver                               string
+	readOnly, privileged, autoRemove           bool
+	capAdd, capDrop, groupAdd, securityOpt     []string
+	ipc, pid, uts, userns, cgroupns, isolation string
+	cgroupParent, runtime                      string
+	logDriver                                  string
+	logOpts, storageOpts, sysctls              []string
+	restart                                    string
+	restartUnhealthy                           bool
+	shmSize                                    int64
+	oomKillDisable                             bool
+	oomScoreAdj                                int
+	ulimits                                    []*container.Ulimit
+	devices, deviceRules                       []string
+	gpus                                       []container.DeviceRequest
+	res                                        container.Resources
+	memorySwappiness                           int64
+	memorySwappinessSet, entrypointSet         bool
+	useAPISocket                               bool
 }
 
 type healthFlags struct {

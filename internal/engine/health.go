@@ -3,6 +3,7 @@ package engine
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"sync"
@@ -177,7 +178,8 @@ func (e *Engine) probeOnce(ctx context.Context, u *unit, t runtime.Task, check c
 		return res
 	case <-tm.C:
 		_ = p.Signal(context.WithoutCancel(ctx), int(unix.SIGKILL))
-		return failed(fmt.Errorf("Health check exceeded timeout (%s): %s", check.Timeout, out.String()))
+		text := fmt.Sprintf("Health check exceeded timeout (%s): %s", check.Timeout, out.String()) // Docker's words, shown by inspect
+		return failed(errors.New(text))
 	case <-ctx.Done():
 		_ = p.Signal(context.WithoutCancel(ctx), int(unix.SIGKILL))
 		return failed(ctx.Err())

@@ -13,9 +13,9 @@ import (
 
 // meters counts what the engine does.
 type meters struct {
-	starts, exits, failures atomic.Uint64
-	startNanos              atomic.Uint64
-	buckets                 [len(startBounds)]atomic.Uint64
+	starts, exits atomic.Uint64
+	startNanos    atomic.Uint64
+	buckets       [len(startBounds)]atomic.Uint64
 }
 
 // startBounds are the upper bounds of the start time histogram.

@@ -40,8 +40,6 @@ type unit struct {
 	down   chan struct{}
 	ended  chan struct{} // closed when the present run's exit has been processed
 	health context.CancelFunc
-	// shm is whether a shared /dev/shm is mounted for it on the host.
-	shm bool
 	// unsaved: the last change could not be stored and must be tried again.
 	unsaved bool
 	gone    bool // removed: nothing may be stored any more

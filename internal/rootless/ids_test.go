@@ -7,8 +7,9 @@ import (
 )
 
 func TestStartTime(t *testing.T) {
-	if startTime(os.Getpid()) == "" || startTime(os.Getpid()) != startTime(os.Getpid()) {
-		t.Error("no start time of this process")
+	first := startTime(os.Getpid())
+	if again := startTime(os.Getpid()); first == "" || first != again {
+		t.Errorf("start times of this process: %q, %q", first, again)
 	}
 	if startTime(0) != "" {
 		t.Error("a start time of no process")

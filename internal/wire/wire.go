@@ -243,11 +243,11 @@ func (s *System) Run(ctx context.Context, serve func(ctx context.Context) error)
 	}
 	err := s.Engine.Recover(ctx)
 	if err == nil {
-		go func() {
-			if err := s.Images.EnsureEmbedded(bg); err != nil && bg.Err() == nil {
-				s.log.Warn("cannot load the built-in image", "cause", err)
-			}
-		}()
+		// Before the first request: whoever asks for the built-in image must not
+		// be sent to a registry for it. It is there from the second start on.
+		if err := s.Images.EnsureEmbedded(bg); err != nil && bg.Err() == nil {
+			s.log.Warn("cannot load the built-in image", "cause", err)
+		}
 		err = serve(ctx)
 	}
 	cancel()

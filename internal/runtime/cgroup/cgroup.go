@@ -134,15 +134,6 @@ func (h *Host) Controllers() []string {
 	return names
 }
 
-func (h *Host) hasController(c string) bool {
-	for _, x := range h.v1 {
-		if slices.Contains(x.ctrls, c) {
-			return true
-		}
-	}
-	return false
-}
-
 // Group is one container's cgroup.
 type Group struct {
 	h    *Host

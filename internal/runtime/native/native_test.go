@@ -16,10 +16,6 @@ import (
 
 var instances atomic.Int64
 
-type testLog struct{ t testing.TB }
-
-func (l testLog) Write(p []byte) (int, error) { l.t.Logf("%s", p); return len(p), nil }
-
 func maker(pool int) func(t testing.TB, runRoot string) contract.Driver {
 	return makerOn(pool, false)
 }
