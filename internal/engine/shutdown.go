@@ -122,5 +122,5 @@ func (s *SystemService) PoolDrained(ctx context.Context, full bool) error {
 			return err
 		}
 	}
-	return nil
+	return e.cfg.Snapshots.Drain(ctx)
 }

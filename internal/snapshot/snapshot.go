@@ -50,6 +50,8 @@ type Store interface {
 	// Remove deletes the layer; idempotent. It returns when nothing of it is
 	// visible under its name (deletion of many files may go on in the background).
 	Remove(ctx context.Context, id string) error
+	// Drain deletes what removed layers left on the disk.
+	Drain(ctx context.Context) error
 	// List names every layer there is.
 	List(ctx context.Context) ([]string, error)
 }

@@ -38,6 +38,8 @@ type Store struct {
 	rw    string // durable layers
 	eph   string // ephemeral layers of this boot
 	trash string
+	// discarded is about how many layers lie in trash.
+	discarded atomic.Int64
 	empty string // the lower directory of the empty chain
 	spare string // layers made in advance
 

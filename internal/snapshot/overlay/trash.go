@@ -19,9 +19,18 @@ func (s *Store) discard(dir string) error {
 	if err := os.Rename(dir, to); err != nil {
 		return err
 	}
+	if s.discarded.Add(1) > maxDiscarded {
+		// Run, at its low priority, does not keep up: whoever makes the work does it.
+		s.discarded.Add(-1)
+		return removeTree(to)
+	}
 	s.kick()
 	return nil
 }
+
+// maxDiscarded bounds the layers that wait for their deletion, so that a machine
+// busy for hours does not run out of inodes.
+const maxDiscarded = 1024
 
 // kick tells Run that there is something to do.
 func (s *Store) kick() {
@@ -71,6 +80,7 @@ func (s *Store) emptyTrash(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	s.discarded.Store(int64(len(names)))
 	var failed error
 	for _, n := range names {
 		if ctx.Err() != nil {
@@ -80,6 +90,7 @@ func (s *Store) emptyTrash(ctx context.Context) error {
 		if err := removeTree(filepath.Join(s.trash, n)); err != nil && failed == nil {
 			failed = err
 		}
+		s.discarded.Add(-1)
 	}
 	return failed
 }
