@@ -220,6 +220,7 @@ func (e *Engine) ContainerAttach(ctx context.Context, name string, req AttachReq
 		a := newAttachment(o)
 		u.pending = append(u.pending, a)
 		u.mu.Unlock()
+		e.publish(u, events.ActionAttach, nil)
 		s := runtime.Streams{Stdin: lateWriter{a}, Stdout: lateReader{a: a}, Stderr: lateReader{a: a, stderr: true}}
 		s.Close = func() error {
 			e.forget(u, a)

@@ -171,6 +171,9 @@ func (e *Engine) launch(ctx context.Context, u *unit, o launch) (p store.Pending
 	}
 	if o.create {
 		e.publish(u, events.ActionCreate, nil)
+		if o.attach != nil {
+			e.publish(u, events.ActionAttach, nil)
+		}
 	}
 	e.publish(u, events.ActionStart, nil)
 	e.meters.started(time.Since(begin))

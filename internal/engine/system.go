@@ -97,6 +97,11 @@ func (s *SystemService) Info(ctx context.Context) (*system.Info, error) {
 	for _, w := range lackingWarnings(e.cfg.Host.Lacking) {
 		out.Warnings = append(out.Warnings, "WARNING: "+w)
 	}
+	if l, ok := e.cfg.Images.(interface{ LazyTrouble() []string }); ok {
+		for _, w := range l.LazyTrouble() {
+			out.Warnings = append(out.Warnings, "WARNING: "+w)
+		}
+	}
 	if !out.SwapLimit && e.limits("memory") {
 		out.Warnings = append(out.Warnings, "WARNING: No swap limit support")
 	}
