@@ -40,8 +40,8 @@ type Store struct {
 	trash string
 	// discarded is about how many layers lie in trash.
 	discarded atomic.Int64
-	empty string // the lower directory of the empty chain
-	spare string // layers made in advance
+	empty     string // the lower directory of the empty chain
+	spare     string // layers made in advance
 
 	cap    capability
 	users  userNamespaces
