@@ -22,6 +22,7 @@ import (
 	"github.com/cloudos-io/cloudos/internal/network/bridge"
 	"github.com/cloudos-io/cloudos/internal/network/ipam"
 	"github.com/cloudos-io/cloudos/internal/network/nft"
+	"github.com/cloudos-io/cloudos/internal/network/relay"
 	"github.com/moby/moby/api/types/network"
 )
 
@@ -50,6 +51,9 @@ type Config struct {
 	// HostPorts tells how an engine in a network namespace of its own (rootless)
 	// comes by ports of the host; the zero value is an engine in the host's.
 	HostPorts HostPorts
+	// Relay opens the program that carries connections over IPv6 where the
+	// kernel cannot translate them (package relay); nil: they are not.
+	Relay func() (*os.File, error)
 }
 
 // Manager keeps the networks of an engine. It is safe for concurrent use.
@@ -62,6 +66,8 @@ type Manager struct {
 	table *nft.Table
 	host  *hostState
 	ports *reservations
+	// relay is nil where IPv6 or the program is missing.
+	relay *relay.Relay
 	// consents are our accepts in the host's own firewall.
 	consents *consents
 	// broken says why bridge networks cannot work on this host, nil if they can.
@@ -169,6 +175,12 @@ func New(ctx context.Context, cfg Config) (*Manager, error) {
 	}
 	_, err = bridge.Sysctl("net/ipv6/conf/all/disable_ipv6")
 	m.six = err == nil && cfg.IPv6 != "off"
+	if m.six && cfg.Relay != nil && !cfg.HostPorts.Listen && cfg.HostPorts.Forward == nil && bridge.HasLoopback6() {
+		m.relay = relay.New(relay.Config{Dir: cfg.RunRoot, Program: cfg.Relay, Lost: func(err error) {
+			m.log.Error("published ports are not reachable at ::1: the relay ended", "cause", err)
+		}})
+		m.ports.answered = m.relayed
+	}
 	m.table = nft.New("servin_"+cfg.Instance, m.six)
 	m.load()
 	if err := m.setUp(ctx); err != nil {
@@ -193,6 +205,9 @@ func (m *Manager) Close() error {
 	m.mu.Unlock()
 	for _, b := range boxes {
 		b.close()
+	}
+	if m.relay != nil {
+		m.relay.Close()
 	}
 	m.ports.closeAll()
 	m.table.Close()

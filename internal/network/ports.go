@@ -53,6 +53,8 @@ type reservations struct {
 	next uint16
 	host HostPorts
 	ends map[portKey]func() error // what HostPorts.Forward gave
+	// answered tells which sockets somebody takes connections from; may be nil.
+	answered func(portKey) bool
 }
 
 type portKey struct {
@@ -144,7 +146,9 @@ func (r *reservations) bind(k portKey) error {
 			return fmt.Errorf("cannot reserve port %s/%s: %w", k, k.proto, err)
 		}
 	}
-	if r.host.Listen && k.proto == "tcp" {
+	if r.answered != nil && r.answered(k) {
+		err = bindListening(fd, sa)
+	} else if r.host.Listen && k.proto == "tcp" {
 		err = bindOver(fd, sa)
 	} else if err = unix.Bind(fd, sa); errors.Is(err, unix.EADDRINUSE) && k.proto == "tcp" {
 		err = bindOver(fd, sa)
@@ -176,6 +180,43 @@ func bindOver(fd int, sa unix.Sockaddr) error {
 		return err
 	}
 	return unix.Listen(fd, 1)
+}
+
+// bindListening is for a port whose connections are taken: former ones may
+// linger on it, and whoever else listens there is in the way.
+func bindListening(fd int, sa unix.Sockaddr) error {
+	if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1); err != nil {
+		return err
+	}
+	if err := unix.Bind(fd, sa); err != nil {
+		return err
+	}
+	return unix.Listen(fd, 1024)
+}
+
+// socket is the descriptor of a port, -1 if there is none.
+func (r *reservations) socket(k portKey) int {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if fd, ok := r.held[k]; ok {
+		return fd
+	}
+	return -1
+}
+
+// adopt holds a port by a socket that is bound to it already.
+func (r *reservations) adopt(k portKey, fd int) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.releaseLocked(k)
+	r.held[k] = fd
+}
+
+// mute lets a listening socket refuse connections; the port stays reserved.
+func (r *reservations) mute(k portKey) {
+	if fd := r.socket(k); fd >= 0 {
+		_ = unix.Shutdown(fd, unix.SHUT_RD)
+	}
 }
 
 // dropAll attaches a filter that lets nothing in.
@@ -256,8 +297,9 @@ type wanted struct {
 }
 
 // expand understands port bindings. Hosts of families that the endpoint does
-// not have are left out.
-func expand(pm network.PortMap, fallback netip.Addr, e *endpoint) ([]wanted, error) {
+// not have are left out; with relay, one that has IPv4 alone is reached over IPv6
+// all the same.
+func expand(pm network.PortMap, fallback netip.Addr, e *endpoint, relay bool) ([]wanted, error) {
 	var out []wanted
 	for p, bs := range pm {
 		switch p.Proto() {
@@ -284,7 +326,7 @@ func expand(pm network.PortMap, fallback netip.Addr, e *endpoint) ([]wanted, err
 			if host.Zone() != "" {
 				return nil, fault.New(fault.Invalid, "cannot publish %s: host address %s has a zone", p, host)
 			}
-			four, six := e.IPv4.IsValid(), e.IPv6.IsValid()
+			four, six := e.IPv4.IsValid(), e.IPv6.IsValid() || relay && p.Proto() == network.TCP
 			switch {
 			case !host.IsValid():
 				if four {
@@ -323,7 +365,7 @@ func (m *Manager) publish(n *netw, e *endpoint, pm network.PortMap, through bool
 	if len(pm) == 0 || n.rec.Internal {
 		return nil
 	}
-	ws, err := expand(pm, n.opts.hostIP, e)
+	ws, err := expand(pm, n.opts.hostIP, e, m.relay != nil)
 	if err != nil || len(ws) == 0 {
 		return err
 	}
@@ -337,6 +379,9 @@ func (m *Manager) publish(n *netw, e *endpoint, pm network.PortMap, through bool
 	var held []portKey
 	defer func() {
 		if err != nil {
+			for _, k := range held {
+				_ = m.drop(k)
+			}
 			m.ports.release(held...)
 			e.Ports = nil
 		}
@@ -347,6 +392,12 @@ func (m *Manager) publish(n *netw, e *endpoint, pm network.PortMap, through bool
 			mode, to := n.opts.mode4, e.IPv4
 			if h.Is6() {
 				mode, to = n.opts.mode6, e.IPv6
+			}
+			if h.Is6() && !to.IsValid() {
+				if n.opts.mode4 == modeRouted || n.opts.mode4 == modeIsolated {
+					continue
+				}
+				mode, to = n.opts.mode4, e.IPv4
 			}
 			if mode == modeRouted || mode == modeIsolated {
 				e.Ports = append(e.Ports, published{Proto: string(w.container.Proto()), Container: w.container.Num(), To: to, Routed: true})
@@ -364,7 +415,7 @@ func (m *Manager) publish(n *netw, e *endpoint, pm network.PortMap, through bool
 		for _, h := range translated {
 			held = append(held, portKey{h, string(w.container.Proto()), port})
 			to := e.IPv4
-			if h.Is6() {
+			if h.Is6() && e.IPv6.IsValid() {
 				to = e.IPv6
 			}
 			e.Ports = append(e.Ports, published{Host: h, Proto: string(w.container.Proto()), HostPort: port, Container: w.container.Num(), To: to, Through: through})
@@ -375,6 +426,11 @@ func (m *Manager) publish(n *netw, e *endpoint, pm network.PortMap, through bool
 			return fault.New(fault.Unsupported, "cannot publish ports: %w", err)
 		}
 		return fmt.Errorf("cannot publish ports: %w", err)
+	}
+	for _, p := range e.Ports {
+		if !p.Routed {
+			m.carry(p, portKey{p.Host, p.Proto, p.HostPort})
+		}
 	}
 	return nil
 }
@@ -435,6 +491,9 @@ func (r *reservations) ephemeral() uint16 {
 func (m *Manager) rules(ps []published) []nft.Port {
 	out := make([]nft.Port, 0, len(ps))
 	for _, p := range ps {
+		if p.untranslated() && !p.Routed {
+			continue
+		}
 		proto := nft.TCP
 		switch p.Proto {
 		case "udp":
@@ -474,7 +533,9 @@ func (m *Manager) unpublish(e *endpoint) error {
 	err := m.table.DelPorts(m.rules(e.Ports))
 	for _, p := range e.Ports {
 		if !p.Routed {
-			m.ports.release(portKey{p.Host, p.Proto, p.HostPort})
+			k := portKey{p.Host, p.Proto, p.HostPort}
+			err = errors.Join(err, m.drop(k))
+			m.ports.release(k)
 		}
 	}
 	return err

@@ -65,6 +65,9 @@ func (m *Manager) Restore(ctx context.Context, live []Live) error {
 			m.log.Error("a running container's network could not be taken back whole", "container", b.id, "cause", err)
 		}
 	}
+	if m.relay != nil {
+		m.relay.Sweep()
+	}
 	return errors.Join(errs, m.sweep())
 }
 
@@ -134,10 +137,15 @@ func (m *Manager) readopt(b *box, ns *os.File) error {
 				continue
 			}
 			k := portKey{p.Host, p.Proto, p.HostPort}
+			if m.retake(p, k) {
+				continue
+			}
 			if err := m.ports.reserve(k); err != nil {
 				// Traffic is translated all the same.
 				m.log.Warn("a published port could not be reserved again", "port", k.String()+"/"+p.Proto, "cause", err)
+				continue
 			}
+			m.carry(p, k)
 		}
 	}
 	// Which routes the namespace has is not in the books: setting them anew
@@ -230,6 +238,9 @@ func (m *Manager) Destroy(ctx context.Context) error {
 	}
 	for id := range boxes {
 		errs = errors.Join(errs, removeRecord(m.disk.running, id+".json", false))
+	}
+	if m.relay != nil {
+		m.relay.Destroy()
 	}
 	m.ports.closeAll()
 	m.table.Close()

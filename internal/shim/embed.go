@@ -46,6 +46,20 @@ type Executable struct {
 
 // NewExecutable makes one.
 func NewExecutable() (*Executable, error) {
+	f, err := Open()
+	if err != nil {
+		return nil, err
+	}
+	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
+	if err != nil {
+		f.Close()
+		return nil, err
+	}
+	return &Executable{f: f, null: null, path: procFD(int(f.Fd()))}, nil
+}
+
+// Open gives the program in a sealed memory file of its own.
+func Open() (*os.File, error) {
 	b, err := program()
 	if err != nil {
 		return nil, err
@@ -73,12 +87,7 @@ func NewExecutable() (*Executable, error) {
 		f.Close()
 		return nil, os.NewSyscallError("fcntl", err)
 	}
-	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
-	if err != nil {
-		f.Close()
-		return nil, err
-	}
-	return &Executable{f: f, null: null, path: procFD(high)}, nil
+	return f, nil
 }
 
 // Path is where the program can be executed by this process's children.
