@@ -113,9 +113,12 @@ type ShutdownRequest struct {
 // Health is the answer of GET /servin/health. It never waits for anything: no
 // answer means that the engine does not serve requests.
 type Health struct {
-	Status  string // "ok"
+	Status  string // "ok"; "degraded" with Problems
 	Version string
 	Pid     int
+	// Problems say what runs worse than it should, such as lazily pulled layers
+	// whose registry cannot be reached.
+	Problems []string `json:",omitempty"`
 }
 
 // Root names the engine's API prefix for our own routes.

@@ -120,7 +120,10 @@ type ProgressFunc func(Progress) error
 type PullOptions struct {
 	Platform string
 	AllTags  bool
-	Auth     *registry.AuthConfig
+	// Lazy starts with the layers' tables of contents where their format allows
+	// and fetches files as they are read; an engine that does not know it pulls.
+	Lazy bool
+	Auth *registry.AuthConfig
 }
 
 // ImagePull pulls an image, "name[:tag][@digest]", and reports progress. A
@@ -132,8 +135,12 @@ func (c *Client) ImagePull(ctx context.Context, name string, o PullOptions, fn P
 	} else if tag == "" {
 		tag = "latest"
 	}
+	lazy := ""
+	if o.Lazy {
+		lazy = "1"
+	}
 	return c.progress(ctx, &request{method: "POST", path: "/images/create",
-		query: values("fromImage", repo, "tag", tag, "platform", o.Platform), header: authHeader(o.Auth)}, fn)
+		query: values("fromImage", repo, "tag", tag, "platform", o.Platform, "lazy", lazy), header: authHeader(o.Auth)}, fn)
 }
 
 // SplitTag splits "name:tag" and "name@digest"; the tag is "" when there is none.

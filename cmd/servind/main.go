@@ -16,6 +16,7 @@ import (
 	"github.com/cloudos-io/cloudos/internal/config"
 	"github.com/cloudos-io/cloudos/internal/daemon"
 	"github.com/cloudos-io/cloudos/internal/dockerapi"
+	"github.com/cloudos-io/cloudos/internal/image"
 	"github.com/cloudos-io/cloudos/internal/image/unpack"
 	"github.com/cloudos-io/cloudos/internal/rootless"
 	"github.com/cloudos-io/cloudos/internal/shim"
@@ -25,6 +26,9 @@ import (
 func main() {
 	if len(os.Args) > 0 && os.Args[0] == unpack.Argv0 {
 		os.Exit(unpack.Main(os.Args)) // a child of ours that unpacks a layer
+	}
+	if code, ours := image.LazyMain(); ours {
+		os.Exit(code) // the process that serves lazily pulled layers
 	}
 	daemon.TuneMemory()
 	if err := run(context.Background(), os.Args[1:]); err != nil {

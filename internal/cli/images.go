@@ -153,6 +153,7 @@ func (a *App) cmdPull() *command.Command {
 		Flags: func(f *command.FlagSet) {
 			f.Bool(&po.AllTags, "all-tags", "a", "Fetch every tag of the repository")
 			f.String(&po.Platform, "platform", "", "The image for this platform, os/arch[/variant]").Of("platform")
+			f.Bool(&po.Lazy, "lazy", "", "Fetch files as they are read, where the image's format allows (eStargz, zstd:chunked)")
 			f.Bool(&quiet, "quiet", "q", "Show the name only")
 			f.Bool(&jsonOut, "json", "", "Print progress as JSON, one message a line")
 		},

@@ -64,6 +64,9 @@ type Config struct {
 	Registries map[string]Registry `yaml:"registries"`
 	// MaxDownloads bounds the layers fetched at a time (default 4).
 	MaxDownloads int `yaml:"maxDownloads"`
+	// LazyPull mounts eStargz and zstd:chunked layers at once and fetches what is
+	// read of them, and the rest in the background (default false).
+	LazyPull bool `yaml:"lazyPull"`
 
 	Network Network `yaml:"network"`
 	Logs    Logs    `yaml:"logs"`

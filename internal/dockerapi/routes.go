@@ -9,7 +9,7 @@ func routes(c Config) []route {
 	net := networksAPI{c.Networks}
 	vol := volumesAPI{c.Volumes}
 	sys := systemAPI{c.System}
-	own := servinAPI{c.Containers, c.System, c.Version}
+	own := servinAPI{c.Containers, c.System, c.Version, c.Problems}
 
 	return []route{
 		{"GET", "/_ping", 0, ping},

@@ -25,6 +25,9 @@ type Config struct {
 	Logger *slog.Logger
 	// Version of the engine, for the Server header and /servin/health.
 	Version string
+	// Problems, if not nil, tells /servin/health what runs worse than it should.
+	// It must not wait for anything.
+	Problems func() []string
 }
 
 type server struct {

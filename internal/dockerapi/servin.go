@@ -17,6 +17,7 @@ type servinAPI struct {
 	containers Containers
 	sys        System
 	version    string
+	problems   func() []string
 }
 
 // run is POST /servin/run: one decode, one call of the engine, then frames. The
@@ -102,7 +103,13 @@ func (a servinAPI) run(w *response, r *request) error {
 
 // health answers as long as the process serves requests. It takes no lock.
 func (a servinAPI) health(w *response, _ *request) error {
-	return w.json(http.StatusOK, api.Health{Status: "ok", Version: a.version, Pid: os.Getpid()})
+	h := api.Health{Status: "ok", Version: a.version, Pid: os.Getpid()}
+	if a.problems != nil {
+		if h.Problems = a.problems(); len(h.Problems) > 0 {
+			h.Status = "degraded"
+		}
+	}
+	return w.json(http.StatusOK, h)
 }
 
 func (a servinAPI) doctor(w *response, r *request) error {

@@ -171,6 +171,8 @@ func (a imagesAPI) pull(w *response, r *request, name, platform string) error {
 	return p.end(a.b.Pull(r.Context(), image.PullOptions{
 		Ref: ref.String(), Platform: platform, Auth: r.registryAuth(),
 		AllTags: reference.IsNameOnly(ref), Progress: p.report,
+		// Ours; other engines ignore it.
+		Lazy: r.query.Get("lazy") == "1" || r.query.Get("lazy") == "true",
 	}))
 }
 

@@ -61,6 +61,9 @@ func (s *Service) markDirty() {
 func (s *Service) Run(ctx context.Context) error {
 	hourly := time.NewTicker(time.Hour)
 	defer hourly.Stop()
+	var lazy sync.WaitGroup
+	lazy.Go(func() { s.runLazy(ctx) })
+	defer lazy.Wait()
 	// What a killed engine left goes when the start is over.
 	start := time.NewTimer(20 * time.Second)
 	defer start.Stop()
@@ -127,6 +130,9 @@ func (s *Service) Collect(ctx context.Context) error {
 	}
 	if _, err := s.db.GarbageCollect(ctx); err != nil {
 		return fmt.Errorf("cannot collect: %w", err)
+	}
+	if err := s.sweepLazy(ctx); err != nil {
+		return fmt.Errorf("cannot let go of lazily pulled layers: %w", err)
 	}
 	if c, ok := s.layers.(snapshots.Cleaner); ok {
 		// A store without any layer yet has no table of them.

@@ -56,6 +56,8 @@ type PullOptions struct {
 	Platform string // "" is the host's
 	Auth     *registry.AuthConfig
 	AllTags  bool
+	// Lazy has layers that allow it be read from the registry as they are used.
+	Lazy     bool
 	Progress func(Progress) // may be nil; called from several goroutines
 }
 

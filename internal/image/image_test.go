@@ -9,6 +9,9 @@ func TestMain(m *testing.M) {
 	if code, ours := UnpackMain(); ours {
 		os.Exit(code)
 	}
+	if code, ours := LazyMain(); ours {
+		os.Exit(code)
+	}
 	if os.Getenv(pullChild) != "" {
 		pullUntilKilled()
 	}

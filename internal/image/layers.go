@@ -45,6 +45,8 @@ type stacked struct {
 	parent digest.Digest
 	// ready is closed when the blob is in the content store; nil if it is.
 	ready <-chan struct{}
+	// lazy is set for a layer that may be mounted instead of unpacked.
+	lazy *lazyLayer
 	// committed is closed when the snapshot exists.
 	committed chan struct{}
 }
@@ -96,10 +98,29 @@ func (s *Service) unpackLayer(ctx context.Context, l *stacked, below <-chan stru
 	}
 	defer unlock()
 	if ok, err := s.hasSnapshot(ctx, l.chain); err != nil || ok {
-		if ok && progress != nil {
+		if ok && (l.lazy == nil || !l.lazy.mount) {
+			err = s.settleLazy(ctx, l.chain) // its blob is here: it need not be lazy
+		}
+		if ok && err == nil && progress != nil {
 			progress(Progress{ID: short(l.desc.Digest), Action: "Pull complete"})
 		}
 		return err
+	}
+	if l.lazy != nil && l.lazy.mount {
+		err := s.commitLazy(ctx, l, below)
+		if err == nil {
+			if progress != nil {
+				progress(Progress{ID: short(l.desc.Digest), Action: "Pull complete"})
+			}
+			return nil
+		}
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+		s.log.Warn("cannot mount a layer lazily, pull it whole", "layer", l.desc.Digest, "cause", err)
+		if err := l.lazy.whole(ctx, l.desc); err != nil {
+			return err
+		}
 	}
 	if progress != nil {
 		progress(Progress{ID: short(l.desc.Digest), Action: "Extracting", Current: 0, Total: l.desc.Size})

@@ -39,6 +39,7 @@ type puller struct {
 	base     context.Context // without the lease: partial downloads outlive the pull
 	slots    *semaphore.Weighted
 	fetched  atomic.Bool // something was not here already
+	lazy     bool
 }
 
 // Pull fetches an image, or all tags of a repository, and unpacks it. Equal
@@ -81,8 +82,12 @@ func (s *Service) Pull(ctx context.Context, o PullOptions) error {
 
 func (s *Service) pullOne(ctx context.Context, named reference.Named, o PullOptions, progress func(Progress)) error {
 	key := named.String() + "\x00" + o.Platform + "\x00" + authKey(o.Auth)
+	lazily := s.lazily(o, progress)
+	if lazily {
+		key += "\x00lazy"
+	}
 	return s.pulls.do(ctx, key, progress, func(ctx context.Context, progress func(Progress)) error {
-		p := &puller{s: s, named: named, platform: o.Platform, auth: o.Auth, progress: progress,
+		p := &puller{s: s, named: named, platform: o.Platform, auth: o.Auth, progress: progress, lazy: lazily,
 			slots: semaphore.NewWeighted(int64(s.cfg.MaxConcurrentDownloads))}
 		if err := p.run(ctx); err != nil {
 			if ctx.Err() != nil {
@@ -352,24 +357,30 @@ func (p *puller) layers(ctx context.Context, v *variant) error {
 		p.progress(Progress{ID: short(l.desc.Digest), Action: "Pulling fs layer"})
 	}
 	g, gctx := errgroup.WithContext(ctx)
-	ready := map[digest.Digest]chan struct{}{}
+	type arrival struct {
+		c    chan struct{}
+		lazy *lazyLayer
+	}
+	ready := map[digest.Digest]arrival{}
 	for _, l := range stacked {
-		if c, ok := ready[l.desc.Digest]; ok {
-			l.ready = c // the same layer twice
+		if a, ok := ready[l.desc.Digest]; ok {
+			l.ready, l.lazy = a.c, a.lazy // the same layer twice
 			continue
 		}
-		c := make(chan struct{})
-		ready[l.desc.Digest] = c
-		l.ready = c
+		a := arrival{c: make(chan struct{}), lazy: p.lazyLayer(l)}
+		ready[l.desc.Digest] = a
+		l.ready, l.lazy = a.c, a.lazy
 		g.Go(func() error {
 			if err := p.slots.Acquire(gctx, 1); err != nil {
 				return err
 			}
 			defer p.slots.Release(1)
-			if err := p.blob(gctx, l.desc); err != nil {
-				return err
+			if a.lazy == nil || !p.prepareLazy(gctx, l, a.lazy) {
+				if err := p.blob(gctx, l.desc); err != nil {
+					return err
+				}
 			}
-			close(c)
+			close(a.c)
 			return nil
 		})
 	}

@@ -13,6 +13,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/containerd/containerd/v2/core/remotes"
@@ -51,6 +52,16 @@ const (
 	dockerHubAuth = "https://index.docker.io/v1/"
 )
 
+// reach is what is needed to ask registries.
+type reach struct {
+	registries Registries
+	transport  *http.Transport
+	hostMu     sync.Mutex
+	byHost     map[string]http.RoundTripper
+}
+
+func newReach(r Registries) *reach { return &reach{registries: r, transport: newTransport()} }
+
 func newTransport() *http.Transport {
 	return &http.Transport{
 		Proxy:                 http.ProxyFromEnvironment,
@@ -68,20 +79,20 @@ func newTransport() *http.Transport {
 
 // resolver reaches registries with one user's credentials; tracker, if any,
 // follows uploads.
-func (s *Service) resolver(auth *registry.AuthConfig, tracker docker.StatusTracker) remotes.Resolver {
+func (s *reach) resolver(auth *registry.AuthConfig, tracker docker.StatusTracker) remotes.Resolver {
 	h := http.Header{}
-	if s.cfg.Registries.UserAgent != "" {
-		h.Set("User-Agent", s.cfg.Registries.UserAgent)
+	if s.registries.UserAgent != "" {
+		h.Set("User-Agent", s.registries.UserAgent)
 	}
 	return docker.NewResolver(docker.ResolverOptions{Hosts: s.hosts(auth), Headers: h, Tracker: tracker})
 }
 
 // hosts lists the endpoints of a registry: mirrors, then the registry.
-func (s *Service) hosts(auth *registry.AuthConfig) docker.RegistryHosts {
+func (s *reach) hosts(auth *registry.AuthConfig) docker.RegistryHosts {
 	return func(name string) ([]docker.RegistryHost, error) {
-		conf, ok := s.cfg.Registries.Hosts[name]
+		conf, ok := s.registries.Hosts[name]
 		if !ok {
-			conf = s.cfg.Registries.Hosts["*"]
+			conf = s.registries.Hosts["*"]
 		}
 		var out []docker.RegistryHost
 		for _, m := range conf.Mirrors {
@@ -89,7 +100,7 @@ func (s *Service) hosts(auth *registry.AuthConfig) docker.RegistryHosts {
 			if err != nil || u.Host == "" || u.Scheme != "http" && u.Scheme != "https" {
 				return nil, fault.New(fault.Invalid, "cannot use mirror %q of %s: it is no http or https address", m, name)
 			}
-			h, err := s.host(u.Host, nil, Registry{PlainHTTP: u.Scheme == "http", SkipVerify: s.cfg.Registries.Hosts[u.Host].SkipVerify})
+			h, err := s.host(u.Host, nil, Registry{PlainHTTP: u.Scheme == "http", SkipVerify: s.registries.Hosts[u.Host].SkipVerify})
 			if err != nil {
 				return nil, err
 			}
@@ -113,7 +124,7 @@ func (s *Service) hosts(auth *registry.AuthConfig) docker.RegistryHosts {
 	}
 }
 
-func (s *Service) host(host string, auth *registry.AuthConfig, conf Registry) (docker.RegistryHost, error) {
+func (s *reach) host(host string, auth *registry.AuthConfig, conf Registry) (docker.RegistryHost, error) {
 	rt, err := s.roundTripper(host, conf)
 	if err != nil {
 		return docker.RegistryHost{}, err
@@ -154,7 +165,7 @@ func redirect(req *http.Request, via []*http.Request) error {
 }
 
 // roundTripper gives the transport for a host with its certificates.
-func (s *Service) roundTripper(host string, conf Registry) (http.RoundTripper, error) {
+func (s *reach) roundTripper(host string, conf Registry) (http.RoundTripper, error) {
 	insecure := conf.SkipVerify || s.insecure(host)
 	conf.SkipVerify = insecure
 	s.hostMu.Lock()
@@ -197,13 +208,13 @@ func loopback(name string) bool {
 	return err == nil && ip.IsLoopback()
 }
 
-func (s *Service) insecure(host string) bool {
+func (s *reach) insecure(host string) bool {
 	name, _, err := net.SplitHostPort(host)
 	if err != nil {
 		name = host
 	}
 	ip, ipErr := netip.ParseAddr(name)
-	for _, in := range s.cfg.Registries.Insecure {
+	for _, in := range s.registries.Insecure {
 		if in == host || in == name {
 			return true
 		}
@@ -215,13 +226,13 @@ func (s *Service) insecure(host string) bool {
 }
 
 // certificates reads the directory of a host.
-func (s *Service) certificates(host string) (*tls.Config, bool, error) {
+func (s *reach) certificates(host string) (*tls.Config, bool, error) {
 	conf := &tls.Config{MinVersion: tls.VersionTLS12}
 	if strings.ContainsAny(host, "/\x00") || host == "." || host == ".." {
 		return nil, false, fault.New(fault.Invalid, "cannot use registry %q: that is no host name", host)
 	}
 	found := false
-	for _, base := range s.cfg.Registries.CertDirs {
+	for _, base := range s.registries.CertDirs {
 		dir := filepath.Join(base, host)
 		ents, err := os.ReadDir(dir)
 		if errors.Is(err, fs.ErrNotExist) {

@@ -28,6 +28,11 @@ const (
 
 // ask sends one request to a registry host, with a token if it wants one.
 func ask(ctx context.Context, h docker.RegistryHost, method, path string) (*http.Response, error) {
+	return askFor(ctx, h, method, path, nil)
+}
+
+// askFor is ask with header fields of its own.
+func askFor(ctx context.Context, h docker.RegistryHost, method, path string, header http.Header) (*http.Response, error) {
 	u := url.URL{Scheme: h.Scheme, Host: h.Host}
 	var responses []*http.Response
 	for {
@@ -36,6 +41,9 @@ func ask(ctx context.Context, h docker.RegistryHost, method, path string) (*http
 			return nil, fault.New(fault.Invalid, "cannot ask the registry: %w", err)
 		}
 		for k, v := range h.Header {
+			req.Header[k] = v
+		}
+		for k, v := range header {
 			req.Header[k] = v
 		}
 		if h.Authorizer != nil {

@@ -64,7 +64,7 @@ func (s *Service) openLayers(ctx context.Context, root string) (snapshots.Snapsh
 	if err != nil {
 		return nil, errors.Join(err, ms.Close())
 	}
-	return sn, nil
+	return &detaching{sn.(cleaningSnapshotter)}, nil
 }
 
 const orphanPrefix = "orphan-"
@@ -74,8 +74,13 @@ const orphanPrefix = "orphan-"
 // in place: containers may stand on them.
 func (s *Service) repair(ctx context.Context) error {
 	suspects := map[digest.Digest]snapshots.Info{}
+	var lazies []snapshots.Info
 	err := s.snaps.Walk(ctx, func(_ context.Context, i snapshots.Info) error {
 		if i.Kind != snapshots.KindCommitted {
+			return nil
+		}
+		if i.Labels[lazyLabel] != "" {
+			lazies = append(lazies, i)
 			return nil
 		}
 		switch boot := i.Labels[bootLabel]; boot {
@@ -91,6 +96,7 @@ func (s *Service) repair(ctx context.Context) error {
 		return fmt.Errorf("cannot look for unfinished layers: %w", err)
 	}
 	s.wakeSync()
+	defer s.takeOver(ctx, lazies)
 	if len(suspects) == 0 {
 		return nil
 	}

@@ -149,6 +149,9 @@ func (s *Service) savedOf(ctx context.Context, ref string, f found, only []ocisp
 		}
 	}
 	for _, v := range x.variants {
+		if err := s.whole(ctx, v.layers); err != nil {
+			return nil, err
+		}
 		x.blobs = append(append(x.blobs, v.manifest, v.config), v.layers...)
 	}
 	return x, nil

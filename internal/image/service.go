@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"net/http"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -53,6 +52,14 @@ type Config struct {
 	// PinnedChains names the chains that writable layers stand on. Collection
 	// leaves them alone. Nil is none.
 	PinnedChains func() map[string]struct{}
+	// LazyDir is a directory that a reboot may take, for the process that serves
+	// lazily pulled layers; "" is no lazy pulls.
+	LazyDir string
+	// LazyPull makes every pull lazy where a layer's format allows.
+	LazyPull bool
+	// LazyIdle is how long nobody may have read from a registry before the rest
+	// of a lazily pulled layer is fetched: 0 is two seconds, less is never.
+	LazyIdle time.Duration
 }
 
 // Service keeps images. Its methods may be called from many goroutines.
@@ -80,10 +87,9 @@ type Service struct {
 	cat    catalog
 	ready  readyCache
 
-	transport *http.Transport
-	hostMu    sync.Mutex
-	byHost    map[string]http.RoundTripper
-	userns    bool
+	*reach
+	userns bool
+	lazy   lazyState
 
 	boot     string
 	unsynced unsynced
@@ -123,7 +129,8 @@ func New(ctx context.Context, cfg Config) (s *Service, err error) {
 	if s.log == nil {
 		s.log = slog.New(slog.DiscardHandler)
 	}
-	s.transport = newTransport()
+	s.reach = newReach(cfg.Registries)
+	s.lazy.init(cfg, s.userns)
 	s.unsynced.wake = make(chan struct{}, 1)
 	if s.boot, err = bootID(); err != nil {
 		return nil, err
@@ -177,7 +184,7 @@ func New(ctx context.Context, cfg Config) (s *Service, err error) {
 // Close closes the databases. Nothing may be in progress.
 func (s *Service) Close() error {
 	var errs []error
-	if s.transport != nil {
+	if s.reach != nil {
 		s.transport.CloseIdleConnections()
 	}
 	if s.bolt != nil {

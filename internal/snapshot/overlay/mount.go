@@ -185,6 +185,16 @@ func (s *Store) mountMapped(st stack, m snapshot.IDMap) (*os.File, error) {
 	mapped := st
 	mapped.lowers = make([]string, len(st.lowers))
 	for i, d := range st.lowers {
+		if mountRoot(d) {
+			// A clone of what is around it does not have what is mounted on it.
+			own, err := s.clone(d, m, 0)
+			if err != nil {
+				return nil, err
+			}
+			defer unix.Close(own)
+			mapped.lowers[i] = fmt.Sprintf("/proc/thread-self/fd/%d", own)
+			continue
+		}
 		rel, err := filepath.Rel(base, d)
 		if err != nil {
 			return nil, err
@@ -200,6 +210,14 @@ func (s *Store) mountMapped(st stack, m snapshot.IDMap) (*os.File, error) {
 		mapped.dir = fmt.Sprintf("/proc/thread-self/fd/%d", up)
 	}
 	return s.fsmount(mapped)
+}
+
+// mountRoot tells whether something is mounted on dir, such as a lazily pulled
+// layer.
+func mountRoot(dir string) bool {
+	var st unix.Statx_t
+	err := unix.Statx(unix.AT_FDCWD, dir, unix.AT_SYMLINK_NOFOLLOW|unix.AT_STATX_DONT_SYNC, 0, &st)
+	return err == nil && st.Attributes&unix.STATX_ATTR_MOUNT_ROOT != 0
 }
 
 // ancestor is the deepest directory that holds all of dirs.

@@ -49,6 +49,20 @@ func (s *Store) mountHere(st stack, m snapshot.IDMap) (*os.File, error) {
 	}
 	base := ancestor(st.lowers)
 	if !identity(m) {
+		// What is mounted on a layer would be covered by the clone of what is
+		// around it, and goes on top again.
+		var own []int
+		var ownDirs []string
+		for _, d := range st.lowers {
+			if mountRoot(d) {
+				fd, err := s.clone(d, m, 0)
+				if err != nil {
+					return nil, err
+				}
+				defer unix.Close(fd)
+				own, ownDirs = append(own, fd), append(ownDirs, d)
+			}
+		}
 		over := []string{base}
 		if st.dir != "" {
 			over = append(over, st.dir)
@@ -61,6 +75,11 @@ func (s *Store) mountHere(st stack, m snapshot.IDMap) (*os.File, error) {
 			err = unix.MoveMount(fd, "", unix.AT_FDCWD, d, unix.MOVE_MOUNT_F_EMPTY_PATH)
 			unix.Close(fd)
 			if err != nil {
+				return nil, &os.PathError{Op: "move_mount", Path: d, Err: err}
+			}
+		}
+		for i, d := range ownDirs {
+			if err := unix.MoveMount(own[i], "", unix.AT_FDCWD, d, unix.MOVE_MOUNT_F_EMPTY_PATH); err != nil {
 				return nil, &os.PathError{Op: "move_mount", Path: d, Err: err}
 			}
 		}
