@@ -114,6 +114,7 @@ func New(ctx context.Context, c *config.Config, inside rootless.State, log *slog
 	images, err := image.New(ctx, image.Config{
 		Root: filepath.Join(c.Root, "images"), Logger: log, Registries: registries(c),
 		MaxConcurrentDownloads: c.MaxDownloads, PinnedChains: layers.ChainIDs,
+		LazyDir: filepath.Join(c.RunRoot, "lazy"), LazyPull: c.LazyPull,
 	})
 	if err != nil {
 		return nil, err
@@ -208,6 +209,7 @@ func New(ctx context.Context, c *config.Config, inside rootless.State, log *slog
 	s.Handler = dockerapi.New(dockerapi.Config{
 		Containers: s.Engine, Images: images, Networks: s.Engine.NetworkService(), Volumes: s.Engine.VolumeService(),
 		System: s.Engine.SystemService(), Logger: log, Version: api.Version,
+		Problems: images.LazyTrouble,
 	})
 	return s, nil
 }
