@@ -313,3 +313,38 @@ func TestDaemonKilled(t *testing.T) {
 		cancel()
 	}
 }
+
+// TestStartWhileReservationEnds starts under an id at the moment when the sandbox
+// that was reserved for it is given up.
+func TestStartWhileReservationEnds(t *testing.T) {
+	h := newHost(t, 2)
+	for i := range 12 {
+		if err := h.Drained(t.Context(), true); err != nil {
+			t.Fatal(err)
+		}
+		key := contract.SandboxKey{Network: "none"}
+		id := h.Reserve(key)
+		if i%2 == 0 {
+			h.pool.mu.Lock()
+			sb := h.pool.reserved[id]
+			h.pool.mu.Unlock()
+			if sb == nil {
+				t.Fatal("no sandbox was reserved")
+			}
+			if err := unix.Kill(sb.mon.PID(), unix.SIGKILL); err != nil {
+				t.Fatal(err)
+			}
+			<-sb.relay.lost
+		} else {
+			go h.pool.release(id)
+		}
+		task, err := h.Start(t.Context(), contract.StartRequest{ID: id, Key: key, Spec: runtimetest.Spec("/bin/true"), RootFS: h.root.Mount(h)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		<-task.Exited()
+		if err := task.Delete(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+}

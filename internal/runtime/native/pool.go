@@ -105,17 +105,29 @@ func (p *pool) take(id string) *sandbox {
 	delete(p.timers, id)
 	select {
 	case <-sb.relay.lost: // died while parked
-		p.d.tear.add(func(context.Context) error { sb.discard(); return nil })
+		p.drop(sb)
 		return nil
 	default:
 		return sb
 	}
 }
 
+// release gives up a sandbox that was reserved for too long.
 func (p *pool) release(id string) {
-	if sb := p.take(id); sb != nil {
-		p.d.tear.add(func(context.Context) error { sb.discard(); return nil })
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if sb := p.reserved[id]; sb != nil {
+		delete(p.reserved, id)
+		p.timers[id].Stop()
+		delete(p.timers, id)
+		p.drop(sb)
 	}
+}
+
+// drop discards a reserved sandbox; p.mu is held. Its id has been given away: a
+// start that does not find it any more must find its removal.
+func (p *pool) drop(sb *sandbox) {
+	p.d.tear.addFor(sb.id, func(context.Context) error { sb.discard(); return nil })
 }
 
 func (p *pool) has(id string) bool {
