@@ -42,6 +42,7 @@ import (
 	"github.com/cloudos-io/cloudos/internal/rootless"
 	"github.com/cloudos-io/cloudos/internal/runtime/command"
 	"github.com/cloudos-io/cloudos/internal/runtime/native"
+	"github.com/cloudos-io/cloudos/internal/shim"
 	"github.com/cloudos-io/cloudos/internal/snapshot/overlay"
 	"github.com/cloudos-io/cloudos/internal/store"
 	"github.com/cloudos-io/cloudos/internal/volume"
@@ -298,7 +299,7 @@ func registryInfo(c *config.Config) *registry.ServiceConfig {
 }
 
 func networkConfig(c *config.Config, inside rootless.State, instance string, log *slog.Logger) network.Config {
-	n := network.Config{Root: filepath.Join(c.Root, "networks"), RunRoot: filepath.Join(c.RunRoot, "networks"), Instance: instance, Logger: log, MTU: c.Network.MTU}
+	n := network.Config{Root: filepath.Join(c.Root, "networks"), RunRoot: filepath.Join(c.RunRoot, "networks"), Instance: instance, Logger: log, MTU: c.Network.MTU, Relay: shim.Open}
 	for _, p := range c.Network.Pools {
 		n.DefaultPools = append(n.DefaultPools, ipam.Block{Base: netip.MustParsePrefix(p.Base), Size: p.Size}) // checked when read
 	}
