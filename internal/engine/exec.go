@@ -3,8 +3,6 @@ package engine
 import (
 	"context"
 	"io"
-	"maps"
-	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -77,31 +75,23 @@ func (t *execTable) add(x *execution) {
 	}
 }
 
-// dropExecs forgets the executions of a container that ended.
+// dropExecs lets go of the executions of a container that ended. Clients still
+// ask for their exit codes: add drops them later.
 func (e *Engine) dropExecs(u *unit) {
 	u.mu.Lock()
-	ids := slices.Collect(maps.Keys(u.execs))
-	u.mu.Unlock()
-	if len(ids) == 0 {
-		return
-	}
-	// Clients still ask for the exit codes.
-	e.after(execKeep, func() {
-		e.execs.mu.Lock()
-		for _, id := range ids {
-			delete(e.execs.m, id)
-		}
-		e.execs.mu.Unlock()
-	})
-	u.mu.Lock()
+	ids := u.execs
 	u.execs = nil
 	u.mu.Unlock()
-}
-
-// after runs fn later, unless the engine ends before.
-func (e *Engine) after(d time.Duration, fn func()) {
-	t := time.AfterFunc(d, fn)
-	context.AfterFunc(e.ctx, func() { t.Stop() })
+	now := time.Now()
+	for id := range ids {
+		if x, err := e.execs.get(id); err == nil {
+			x.mu.Lock()
+			if x.doneAt.IsZero() {
+				x.doneAt = now
+			}
+			x.mu.Unlock()
+		}
+	}
 }
 
 // ExecCreate notes what is to be executed.
