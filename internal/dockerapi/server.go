@@ -140,7 +140,22 @@ func (s *server) fail(w *response, r *request, err error) {
 		http.Error(w, err.Error(), status)
 		return
 	}
-	_ = w.json(status, errorBody{Message: err.Error()})
+	_ = w.json(status, errorBody{Message: printable(err.Error())})
+}
+
+// printable replaces control characters: what an image or a request says is
+// shown on terminals, which must not take orders from it.
+func printable(s string) string {
+	control := func(r rune) bool { return r < ' ' && r != '\n' && r != '\t' || r >= 0x7f && r < 0xa0 }
+	if !strings.ContainsFunc(s, control) {
+		return s
+	}
+	return strings.Map(func(r rune) rune {
+		if control(r) {
+			return '\ufffd'
+		}
+		return r
+	}, s)
 }
 
 type errorBody struct {
