@@ -8,6 +8,7 @@ import (
 	"io"
 	"log/slog"
 	"os"
+	"path/filepath"
 	"sync"
 
 	"github.com/spf13/pflag"
@@ -82,6 +83,9 @@ func run(ctx context.Context, args []string) error {
 	})
 	select {
 	case <-stop:
+		if all {
+			err = errors.Join(err, image.DetachLazy(filepath.Join(c.Root, "images")))
+		}
 		if all && inside.Active {
 			err = errors.Join(err, rootless.Leave(c.RunRoot))
 		}

@@ -328,22 +328,14 @@ func (s *Service) sweepLazy(ctx context.Context) error {
 	for _, o := range ones {
 		dirs[o.dir], states[s.lazyState(o.Blob.Digest)] = true, true
 	}
-	layers := filepath.Join(s.cfg.Root, "layers") + "/"
-	mounts, err := mountinfo.GetMounts(func(m *mountinfo.Info) (skip, stop bool) {
-		return m.FSType != "fuse.servin" || !strings.HasPrefix(m.Mountpoint, layers) || dirs[m.Mountpoint], false
-	})
+	detached, err := detachLazy(s.cfg.Root, dirs)
 	if err != nil {
 		return err
-	}
-	for _, m := range mounts {
-		if err := lazy.Detach(m.Mountpoint); err != nil {
-			return err
-		}
 	}
 	for _, e := range ents {
 		dir := filepath.Join(base, e.Name())
 		// A pull makes its directory before its layer: leave what is new.
-		if st, err := e.Info(); states[dir] || err == nil && time.Since(st.ModTime()) < grace && len(mounts) == 0 && !s.lazySettled(ctx, e.Name()) {
+		if st, err := e.Info(); states[dir] || err == nil && time.Since(st.ModTime()) < grace && detached == 0 && !s.lazySettled(ctx, e.Name()) {
 			continue
 		}
 		if err := removeState(dir); err != nil {
@@ -351,6 +343,30 @@ func (s *Service) sweepLazy(ctx context.Context) error {
 		}
 	}
 	return nil
+}
+
+// DetachLazy takes the mounts of all lazily pulled layers of the image store at
+// root away, for a shutdown that ends every container. The next start mounts
+// them again.
+func DetachLazy(root string) error {
+	_, err := detachLazy(root, nil)
+	return err
+}
+
+func detachLazy(root string, keep map[string]bool) (int, error) {
+	layers := filepath.Join(root, "layers") + "/"
+	mounts, err := mountinfo.GetMounts(func(m *mountinfo.Info) (skip, stop bool) {
+		return m.FSType != "fuse.servin" || !strings.HasPrefix(m.Mountpoint, layers) || keep[m.Mountpoint], false
+	})
+	if err != nil {
+		return 0, err
+	}
+	for _, m := range mounts {
+		if err := lazy.Detach(m.Mountpoint); err != nil {
+			return 0, err
+		}
+	}
+	return len(mounts), nil
 }
 
 // lazySettled tells whether the blob of a directory's name is stored.
