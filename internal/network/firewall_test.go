@@ -13,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/cloudos-io/cloudos/internal/network/bridge"
 	mnetwork "github.com/moby/moby/api/types/network"
 	"golang.org/x/sys/unix"
 )
@@ -74,11 +75,11 @@ func need(t *testing.T, programs ...string) {
 // service runs a daemon until the test ends.
 func service(t *testing.T, name string, args ...string) {
 	t.Helper()
-	c := exec.Command(name, args...)
+	c := exec.Command("sh", append([]string{"-c", `mount -t proc proc /proc && exec "$@"`, "sh", name}, args...)...)
 	var out bytes.Buffer
 	c.Stdout, c.Stderr = &out, &out
 	// In a process namespace of its own: what it starts ends with it.
-	c.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: unix.SIGKILL, Cloneflags: unix.CLONE_NEWPID}
+	c.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: unix.SIGKILL, Cloneflags: unix.CLONE_NEWPID | unix.CLONE_NEWNS}
 	c.WaitDelay = time.Second
 	if err := c.Start(); err != nil {
 		t.Fatal(err)
@@ -112,7 +113,7 @@ func flushed(t *testing.T) {
 // fenced are the checks that every firewall has to pass: a port is reachable
 // exactly while it is open, and containers reach the outside from the moment
 // of the consent until their network goes.
-func fenced(t *testing.T, open, shut func(port string), place string, m *Manager, after func()) {
+func fenced(t *testing.T, open, shut func(port string), place string, m *Manager, after func(wire *os.File)) {
 	t.Helper()
 	wire := outside(t)
 	echo(t, wire, ":80")
@@ -178,7 +179,7 @@ func fenced(t *testing.T, open, shut func(port string), place string, m *Manager
 		open("8080")
 	}
 	if after != nil {
-		after()
+		after(wire)
 	}
 	// A network takes its accept along, and no other's.
 	in, err := m.Inspect(ctx, "n")
@@ -242,7 +243,7 @@ func TestUFW(t *testing.T) {
 	run(t, "ufw", "--force", "enable")
 	open := func(port string) { run(t, "ufw", "allow", port) }
 	shut := func(port string) { run(t, "ufw", "delete", "allow", port) }
-	fenced(t, open, shut, "ufw", newManager(t, nil), func() {
+	fenced(t, open, shut, "ufw", newManager(t, nil), func(*os.File) {
 		out, err := exec.Command("ufw", "status").CombinedOutput()
 		if err != nil || !strings.Contains(string(out), "ALLOW FWD") {
 			t.Errorf("the rules are not in ufw's own list: %v: %s", err, out)
@@ -280,7 +281,7 @@ func TestFirewalld(t *testing.T) {
 		}
 	}
 	m := newManager(t, nil)
-	fenced(t, turn("add"), turn("remove"), "firewalld", m, func() {
+	fenced(t, turn("add"), turn("remove"), "firewalld", m, func(*os.File) {
 		out, err := exec.Command("firewall-cmd", "--get-zone-of-interface="+m.vethPrefix()+"br0").CombinedOutput()
 		if err != nil || strings.TrimSpace(string(out)) != m.zone().name {
 			t.Errorf("the bridge is in zone %s, %v", out, err)
@@ -291,5 +292,84 @@ func TestFirewalld(t *testing.T) {
 		if err != nil || strings.Contains(string(out), m.zone().name) {
 			t.Errorf("%s: left: %v: %s", q, err, out)
 		}
+	}
+}
+
+// TestDockerBeside has a dockerd on the same host: its rules drop what is
+// forwarded, and its containers must not notice us.
+func TestDockerBeside(t *testing.T) {
+	if p := os.Getenv("SERVIN_BENCH_PEERS"); p != "" { // a newer one than the distribution's
+		t.Setenv("PATH", p+":"+os.Getenv("PATH"))
+	}
+	need(t, "dockerd", "docker", "containerd", "busybox")
+	ownFiles(t, "/run/")
+	flushed(t)
+	dir, err := os.MkdirTemp("", "dk") // sockets have short paths
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	sock := "unix://" + dir + "/d.sock"
+	docker := func(args ...string) (string, error) {
+		out, err := exec.Command("docker", append([]string{"-H", sock}, args...)...).CombinedOutput()
+		return strings.TrimSpace(string(out)), err
+	}
+	// It drops what is forwarded only where it turned forwarding on itself.
+	if old, err := bridge.Sysctl("net/ipv4/ip_forward"); err != nil || bridge.SetSysctl("net/ipv4/ip_forward", "0") != nil {
+		t.Fatal(err)
+	} else {
+		t.Cleanup(func() { bridge.SetSysctl("net/ipv4/ip_forward", old) })
+	}
+	if err := os.WriteFile(dir+"/config", []byte("{}"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	service(t, "dockerd", "-H", sock, "--data-root", dir+"/data", "--exec-root", dir+"/exec", "--pidfile", dir+"/pid", "--config-file", dir+"/config",
+		"--storage-driver", "vfs", "--bip", "172.31.250.1/24", "--userland-proxy=false")
+	up := false
+	for range 200 {
+		if _, err := docker("info"); err == nil {
+			up = true
+			break
+		}
+		time.Sleep(100 * time.Millisecond)
+	}
+	if !up {
+		t.Skip("SKIP: dockerd does not run here")
+	}
+	t.Cleanup(func() {
+		if l, err := docker("ps", "-q"); err == nil && l != "" {
+			docker(append([]string{"rm", "-f"}, strings.Fields(l)...)...)
+		}
+		run(t, "ip", "link", "delete", "docker0")
+	})
+	rootfs := dir + "/rootfs"
+	if out, err := exec.Command("sh", "-c", `mkdir -p "$1/bin" && cp "$(command -v busybox)" "$1/bin/" && tar -C "$1" -c . | docker -H "$2" import - bb`, "sh", rootfs, sock).CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	if out, err := docker("run", "-d", "--name", "theirs", "-p", "9090:80", "bb", "/bin/busybox", "nc", "-ll", "-p", "80", "-e", "/bin/busybox", "echo", "docker"); err != nil {
+		t.Skipf("SKIP: Docker cannot run a container here: %s", out)
+	}
+	policy(t, `table inet admin {
+		set open { type inet_service; }
+		chain in { type filter hook input priority 0; policy drop; iifname "lo" accept; ct state established,related accept; th dport @open accept; }
+	}`)
+	turn := func(verb string) func(string) {
+		return func(port string) { run(t, "nft", verb, "element", "inet", "admin", "open", "{ "+port+" }") }
+	}
+	theirs := func(wire *os.File) {
+		t.Helper()
+		if got, err := askFor(wire, "tcp", host4+":9090", 4*time.Second); err != nil || strings.TrimSpace(got) != "docker" {
+			t.Errorf("Docker's container: got %q, %v", got, err)
+		}
+		if out, err := docker("exec", "theirs", "/bin/busybox", "nc", "-w", "4", client4, "80"); err != nil || !strings.Contains(out, host4) {
+			t.Errorf("from Docker's container: %v: %s", err, out)
+		}
+	}
+	var wire *os.File
+	m := newManager(t, nil)
+	fenced(t, turn("add"), turn("delete"), "Docker's chain", m, func(w *os.File) { wire = w; theirs(w) })
+	theirs(wire)
+	if out, err := exec.Command("iptables", "-S", "DOCKER-USER").CombinedOutput(); err != nil || strings.Contains(string(out), "ACCEPT") {
+		t.Errorf("DOCKER-USER after a shutdown: %v: %s", err, out)
 	}
 }
