@@ -306,8 +306,11 @@ func (e *Engine) ContainerResize(ctx context.Context, name string, width, height
 	if err != nil {
 		return err
 	}
-	if err := t.Resize(ctx, width, height); err != nil {
-		return err
+	// Without a terminal there is nothing to do, and clients do not ask first.
+	if u.rec.Load().Config.Tty {
+		if err := t.Resize(ctx, width, height); err != nil {
+			return err
+		}
 	}
 	e.publish(u, events.ActionResize, map[string]string{"height": itoa(int(height)), "width": itoa(int(width))})
 	return nil

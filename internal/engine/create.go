@@ -105,6 +105,9 @@ func (e *Engine) create(ctx context.Context, req CreateRequest) (u *unit, warnin
 		return nil, nil, err
 	}
 	oci.ApplyDefaults(hc, e.cfg.Host, e.cfg.Defaults)
+	if hc.OomKillDisable == nil && !e.cfg.CgroupV2 {
+		hc.OomKillDisable = new(bool) // unset means that there is no such switch
+	}
 	readLabels(&req.Extra, cfg.Labels)
 	if hc.UsernsMode == "auto" || req.Extra.UsernsAuto {
 		hc.UsernsMode, req.Extra.UsernsAuto = "auto", true

@@ -189,21 +189,21 @@ func (e *Engine) ExecStart(ctx context.Context, id string, req mcontainer.ExecSt
 	if req.Detach {
 		return Attached{}, nil
 	}
-	s := proc.Streams()
-	a := Attached{Terminal: x.req.Tty, Stdout: s.Stdout, Stderr: s.Stderr, Close: s.Close, DetachKeys: x.req.DetachKeys}
+	s := newExecStreams(proc)
+	a := Attached{Terminal: x.req.Tty, DetachKeys: x.req.DetachKeys, Close: func() error { return s.leave(e.ctx, e.spawn) }}
 	in := stdinFor{Writer: io.Discard}
-	if s.Stdin != nil {
-		in.Writer, in.end = s.Stdin, s.Stdin.Close
+	if w := s.streams.Stdin; w != nil {
+		in.Writer, in.end = w, w.Close
 		if x.req.Tty {
 			in.end = nil // a terminal's input ends with its end-of-file character
 		}
 	}
 	a.Stdin = in
-	// Clients ask for the exit code as soon as the output ends.
-	for _, r := range []*io.Reader{&a.Stdout, &a.Stderr} {
-		if *r != nil {
-			*r = untilExit{*r, proc}
-		}
+	if s.out != nil {
+		a.Stdout = s.out
+	}
+	if s.err != nil {
+		a.Stderr = s.err
 	}
 	if !x.req.AttachStdout && !x.req.Tty {
 		a.Stdout = nil
@@ -212,25 +212,6 @@ func (e *Engine) ExecStart(ctx context.Context, id string, req mcontainer.ExecSt
 		a.Stderr = nil
 	}
 	return a, nil
-}
-
-// untilExit ends a stream no sooner than its process has ended.
-type untilExit struct {
-	io.Reader
-	proc runtime.Exec
-}
-
-func (u untilExit) Read(p []byte) (int, error) {
-	n, err := u.Reader.Read(p)
-	if n == 0 && err == io.EOF {
-		t := time.NewTimer(2 * time.Second) // a monitor that died tells no end
-		defer t.Stop()
-		select {
-		case <-u.proc.Exited():
-		case <-t.C:
-		}
-	}
-	return n, err
 }
 
 // runExec starts the process.
@@ -364,7 +345,7 @@ func (e *Engine) ExecResize(ctx context.Context, id string, width, height uint16
 		x.size = [2]uint{uint(height), uint(width)}
 	}
 	x.mu.Unlock()
-	if p == nil {
+	if p == nil || !x.req.Tty {
 		return nil
 	}
 	return p.Resize(ctx, width, height)

@@ -9,7 +9,6 @@ import (
 	mcontainer "github.com/moby/moby/api/types/container"
 	"github.com/moby/moby/api/types/network"
 	"github.com/moby/moby/api/types/storage"
-	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/cloudos-io/cloudos/internal/container"
 )
@@ -57,9 +56,7 @@ func (e *Engine) ContainerInspect(ctx context.Context, name string, size bool) (
 		}
 	}
 	if r.Image.Manifest.Digest != "" {
-		d := r.Image.Manifest
-		d.Platform = &ocispec.Platform{Architecture: r.Image.Platform.Architecture, OS: r.Image.Platform.OS, Variant: r.Image.Platform.Variant}
-		out.ImageManifestDescriptor = &d
+		out.ImageManifestDescriptor = manifestOf(r)
 	}
 	if lower, upper, work, merged, err := e.cfg.Snapshots.Dirs(r.ID); err == nil {
 		data := map[string]string{"UpperDir": upper, "WorkDir": work, "MergedDir": merged}

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	mcontainer "github.com/moby/moby/api/types/container"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/cloudos-io/cloudos/internal/container"
 )
@@ -67,10 +68,16 @@ func summary(r *container.Record, now time.Time) mcontainer.Summary {
 	}
 	s.Health = &h
 	if r.Image.Manifest.Digest != "" {
-		d := r.Image.Manifest
-		s.ImageManifestDescriptor = &d
+		s.ImageManifestDescriptor = manifestOf(r)
 	}
 	return s
+}
+
+// manifestOf is the manifest that the container was made of.
+func manifestOf(r *container.Record) *ocispec.Descriptor {
+	d := r.Image.Manifest
+	d.Platform = &ocispec.Platform{Architecture: r.Image.Platform.Architecture, OS: r.Image.Platform.OS, Variant: r.Image.Platform.Variant}
+	return &d
 }
 
 // command is the command line as lists show it.

@@ -23,7 +23,7 @@ func (e *Engine) ContainerRun(ctx context.Context, req CreateRequest, attach Att
 	r := u.rec.Load()
 	out := RunningContainer{ID: u.id, Warnings: warnings, Wait: u.wait(mcontainer.WaitConditionNextExit)}
 	o := attachOptions(r, attach)
-	l := launch{create: true}
+	l := launch{create: true, warnings: &out.Warnings}
 	if o != (runtime.AttachOptions{}) {
 		l.attach = newAttachment(o)
 	}

@@ -69,6 +69,19 @@ type launch struct {
 	restart bool
 	// create: the record was not stored yet, and its "create" not published.
 	create bool
+	// warnings, if set, is told what the container does not get.
+	warnings *[]string
+}
+
+// restricted tells what a container does not get of what was asked for: to who
+// asked, if anybody does, and to the log.
+func (e *Engine) restricted(u *unit, warnings []string, o *launch) {
+	for _, w := range warnings {
+		e.log.Warn("container starts with a restriction", "container", u.id, "warning", w)
+	}
+	if o.warnings != nil {
+		*o.warnings = append(*o.warnings, warnings...)
+	}
 }
 
 // launch starts the container's process; the operation token is held. The
@@ -107,7 +120,7 @@ func (e *Engine) launch(ctx context.Context, u *unit, o launch) (p store.Pending
 	if err != nil {
 		return p, err
 	}
-	req, files, err := e.prepare(ctx, u, r, &back)
+	req, files, err := e.prepare(ctx, u, r, &o, &back)
 	if err != nil {
 		return p, err
 	}
@@ -132,6 +145,9 @@ func (e *Engine) launch(ctx context.Context, u *unit, o launch) (p store.Pending
 	task, err = drv.Start(ctx, req)
 	if err != nil {
 		return p, err
+	}
+	if w, ok := task.(runtime.Warner); ok {
+		e.restricted(u, w.Warnings(), &o)
 	}
 	if err := pend.connect(ctx, task); err != nil {
 		e.log.Warn("cannot attach a waiting client", "container", u.id, "cause", err)
@@ -183,7 +199,7 @@ func (e *Engine) launch(ctx context.Context, u *unit, o launch) (p store.Pending
 }
 
 // prepare makes everything ready that a start needs but its network.
-func (e *Engine) prepare(ctx context.Context, u *unit, r *container.Record, back *scope) (req runtime.StartRequest, g generated, err error) {
+func (e *Engine) prepare(ctx context.Context, u *unit, r *container.Record, o *launch, back *scope) (req runtime.StartRequest, g generated, err error) {
 	hc := r.HostConfig
 	root, err := e.cfg.Snapshots.Mount(ctx, r.ID, false, idMap(r))
 	if err != nil {
@@ -233,9 +249,7 @@ func (e *Engine) prepare(ctx context.Context, u *unit, r *container.Record, back
 	if err != nil {
 		return req, g, err
 	}
-	for _, w := range warnings {
-		e.log.Warn("container starts with a restriction", "container", u.id, "warning", w)
-	}
+	e.restricted(u, warnings, o)
 	keep = true
 	req = runtime.StartRequest{
 		ID: r.ID, Key: e.sandboxKey(r.Config, hc), Spec: spec, RootFS: root, Log: log, Ephemeral: r.Ephemeral,
@@ -281,6 +295,9 @@ func (e *Engine) specInput(ctx context.Context, u *unit, r *container.Record, ro
 		if in.ProcessLabel, in.MountLabel, err = oci.Labels(o, hc.Privileged); err != nil {
 			return in, err
 		}
+	}
+	if err := e.ownMounts(ctx, r, in.Mounts, in.User, in.MountLabel, back); err != nil {
+		return in, err
 	}
 	if in.LinkEnv, err = e.linkEnv(r); err != nil {
 		return in, err

@@ -272,13 +272,12 @@ func (s *Service) List(ctx context.Context, filters map[string]map[string]bool, 
 			Size:        s.sizeOf(ctx, e.variant, sizes),
 			SharedSize:  -1,
 			Containers:  -1,
+			Descriptor:  &e.targets[0],
 		}
 		if e.variant.created().IsZero() {
 			sum.Created = 0
 		}
 		if manifests {
-			d := e.targets[0]
-			sum.Descriptor = &d
 			if sum.Manifests, err = s.manifestSummaries(ctx, e.target, sizes); err != nil {
 				return nil, err
 			}

@@ -364,6 +364,7 @@ func Resolve(cfg *container.Config, hc *container.HostConfig, from func(containe
 			}
 			p.ReadOnly = p.ReadOnly || readOnly
 			p.Inherited, p.FromImage, p.NoCopy = true, false, true
+			p.Chown, p.Relabel = false, "" // it is the other container's
 			put(p)
 		}
 	}

@@ -219,10 +219,11 @@ func setSize(f *os.File, width, height uint16) error {
 	return errors.Join(err, ierr)
 }
 
-type ptyReader struct{ f *os.File }
+// ptyReader makes the end of a terminal look like the end of a file.
+type ptyReader struct{ *os.File }
 
 func (p ptyReader) Read(b []byte) (int, error) {
-	n, err := p.f.Read(b)
+	n, err := p.File.Read(b)
 	if errors.Is(err, syscall.EIO) {
 		err = io.EOF
 	}
