@@ -181,7 +181,6 @@ func (b *bench) fleet() error {
 	for round := range 3 {
 		for _, w := range who {
 			slab0 := meminfo("Slab")
-			before := processes(func(_ int, c string) bool { return strings.Contains(c, w.monitor) })
 			t := time.Now()
 			var wg sync.WaitGroup
 			errs := make(chan error, 50)
@@ -205,7 +204,6 @@ func (b *bench) fleet() error {
 			if err != nil {
 				return err
 			}
-			_ = before
 			mon.add(w.name, m/float64(max(len(pids), 1)))
 			slab.add(w.name, (meminfo("Slab")-slab0)/50)
 			if round == 2 {
