@@ -343,9 +343,10 @@ func testLazyPull(t *testing.T, kind lazy.Kind) {
 func TestLazyWhiteouts(t *testing.T) {
 	var c counting
 	reg := startRegistry(t, c.wrap)
+	// The padding keeps a layer from being complete as soon as its table is here.
 	bottom := makeLayer(t, lazy.EStargz, packed(t, dirEntry("d/", 0o700), plain("d/gone", []byte("1")), plain("d/stays", []byte("2")),
-		dirEntry("o/", 0o755), plain("o/hidden", []byte("3")), dirEntry("r/", 0o755), plain("r/old", []byte("4"))))
-	top := makeLayer(t, lazy.ZstdChunked, packed(t, plain("d/.wh.gone", nil), dirEntry("o/", 0o755), plain("o/.wh..wh..opq", nil), plain("o/new", []byte("5")), plain(".wh.r", nil)))
+		dirEntry("o/", 0o755), plain("o/hidden", []byte("3")), dirEntry("r/", 0o755), plain("r/old", []byte("4")), plain("d/pad", noise(1<<20))))
+	top := makeLayer(t, lazy.ZstdChunked, packed(t, plain("d/.wh.gone", nil), dirEntry("o/", 0o755), plain("o/.wh..wh..opq", nil), plain("o/new", []byte("5")), plain(".wh.r", nil), plain("o/pad", noise(1<<20))))
 	ref := reg + "/white:1"
 	seed(t, ref, chunkedImage(t, bottom, top))
 	root := t.TempDir()
@@ -511,7 +512,7 @@ func TestLazyIDMapped(t *testing.T) {
 	var c counting
 	reg := startRegistry(t, c.wrap)
 	ref := reg + "/map:1"
-	seed(t, ref, chunkedImage(t, makeLayer(t, lazy.EStargz, packed(t, plain("f", []byte("mapped"))))))
+	seed(t, ref, chunkedImage(t, makeLayer(t, lazy.EStargz, packed(t, plain("f", []byte("mapped")), plain("pad", noise(1<<20))))))
 	e := newLazy(t, t.TempDir(), t.TempDir(), -1)
 	if err := e.Pull(context.Background(), PullOptions{Ref: ref, Lazy: true}); err != nil {
 		t.Fatal(err)

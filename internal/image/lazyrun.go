@@ -169,6 +169,7 @@ func (s *Service) runLazy(ctx context.Context) {
 	ctx = s.ctx(ctx)
 	var gen uint64
 	failed := map[digest.Digest]time.Time{}
+	var told map[digest.Digest]string
 	for ctx.Err() == nil {
 		ones, err := s.lazies(ctx)
 		if err != nil {
@@ -214,6 +215,9 @@ func (s *Service) runLazy(ctx context.Context) {
 		for _, b := range st.Blobs {
 			if b.Trouble != "" {
 				trouble[b.Digest] = b.Trouble
+				if told[b.Digest] != b.Trouble {
+					s.log.Error("a lazily pulled layer cannot be read", "layer", b.Digest, "cause", b.Trouble)
+				}
 			}
 			if !b.Complete || time.Since(failed[b.Digest]) < time.Minute {
 				continue
@@ -225,6 +229,7 @@ func (s *Service) runLazy(ctx context.Context) {
 			}
 		}
 		s.lazy.set(trouble)
+		told = trouble
 	}
 }
 
