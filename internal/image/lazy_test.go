@@ -528,3 +528,52 @@ func TestLazyIDMapped(t *testing.T) {
 		t.Fatalf("owner %d: %v", st.Uid, err)
 	}
 }
+
+func TestLazyProcessKilled(t *testing.T) {
+	var c counting
+	reg := startRegistry(t, c.wrap)
+	data := noise(1 << 20)
+	ref := reg + "/kill:1"
+	seed(t, ref, chunkedImage(t, makeLayer(t, lazy.EStargz, packed(t, plain("f", data), plain("g", noise(4<<20))))))
+	root, run := t.TempDir(), t.TempDir()
+	e := newLazy(t, root, run, -1)
+	if err := e.Pull(context.Background(), PullOptions{Ref: ref, Lazy: true}); err != nil {
+		t.Fatal(err)
+	}
+	// An engine that ends takes nothing with it, and the next takes the mounts over.
+	dir := e.container(t, ref, "c1", snapshot.IDMap{})
+	e.stop()
+	if got, err := os.ReadFile(dir + "/f"); err != nil || !bytes.Equal(got, data) {
+		t.Fatalf("read without an engine: %v", err)
+	}
+	e = newLazy(t, root, run, -1)
+	if n := len(lazyMounts(t, root)); n != 1 {
+		t.Fatalf("%d mounts after the next start", n)
+	}
+	killed := false
+	procs, err := filepath.Glob("/proc/[0-9]*/cmdline")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range procs {
+		if b, _ := os.ReadFile(p); string(b) == lazy.Argv0+"\x00"+run+"\x00" {
+			var pid int
+			if _, err := fmt.Sscanf(p, "/proc/%d/", &pid); err != nil {
+				t.Fatal(err)
+			}
+			killed = unix.Kill(pid, unix.SIGKILL) == nil
+		}
+	}
+	if !killed {
+		t.Fatal("no process serves layers")
+	}
+	r, err := e.Resolve(context.Background(), ref, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	until(t, "the layer is served again", func() bool { return lazy.Mounted(r.Chain.Dirs[0]) })
+	dir = e.container(t, ref, "c2", snapshot.IDMap{})
+	if got, err := os.ReadFile(dir + "/f"); err != nil || !bytes.Equal(got, data) {
+		t.Fatalf("read from the next process: %v", err)
+	}
+}
