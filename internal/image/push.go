@@ -89,6 +89,10 @@ func (s *Service) pushOne(ctx context.Context, named reference.Named, o PushOpti
 		if ctx.Err() != nil {
 			return ctx.Err()
 		}
+		// The registry refuses what is damaged, in words of its own.
+		if derr := s.sound(ctx, x.blobs); derr != nil {
+			return fmt.Errorf("cannot push %s: %w", reference.FamiliarString(named), derr)
+		}
 		return pushFault(named, o.Auth, err)
 	}
 	desc := x.target

@@ -33,7 +33,8 @@ type saved struct {
 }
 
 // Save writes images as a tar that is both an OCI layout and what docker load
-// takes. Everything is checked to be there before the first byte is written.
+// takes. Everything is checked to be there, and undamaged, before the first byte is
+// written: after that the only way to tell of an error is to hang up.
 func (s *Service) Save(ctx context.Context, refNames []string, only []ocispec.Platform, w io.Writer) error {
 	if len(refNames) == 0 {
 		return fault.New(fault.Invalid, "cannot save: no image is named")
@@ -67,6 +68,11 @@ func (s *Service) Save(ctx context.Context, refNames []string, only []ocispec.Pl
 			if err := s.holdBlob(ctx, b); err != nil {
 				return err
 			}
+		}
+	}
+	for _, x := range list {
+		if err := s.sound(ctx, x.blobs); err != nil {
+			return fmt.Errorf("cannot save: %w", err)
 		}
 	}
 	if err := s.writeArchive(ctx, list, w); err != nil {
@@ -188,6 +194,35 @@ func (s *Service) holdBlob(ctx context.Context, d ocispec.Descriptor) error {
 	_ = w.Close()
 	_ = s.content.Abort(ctx, "servin-hold-"+d.Digest.String())
 	return fault.New(fault.NotFound, "cannot save: the content %s is not here (pull the image again)", d.Digest)
+}
+
+// sound reads blobs and compares them with their digests: a disk may have lost or
+// changed what it stored.
+func (s *Service) sound(ctx context.Context, blobs []ocispec.Descriptor) error {
+	buf := make([]byte, 256<<10)
+	for _, d := range blobs {
+		ra, err := s.content.ReaderAt(ctx, bare(d))
+		if errdefs.IsNotFound(err) {
+			return errDamaged(d, "is lost")
+		}
+		if err != nil {
+			return asFault(err)
+		}
+		v := d.Digest.Verifier()
+		_, err = io.CopyBuffer(struct{ io.Writer }{v}, ctxReader{ctx, io.NewSectionReader(ra, 0, ra.Size())}, buf)
+		ra.Close()
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+		if err != nil || !v.Verified() {
+			return errDamaged(d, "is damaged")
+		}
+	}
+	return nil
+}
+
+func errDamaged(d ocispec.Descriptor, how string) error {
+	return fmt.Errorf("the stored content %s %s (remove the image and pull it again)", d.Digest, how)
 }
 
 func (s *Service) writeArchive(ctx context.Context, list []*saved, w io.Writer) error {
