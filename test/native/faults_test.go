@@ -72,10 +72,14 @@ func TestDiskFull(t *testing.T) {
 	t.Cleanup(e.close)
 	e.boot()
 	e.importBusybox()
+	ref, _ := startRegistry(t).push(t, "big:1", 2<<20, 3)
 	e.must("create", "--name", "before", "bb", "true")
 	e.must("run", "-d", "--name", "talker", "bb", "sh", "-c", "while [ ! -e /go ]; do sleep 0.05; done; i=0; while [ $i -lt 20000 ]; do echo line $i padded with some text; i=$((i+1)); done")
 	fill := exec.Command("dd", "if=/dev/zero", "of="+dir+"/fill", "bs=64k")
 	_ = fill.Run() // ends with no space left
+	if r := e.run("pull", ref); r.code == 0 || !strings.Contains(r.err, "free on the disk") {
+		t.Errorf("pull to a full disk: %s", r)
+	}
 	failures := 0
 	for i := range 20 {
 		r := e.run("create", "--name", fmt.Sprint("full", i), "-v", fmt.Sprint("vol", i, ":/v"), "bb", "true")
@@ -86,6 +90,12 @@ func TestDiskFull(t *testing.T) {
 			}
 		}
 	}
+	// A daemon that dies now must come back: what runs is in its care.
+	e.kill()
+	e.boot()
+	if got := e.must("inspect", "--format", "{{.State.Running}}", "talker"); got != "true" {
+		t.Errorf("after a crash on a full disk: running %s", got)
+	}
 	// The log cannot grow: the container waits rather than lose lines.
 	e.run("exec", "talker", "touch", "/go")
 	time.Sleep(time.Second)
@@ -93,6 +103,7 @@ func TestDiskFull(t *testing.T) {
 		t.Fatal(err)
 	}
 	e.must("run", "--rm", "bb", "true")
+	e.must("pull", ref)
 	if got := e.must("inspect", "--format", "{{.State.Status}}", "before"); got != "created" {
 		t.Errorf("acknowledged before the disk was full, now %q", got)
 	}

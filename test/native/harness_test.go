@@ -13,6 +13,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -37,6 +38,7 @@ type engine struct {
 	sock   string
 	cmd    *exec.Cmd
 	args   []string
+	wrap   []string // command that executes the daemon, if any
 	bin    string
 	id     string // instance, see traces
 	exited chan struct{}
@@ -106,7 +108,8 @@ func (e *engine) boot() {
 		e.t.Fatal(err)
 	}
 	args := append([]string{"--config", conf, "--root", e.dir + "/root", "--run-root", e.dir + "/run", "--listen", "unix://" + e.sock}, e.args...)
-	e.cmd = exec.Command(filepath.Join(e.bin, "servind"), args...)
+	argv := append(append(slices.Clone(e.wrap), filepath.Join(e.bin, "servind")), args...)
+	e.cmd = exec.Command(argv[0], argv[1:]...)
 	e.cmd.Stdout, e.cmd.Stderr = log, log
 	e.cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	if err := e.cmd.Start(); err != nil {
@@ -266,4 +269,18 @@ func eventually(t *testing.T, what string, limit time.Duration, ok func() bool) 
 			t.Fatalf("%s: not within %s", what, limit)
 		}
 	}
+}
+
+// refuse starts a daemon that is expected to end by itself and returns what it
+// said.
+func (e *engine) refuse() string {
+	e.t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	defer cancel()
+	args := append([]string{"--root", e.dir + "/root", "--run-root", e.dir + "/run", "--listen", "unix://" + e.sock}, e.args...)
+	out, err := exec.CommandContext(ctx, filepath.Join(e.bin, "servind"), args...).CombinedOutput()
+	if err == nil || ctx.Err() != nil {
+		e.t.Errorf("the daemon did not refuse: %v", err)
+	}
+	return string(out)
 }
