@@ -24,9 +24,9 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/tarball"
 )
 
-// serveImage serves an image of 5 layers and 300 MB, 3,000 files in all, half of
-// it text that compresses well.
-func serveImage(ctx context.Context, dir string) (host string, stop func(), err error) {
+// serveImages serves images of 5 layers and 300 MB each, 3,000 files in all, half
+// of it text that compresses well, as HOST/big:0 and so on. No two share a layer.
+func serveImages(ctx context.Context, dir string, n int) (host string, stop func(), err error) {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return "", nil, err
 	}
@@ -37,30 +37,39 @@ func serveImage(ctx context.Context, dir string) (host string, stop func(), err 
 	srv := &http.Server{Handler: registry.New(registry.Logger(log.New(io.Discard, "", 0)), registry.WithBlobHandler(registry.NewDiskBlobHandler(dir)))}
 	go func() { _ = srv.Serve(ln) }()
 	host = ln.Addr().String()
-	img := v1.Image(empty.Image)
-	for l := range 5 {
-		layer, err := tarball.LayerFromOpener(func() (io.ReadCloser, error) { return layerTar(uint64(l)) })
+	for i := range n {
+		img := v1.Image(empty.Image)
+		for l := range 5 {
+			data, err := layerTar(uint64(i*5 + l))
+			if err != nil {
+				return "", nil, err
+			}
+			layer, err := tarball.LayerFromOpener(func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(data)), nil })
+			if err != nil {
+				return "", nil, err
+			}
+			if img, err = mutate.AppendLayers(img, layer); err != nil {
+				return "", nil, err
+			}
+		}
+		ref, err := name.NewTag(fmt.Sprintf("%s/big:%d", host, i), name.Insecure)
 		if err != nil {
 			return "", nil, err
 		}
-		if img, err = mutate.AppendLayers(img, layer); err != nil {
+		if err := remote.Write(ref, img, remote.WithContext(ctx)); err != nil {
 			return "", nil, err
 		}
-	}
-	ref, err := name.NewTag(host+"/big:latest", name.Insecure)
-	if err != nil {
-		return "", nil, err
-	}
-	if err := remote.Write(ref, img, remote.WithContext(ctx)); err != nil {
-		return "", nil, err
 	}
 	return host, func() { _ = srv.Close() }, nil
 }
 
 // layerTar makes the same gzipped tar for the same seed.
-func layerTar(seed uint64) (io.ReadCloser, error) {
+func layerTar(seed uint64) ([]byte, error) {
 	var buf bytes.Buffer
-	gz := gzip.NewWriter(&buf)
+	gz, err := gzip.NewWriterLevel(&buf, gzip.BestSpeed)
+	if err != nil {
+		return nil, err
+	}
 	tw := tar.NewWriter(gz)
 	rng := rand.New(rand.NewPCG(seed, 7))
 	words, err := json.Marshal(map[string]string{"a": "the quick brown fox", "b": "jumps over the lazy dog"})
@@ -93,7 +102,7 @@ func layerTar(seed uint64) (io.ReadCloser, error) {
 	if err := gz.Close(); err != nil {
 		return nil, err
 	}
-	return io.NopCloser(&buf), nil
+	return buf.Bytes(), nil
 }
 
 // gbits reads the received rate out of iperf3's JSON report.
