@@ -34,6 +34,9 @@ func New(dirs []string) *Injector {
 	return &Injector{dirs: slices.Clone(dirs)}
 }
 
+// Dirs are where specs are looked for, the later ones before the earlier.
+func (i *Injector) Dirs() []string { return slices.Clone(i.dirs) }
+
 // gpuVendors are asked in this order where a request names no driver.
 var gpuVendors = []struct{ driver, kind string }{
 	{"nvidia", "nvidia.com/gpu"}, {"amd", "amd.com/gpu"}, {"intel", "intel.com/gpu"},

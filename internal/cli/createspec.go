@@ -209,9 +209,13 @@ func (a *App) buildMounts(o *createFlags, c *container.Config, h *container.Host
 		c.Volumes[anon] = struct{}{}
 	}
 	for _, s := range o.mounts {
-		m, err := notation.Mount(s, home)
+		m, bind, err := notation.Mount(s, home)
 		if err != nil {
 			return err
+		}
+		if bind != "" {
+			h.Binds = append(h.Binds, bind)
+			continue
 		}
 		h.Mounts = append(h.Mounts, m)
 	}

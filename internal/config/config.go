@@ -73,10 +73,12 @@ type Config struct {
 	// Ulimits are defaults for containers, name to "soft:hard" or one number.
 	Ulimits map[string]string `yaml:"ulimits"`
 	// Init runs the built-in reaper in every container; NoNewPrivileges sets that flag.
-	Init            bool     `yaml:"init"`
-	NoNewPrivileges bool     `yaml:"noNewPrivileges"`
-	SeccompProfile  string   `yaml:"seccompProfile"`
-	Labels          []string `yaml:"labels"`
+	Init            bool   `yaml:"init"`
+	NoNewPrivileges bool   `yaml:"noNewPrivileges"`
+	SeccompProfile  string `yaml:"seccompProfile"`
+	// CDISpecDirs hold the CDI specs of devices (default /etc/cdi and /var/run/cdi).
+	CDISpecDirs []string `yaml:"cdiSpecDirs"`
+	Labels      []string `yaml:"labels"`
 	// ShutdownTimeout bounds ending all containers (default 15s).
 	ShutdownTimeout Duration `yaml:"shutdownTimeout"`
 }
@@ -253,6 +255,11 @@ func (c *Config) Check() error {
 	for name, p := range map[string]string{"root": c.Root, "runRoot": c.RunRoot, "seccompProfile": c.SeccompProfile} {
 		if p != "" && !filepath.IsAbs(p) {
 			return bad("%s must be an absolute path, not %q", name, p)
+		}
+	}
+	for _, p := range c.CDISpecDirs {
+		if !filepath.IsAbs(p) {
+			return bad("cdiSpecDirs must be absolute paths, not %q", p)
 		}
 	}
 	for _, l := range c.Listen {

@@ -25,6 +25,7 @@ func TestParse(t *testing.T) {
 		"version: 1\npool: -1\n":                       "pool must",
 		"version: 1\n---\nversion: 1\n":                "one document",
 		"version: 1\nshutdownTimeout: 5\n":             "no duration",
+		"version: 1\ncdiSpecDirs: [cdi]\n":             "absolute paths",
 		"version: 1\nruntimes: {x: {path: y}}\n":       "absolute path",
 		"version: 1\nlogs: {driver: carrier-pigeon}\n": "logs.driver",
 		"version: 1\nnetwork: {pools: [{base: 10.0.0.0/8, size: 4}]}\n": "makes no sense",

@@ -218,7 +218,7 @@ func readLabels(x *api.CreateExtra, labels map[string]string) {
 func (e *Engine) hostname(r *container.Record) error {
 	hc := r.HostConfig
 	if hc.NetworkMode.IsContainer() {
-		o, err := e.lookup(hc.NetworkMode.ConnectedContainer())
+		o, err := e.other(hc.NetworkMode.ConnectedContainer())
 		if err != nil {
 			return err
 		}
@@ -254,7 +254,7 @@ func (e *Engine) userNS(ctx context.Context, r *container.Record, back *undo) er
 		if !ok {
 			continue
 		}
-		o, err := e.lookup(name)
+		o, err := e.other(name)
 		if err != nil {
 			return err
 		}
@@ -278,6 +278,16 @@ func (e *Engine) userNS(ctx context.Context, r *container.Record, back *undo) er
 	}
 	r.UserNS = container.UserNS{Host: m.UIDs[0].Host, Size: m.UIDs[0].Size}
 	return nil
+}
+
+// other finds a container that a request to create another one names. "Not found"
+// would be taken for the image: clients then pull it and try again.
+func (e *Engine) other(name string) (*unit, error) {
+	u, err := e.lookup(name)
+	if fault.Is(err, fault.NotFound) {
+		return nil, fault.New(fault.Invalid, "%v", err)
+	}
+	return u, err
 }
 
 // idMap is the mapping of a container, zero for the host's ids.

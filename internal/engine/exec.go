@@ -3,6 +3,8 @@ package engine
 import (
 	"context"
 	"io"
+	"maps"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -92,6 +94,22 @@ func (e *Engine) dropExecs(u *unit) {
 			x.mu.Unlock()
 		}
 	}
+}
+
+// execsOf lists the executions of a container that have not ended.
+func (e *Engine) execsOf(u *unit) []string {
+	u.mu.Lock()
+	ids := slices.Sorted(maps.Keys(u.execs))
+	u.mu.Unlock()
+	return slices.DeleteFunc(ids, func(id string) bool {
+		x, err := e.execs.get(id)
+		if err != nil {
+			return true
+		}
+		x.mu.Lock()
+		defer x.mu.Unlock()
+		return !x.doneAt.IsZero()
+	})
 }
 
 // ExecCreate notes what is to be executed.

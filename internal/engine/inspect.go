@@ -3,7 +3,6 @@ package engine
 import (
 	"context"
 	"maps"
-	"slices"
 	"time"
 
 	mcontainer "github.com/moby/moby/api/types/container"
@@ -23,9 +22,7 @@ func (e *Engine) ContainerInspect(ctx context.Context, name string, size bool) (
 		return mcontainer.InspectResponse{}, err
 	}
 	r := u.rec.Load()
-	u.mu.Lock()
-	execs := slices.Sorted(maps.Keys(u.execs))
-	u.mu.Unlock()
+	execs := e.execsOf(u)
 	f := e.filePaths(u, r)
 	hc := *r.HostConfig
 	cfg := *r.Config

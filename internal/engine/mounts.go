@@ -95,7 +95,7 @@ func (e *Engine) createMounts(ctx context.Context, r *container.Record, chain sn
 
 // volumesOf serves HostConfig.VolumesFrom.
 func (e *Engine) volumesOf(name string) ([]vol.Point, error) {
-	u, err := e.lookup(name)
+	u, err := e.other(name)
 	if err != nil {
 		return nil, err
 	}
@@ -139,11 +139,14 @@ func (e *Engine) startMounts(ctx context.Context, u *unit, r *container.Record, 
 					return nil, err
 				}
 				back.hold(f)
-				m.Source = fdPath(f)
+				if m.Source, err = e.heldSource(u, r, i, f, back); err != nil {
+					return nil, err
+				}
 			}
 		case mount.TypeTmpfs:
 			m.Type, m.Source, m.Options = "tmpfs", "tmpfs", p.Options
 		case mount.TypeImage:
+			back.add(func(context.Context) { e.dropHostMounts(u) })
 			path, err := e.imageMount(ctx, u, r, i, p)
 			if err != nil {
 				return nil, err

@@ -2,9 +2,15 @@ package engine
 
 import (
 	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
 
 	"github.com/moby/moby/api/types/mount"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
 
 	"github.com/cloudos-io/cloudos/internal/container"
 	"github.com/cloudos-io/cloudos/internal/fault"
@@ -15,7 +21,7 @@ import (
 // ownMounts gives the sources of mounts to the container as their options say: "U"
 // to its user, "z" and "Z" to its SELinux label. mounts are those of r.Mounts, in
 // their order; a source that was changed is mounted by its descriptor.
-func (e *Engine) ownMounts(ctx context.Context, r *container.Record, mounts []oci.Mount, user specs.User, label string, back *scope) error {
+func (e *Engine) ownMounts(ctx context.Context, u *unit, r *container.Record, mounts []oci.Mount, user specs.User, label string, back *scope) error {
 	for i, p := range r.Mounts {
 		m := &mounts[i]
 		relabel := p.Relabel
@@ -32,7 +38,9 @@ func (e *Engine) ownMounts(ctx context.Context, r *container.Record, mounts []oc
 			return err
 		}
 		back.hold(f)
-		m.Source = fdPath(f)
+		if m.Source, err = e.heldSource(u, r, i, f, back); err != nil {
+			return err
+		}
 		if p.Chown {
 			uid, gid, err := e.onDisk(r, user, m.IDMap)
 			if err != nil {
@@ -49,6 +57,46 @@ func (e *Engine) ownMounts(ctx context.Context, r *container.Record, mounts []oc
 		}
 	}
 	return nil
+}
+
+// heldSource names an open source of a mount. Other runtimes make mounts in a
+// namespace of their own, where descriptors of ours cannot be mounted: for them it
+// is mounted on the host.
+func (e *Engine) heldSource(u *unit, r *container.Record, i int, f *os.File, back *scope) (string, error) {
+	if e.native(r.HostConfig.Runtime) {
+		return fdPath(f), nil
+	}
+	at := filepath.Join(e.hostDir(u), "source-"+strconv.Itoa(i))
+	back.add(func(context.Context) { e.dropHostMounts(u) })
+	if err := mountHeld(f, at); err != nil {
+		return "", fmt.Errorf("cannot mount %s for the runtime: %w", f.Name(), err)
+	}
+	return at, nil
+}
+
+func mountHeld(f *os.File, at string) error {
+	var st unix.Stat_t
+	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
+		return err
+	}
+	if err := os.MkdirAll(filepath.Dir(at), 0o700); err != nil {
+		return err
+	}
+	var err error
+	if st.Mode&unix.S_IFMT == unix.S_IFDIR {
+		err = os.Mkdir(at, 0o700)
+	} else {
+		err = os.WriteFile(at, nil, 0o600)
+	}
+	if err != nil && !errors.Is(err, os.ErrExist) {
+		return err
+	}
+	tree, err := unix.OpenTree(int(f.Fd()), "", unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC|unix.AT_EMPTY_PATH|unix.AT_RECURSIVE)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(tree)
+	return unix.MoveMount(tree, "", unix.AT_FDCWD, at, unix.MOVE_MOUNT_F_EMPTY_PATH)
 }
 
 // onDisk is the owner that the container's user is shown as its own: through an

@@ -296,7 +296,7 @@ func (e *Engine) specInput(ctx context.Context, u *unit, r *container.Record, ro
 			return in, err
 		}
 	}
-	if err := e.ownMounts(ctx, r, in.Mounts, in.User, in.MountLabel, back); err != nil {
+	if err := e.ownMounts(ctx, u, r, in.Mounts, in.User, in.MountLabel, back); err != nil {
 		return in, err
 	}
 	if in.LinkEnv, err = e.linkEnv(r); err != nil {

@@ -57,7 +57,7 @@ func (s *SystemService) Info(ctx context.Context) (*system.Info, error) {
 		Architecture: unix.ByteSliceToString(uts.Machine[:]), IndexServerAddress: "https://index.docker.io/v1/", RegistryConfig: e.cfg.RegistryConfig,
 		NCPU: e.cfg.Host.CPUs, MemTotal: memTotal(), DockerRootDir: e.cfg.Root, Name: host, Labels: e.cfg.Labels,
 		ServerVersion: e.cfg.Version, DefaultRuntime: nativeRuntime, LiveRestoreEnabled: true, InitBinary: "servin-init",
-		Swarm: swarm.Info{LocalNodeState: swarm.LocalNodeStateInactive}, CDISpecDirs: []string{"/etc/cdi", "/var/run/cdi"},
+		Swarm: swarm.Info{LocalNodeState: swarm.LocalNodeStateInactive}, CDISpecDirs: s.cdiDirs(),
 		Runtimes: map[string]system.RuntimeWithStatus{nativeRuntime: {Runtime: system.Runtime{Path: "servin-shim"}}},
 		Plugins: system.PluginsInfo{Volume: []string{"local"}, Network: []string{"bridge", "host", "macvlan", "null"},
 			Log: []string{"json-file", "k8s-file", "local", "none"}},
@@ -190,6 +190,13 @@ func (s *SystemService) Version(context.Context) (system.VersionResponse, error)
 			"KernelVersion": unix.ByteSliceToString(uts.Release[:]), "Experimental": "false",
 		}}},
 	}, nil
+}
+
+func (s *SystemService) cdiDirs() []string {
+	if s.e.cfg.CDI == nil {
+		return []string{}
+	}
+	return s.e.cfg.CDI.Dirs()
 }
 
 // DiskUsage measures what containers, images and volumes take. Items are listed

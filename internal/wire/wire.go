@@ -195,7 +195,7 @@ func New(ctx context.Context, c *config.Config, inside rootless.State, log *slog
 		CgroupParent: c.CgroupParent, CgroupV2: v2, NoCgroups: inside.Active && !v2, CgroupDriver: c.CgroupDriver, Rootless: inside.Active, Defaults: defaults,
 		LogDriver: c.Logs.Driver, LogMaxSize: logSize, LogMaxFiles: c.Logs.MaxFiles, NoNewPrivileges: c.NoNewPrivileges, Init: c.Init,
 		ShutdownTimeout: time.Duration(c.ShutdownTimeout), Labels: c.Labels, RegistryConfig: registryInfo(c), Pool: *c.Pool,
-		CDI: cdi.New(nil), PublishThrough: c.Network.PublishThrough, Logger: log,
+		CDI: cdi.New(c.CDISpecDirs), PublishThrough: c.Network.PublishThrough, Logger: log,
 		Resolver: engine.Resolver{Servers: addresses(c.Network.DNS), Search: c.Network.Search, Options: c.Network.Options},
 		Checks: func(ctx context.Context) []api.Finding {
 			return doctor.Judge(doctor.Gather(ctx, doctor.Config{

@@ -351,6 +351,40 @@ func TestTerminal(t *testing.T) {
 	e.want(".*mark2.*", "logs", "term")
 }
 
+// TestExecGoesOn: an exec whose client has left by its detach keys, or has died, is
+// still there.
+func TestExecGoesOn(t *testing.T) {
+	e := start(t)
+	e.must("run", "-d", "--name", "gg", "bb", "sleep", "1000")
+	for name, leave := range map[string]func(f *os.File, cmd *exec.Cmd){
+		"keys": func(f *os.File, _ *exec.Cmd) { _, _ = f.Write([]byte{16, 17}) },
+		"kill": func(_ *os.File, cmd *exec.Cmd) { _ = cmd.Process.Kill() },
+	} {
+		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+		cmd := e.command(ctx, "exec", "-it", "gg", "sh", "-c", "echo begun > /"+name+"; while sleep 0.01; do echo out; done")
+		f, err := pty.Start(cmd)
+		if err != nil {
+			t.Fatal(err)
+		}
+		go func() { _, _ = io.Copy(io.Discard, f) }()
+		e.eventually("the exec runs", func() bool { return e.run("exec", "gg", "test", "-e", "/"+name).code == 0 })
+		leave(f, cmd)
+		_ = cmd.Wait()
+		f.Close()
+		cancel()
+		time.Sleep(100 * time.Millisecond)
+		if out := e.must("exec", "gg", "ps"); !strings.Contains(out, "begun > /"+name) {
+			t.Errorf("%s: the process is gone:\n%s", name, out)
+		}
+	}
+	if out := e.must("inspect", "-f", "{{len .ExecIDs}}", "gg"); out != "2" {
+		t.Errorf("%s execs are shown, 2 run", out)
+	}
+	if code, body, err := e.http("POST", "/containers/gg/resize?h=10&w=20", ""); err != nil || code != 200 {
+		t.Errorf("resize without a terminal: %d %s %v", code, body, err)
+	}
+}
+
 func TestEventsStream(t *testing.T) {
 	e := start(t)
 	ctx, cancel := context.WithCancel(context.Background())

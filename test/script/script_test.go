@@ -87,7 +87,11 @@ func (d *daemon) start() error {
 		return err
 	}
 	defer out.Close()
-	d.cmd = exec.Command(d.bin+"/servind", "--root", d.dir+"/root", "--run-root", d.dir+"/run", "--listen", "unix://"+d.sock())
+	// Specs of made-up devices are looked for where a script puts them.
+	if err := os.WriteFile(d.dir+"/config.yaml", []byte("version: 1\ncdiSpecDirs: ["+d.dir+"/cdi]\n"), 0o600); err != nil {
+		return err
+	}
+	d.cmd = exec.Command(d.bin+"/servind", "--config", d.dir+"/config.yaml", "--root", d.dir+"/root", "--run-root", d.dir+"/run", "--listen", "unix://"+d.sock())
 	d.cmd.Stdout, d.cmd.Stderr = out, out
 	d.cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	if err := d.cmd.Start(); err != nil {
@@ -180,6 +184,7 @@ func setup(t *testing.T, env *testscript.Env, bin string) error {
 	}))
 	env.Defer(locked.Close)
 	env.Setenv("HOME", env.WorkDir)
+	env.Setenv("CDI", dir+"/cdi")
 	env.Setenv("TZ", "UTC")
 	env.Setenv("SERVIN_HOST", "unix://"+d.sock())
 	env.Setenv("REGISTRY", open.Listener.Addr().String())

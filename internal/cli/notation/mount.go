@@ -68,8 +68,40 @@ func absolute(p, home string) (string, error) {
 	return filepath.Abs(p)
 }
 
-// Mount reads --mount: comma-separated key=value pairs in CSV quoting.
-func Mount(s, home string) (mount.Mount, error) {
+// Mount reads --mount: comma-separated key=value pairs in CSV quoting. What the
+// engine's mounts have no field for (U, idmap, relabel) makes it a bind in the
+// notation of -v instead.
+func Mount(s, home string) (m mount.Mount, bind string, err error) {
+	var modes []string
+	m, err = readMount(s, home, &modes)
+	if err != nil || len(modes) == 0 {
+		return m, "", err
+	}
+	bad := func(why string) (mount.Mount, string, error) {
+		return mount.Mount{}, "", fmt.Errorf("cannot mount %q: %s", s, why)
+	}
+	o := m.BindOptions
+	switch {
+	case m.Type != mount.TypeBind && m.Type != mount.TypeVolume || m.Source == "":
+		return bad("U, idmap and relabel are for binds and named volumes")
+	case m.VolumeOptions != nil, o != nil && (o.CreateMountpoint || o.ReadOnlyForceRecursive || o.ReadOnlyNonRecursive):
+		return bad("U, idmap and relabel do not go with the other options given")
+	case strings.Contains(m.Source+m.Target, ":"):
+		return bad("U, idmap and relabel need names without a colon")
+	}
+	if m.ReadOnly {
+		modes = append(modes, "ro")
+	}
+	if o != nil && o.Propagation != "" {
+		modes = append(modes, string(o.Propagation))
+	}
+	if o != nil && o.NonRecursive {
+		modes = append(modes, "bind")
+	}
+	return mount.Mount{}, m.Source + ":" + m.Target + ":" + strings.Join(modes, ","), nil
+}
+
+func readMount(s, home string, modes *[]string) (mount.Mount, error) {
 	var m mount.Mount
 	bad := func(format string, a ...any) (mount.Mount, error) {
 		return mount.Mount{}, fmt.Errorf("cannot mount %q: %s", s, fmt.Sprintf(format, a...))
@@ -109,7 +141,7 @@ func Mount(s, home string) (mount.Mount, error) {
 		k = strings.ToLower(k)
 		on := true
 		switch k { // those that may stand alone
-		case "readonly", "ro", "volume-nocopy", "bind-nonrecursive", "bind-create-src":
+		case "readonly", "ro", "volume-nocopy", "bind-nonrecursive", "bind-create-src", "u", "chown", "idmap":
 			if has {
 				if on, err = strconv.ParseBool(v); err != nil {
 					return bad("%s=%s is neither true nor false", k, v)
@@ -137,6 +169,20 @@ func Mount(s, home string) (mount.Mount, error) {
 			m.Target = v
 		case "readonly", "ro":
 			m.ReadOnly = on
+		case "u", "chown":
+			if on {
+				*modes = append(*modes, "U")
+			}
+		case "idmap":
+			if on {
+				*modes = append(*modes, "idmap")
+			}
+		case "relabel":
+			mode, ok := map[string]string{"shared": "z", "private": "Z"}[v]
+			if !ok {
+				return bad("relabel is shared or private")
+			}
+			*modes = append(*modes, mode)
 		case "consistency":
 			m.Consistency = mount.Consistency(strings.ToLower(v))
 		case "bind-propagation":

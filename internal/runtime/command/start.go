@@ -89,6 +89,9 @@ func (t *task) bundle(req *contract.StartRequest) error {
 		return err
 	}
 	t.group = group
+	// Some runtimes refuse a minor version they do not know, though what is new
+	// in it is not used or is passed over.
+	spec.Version = "1.0.2"
 	b, err := json.Marshal(&spec)
 	if err != nil {
 		return err
