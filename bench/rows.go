@@ -385,7 +385,9 @@ func (b *bench) pull() error {
 		}{
 			{"servin", func(i int) []string { return with(e.servin, "pull", "-q", fmt.Sprintf("%s/big:%d", host, i)) }},
 			{"docker", func(i int) []string { return with(e.docker, "pull", "-q", fmt.Sprintf("%s/big:%d", host, i)) }},
-			{"ctr", func(i int) []string { return with(e.ctr, "image", "pull", "--plain-http", fmt.Sprintf("%s/big:%d", host, rounds+i)) }},
+			{"ctr", func(i int) []string {
+				return with(e.ctr, "image", "pull", "--plain-http", fmt.Sprintf("%s/big:%d", host, rounds+i))
+			}},
 		}
 		peak := &row{Name: "peak memory of the daemon in pulls (since its start)", Unit: "MB", Better: "less", Bar: "under 100 MB", Against: "docker"}
 		for i := range rounds {
