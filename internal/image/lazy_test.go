@@ -263,12 +263,6 @@ func until(t testing.TB, what string, ok func() bool) {
 	}
 }
 
-// served asks the process what it serves.
-func (e *lazyEngine) served() lazy.Status {
-	st, _ := e.lazy.client.Status(context.Background())
-	return st
-}
-
 func TestLazyPull(t *testing.T) {
 	for _, kind := range []lazy.Kind{lazy.EStargz, lazy.ZstdChunked} {
 		t.Run(string(kind), func(t *testing.T) { testLazyPull(t, kind) })

@@ -121,7 +121,7 @@ func startSlirp(path string, pid int, runRoot string) (int, error) {
 	if err != nil {
 		return 0, err
 	}
-	if err := r.SetReadDeadline(time.Now().Add(10 * time.Second)); err == nil {
+	if err = r.SetReadDeadline(time.Now().Add(10 * time.Second)); err == nil {
 		err = expect(r, '1')
 	}
 	if err != nil {

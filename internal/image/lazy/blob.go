@@ -115,12 +115,6 @@ func (b *blob) forget(from, to int64) {
 	b.hurryLocked(false)
 }
 
-func (b *blob) complete() bool {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.missing == 0
-}
-
 func (b *blob) hurried() bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()

@@ -120,7 +120,6 @@ type loaded struct {
 	table  []byte // packed, as on disk
 	cancel context.CancelFunc
 	ready  chan struct{}
-	err    error
 	tree   *tree // of the first mount to come
 	userns bool
 	state  string
