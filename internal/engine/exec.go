@@ -184,6 +184,9 @@ func (e *Engine) ExecStart(ctx context.Context, id string, req mcontainer.ExecSt
 	proc, err := e.runExec(context.WithoutCancel(ctx), u, t, x, req.Detach)
 	if err != nil {
 		code := startExitCode(err)
+		if c := fault.ExitCode(err); c != 125 { // the cause says otherwise
+			code = c
+		}
 		x.mu.Lock()
 		x.failed, x.doneAt = &code, time.Now()
 		x.mu.Unlock()
@@ -252,7 +255,7 @@ func (e *Engine) runExec(ctx context.Context, u *unit, t runtime.Task, x *execut
 		in.User, in.Home, err = oci.LookupUser(root, x.req.User, r.HostConfig.GroupAdd)
 		root.Close()
 		if err != nil {
-			return nil, err
+			return nil, fault.WithExitCode(126, err)
 		}
 	}
 	p, err := oci.GenerateExec(in)

@@ -380,6 +380,12 @@ func TestExecGoesOn(t *testing.T) {
 	if out := e.must("inspect", "-f", "{{len .ExecIDs}}", "gg"); out != "2" {
 		t.Errorf("%s execs are shown, 2 run", out)
 	}
+	if c := e.run("exec", "-u", "nobodyatall", "gg", "true"); c.code != 126 || !strings.Contains(c.out+c.err, "unable to find user nobodyatall") {
+		t.Error(c)
+	}
+	if c := e.run("exec", "gg", "nosuchprogram"); c.code != 127 {
+		t.Error(c)
+	}
 	if code, body, err := e.http("POST", "/containers/gg/resize?h=10&w=20", ""); err != nil || code != 200 {
 		t.Errorf("resize without a terminal: %d %s %v", code, body, err)
 	}
