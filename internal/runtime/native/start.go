@@ -98,6 +98,13 @@ func (s *start) run(ctx context.Context) (*task, error) {
 	}
 	var warnings []string
 	s.spec, warnings = d.limits.clamp(req.Spec)
+	if io := req.Stdio; io.Terminal && io.Width > 0 && io.Height > 0 && s.spec.Process.ConsoleSize == nil {
+		// In the plan, so that the process never sees a terminal without a size.
+		spec, process := *s.spec, *s.spec.Process
+		process.ConsoleSize = &specs.Box{Width: uint(io.Width), Height: uint(io.Height)}
+		spec.Process = &process
+		s.spec = &spec
+	}
 	if !slices.ContainsFunc(s.spec.Linux.Namespaces, func(n specs.LinuxNamespace) bool { return n.Type == specs.UserNamespace }) {
 		p, err := d.limits.permits(s.spec.Process)
 		if err != nil {

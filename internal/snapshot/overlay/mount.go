@@ -15,7 +15,7 @@ import (
 
 // capability is what the kernel's overlayfs can do, probed once.
 type capability struct {
-	// append: fsconfig knows lowerdir+ (6.5), one layer per call and no length limit.
+	// append: fsconfig knows lowerdir+ (6.7), one layer per call and no length limit.
 	append bool
 	// userxattr: we are not in the first user namespace, so overlayfs keeps its
 	// marks in user.overlay attributes.
@@ -36,6 +36,10 @@ func probe(dir string) capability {
 		return c
 	}
 	defer unix.Close(fd)
+	// Before 6.5 overlayfs took any option, and refused unknown ones at the mount only.
+	if unix.FsconfigSetString(fd, "no-such-option", "x") == nil {
+		return c
+	}
 	c.append = unix.FsconfigSetString(fd, "lowerdir+", dir) == nil
 	return c
 }
