@@ -29,13 +29,15 @@ type Host struct {
 	ThermalPaths []string
 
 	AppArmor, SELinux, Seccomp bool
-	TimeNamespace              bool
-	RecursiveReadonly          bool // mount_setattr
-	PingGroupRange             bool // net.ipv4.ping_group_range exists
-	UnprivilegedPortStart      bool // net.ipv4.ip_unprivileged_port_start exists
-	CPURealtime                bool // the cpu controller has real-time limits
-	SwapLimit                  bool // memory controller accounts swap
-	NoTTYGroup                 bool // group 5 does not exist in the engine's user namespace
+	// TimeNamespace: a process can enter a time namespace of its own by exec.
+	// Before 6.3 it could by fork only, and until then could make no thread.
+	TimeNamespace         bool
+	RecursiveReadonly     bool // mount_setattr
+	PingGroupRange        bool // net.ipv4.ping_group_range exists
+	UnprivilegedPortStart bool // net.ipv4.ip_unprivileged_port_start exists
+	CPURealtime           bool // the cpu controller has real-time limits
+	SwapLimit             bool // memory controller accounts swap
+	NoTTYGroup            bool // group 5 does not exist in the engine's user namespace
 	// Lacking tells for a cgroup controller (memory, cpu, cpuset, pids, io) why
 	// this engine cannot use it; such limits are refused.
 	Lacking map[string]string
@@ -48,7 +50,7 @@ func ProbeHost() Host {
 		AppArmor:              apparmorEnabled(),
 		SELinux:               selinux.GetEnabled(),
 		Seccomp:               unix.Prctl(unix.PR_GET_SECCOMP, 0, 0, 0, 0) == nil,
-		TimeNamespace:         exists("/proc/self/ns/time"),
+		TimeNamespace:         exists("/proc/self/ns/time") && kernelAtLeast(6, 3),
 		PingGroupRange:        exists("/proc/sys/net/ipv4/ping_group_range"),
 		UnprivilegedPortStart: exists("/proc/sys/net/ipv4/ip_unprivileged_port_start"),
 		CPURealtime:           exists("/sys/fs/cgroup/cpu/cpu.rt_runtime_us"),
@@ -250,4 +252,17 @@ func CPUSet(s string) ([]int, error) {
 		}
 	}
 	return out, nil
+}
+
+// kernelAtLeast compares the running kernel's release.
+func kernelAtLeast(major, minor int) bool {
+	var u unix.Utsname
+	if unix.Uname(&u) != nil {
+		return false
+	}
+	var a, b int
+	if n, _ := fmt.Sscanf(unix.ByteSliceToString(u.Release[:]), "%d.%d", &a, &b); n != 2 {
+		return false
+	}
+	return a > major || a == major && b >= minor
 }
