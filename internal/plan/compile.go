@@ -151,6 +151,17 @@ func (b *builder) parkable(spec *specs.Spec, o Options) error {
 			}
 		}
 	}
+	if o.BindDevices {
+		// Inside a user namespace procfs and sysfs cannot be mounted any more once
+		// the host's are out of sight: they are there as prepared, or not at all.
+		for _, m := range spec.Mounts {
+			if (m.Type == "proc" || m.Type == "sysfs") && !slices.ContainsFunc(o.likely(), func(l specs.Mount) bool {
+				return l.Type == m.Type && l.Source == m.Source && slices.Equal(l.Options, m.Options)
+			}) {
+				return fault.New(fault.Invalid, "a parked sandbox has no %s of the kind that the container wants", m.Type)
+			}
+		}
+	}
 	// A time namespace is unshared by the container's own plan and entered at
 	// exec, so that a parked sandbox need not have one.
 	if h := spec.Hooks; h != nil && (len(h.CreateContainer) != 0 || len(h.Prestart) != 0 || len(h.CreateRuntime) != 0) {

@@ -20,6 +20,9 @@ import (
 
 // sandbox is a monitor with a stage child in its namespaces and cgroup.
 type sandbox struct {
+	// prepared are the file systems made when it was parked, nil the usual ones.
+	prepared []specs.Mount
+
 	d        *Driver
 	id       string
 	key      contract.SandboxKey
@@ -240,7 +243,7 @@ func openProc(pid, pidfd int, name string, flags int) (*os.File, error) {
 func (s *sandbox) park(ctx context.Context) error {
 	opts := s.d.planOptions(s.id)
 	rules, mounts := s.d.pool.likely(s.key)
-	opts.Prepare = mounts
+	opts.Prepare, s.prepared = mounts, mounts
 	p, err := plan.Park(true, opts)
 	if err != nil {
 		return err

@@ -188,6 +188,9 @@ func (s *start) compile(ctx context.Context) error {
 	opts := d.planOptions(req.ID)
 	opts.Init = req.Init
 	opts.Parked = s.sb != nil
+	if s.sb != nil {
+		opts.Prepare = s.sb.prepared
+	}
 	var err error
 	if s.filter, err = d.filter.fill(&opts, s.spec); err != nil {
 		return err
