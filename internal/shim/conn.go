@@ -54,8 +54,10 @@ func (c *conn) send(parts [][]byte, fds []int) error {
 	return os.NewSyscallError("sendmsg", serr)
 }
 
-// recv reads one datagram into buf. Descriptors are close-on-exec.
-func (c *conn) recv(buf []byte) (n int, fds []int, err error) {
+// recv reads one datagram into buf. Descriptors are close-on-exec. lost says
+// that the message is whole but for descriptors that this process has no room
+// for; what was sent with them is unusable, the connection is not.
+func (c *conn) recv(buf []byte) (n int, fds []int, lost bool, err error) {
 	var oob [256]byte // the monitor sends one descriptor at a time, the stage a few
 	var oobn, flags int
 	var rerr error
@@ -73,7 +75,7 @@ func (c *conn) recv(buf []byte) (n int, fds []int, err error) {
 		err = rerr
 	}
 	if err != nil {
-		return 0, nil, err
+		return 0, nil, false, err
 	}
 	if oobn > 0 {
 		cms, perr := unix.ParseSocketControlMessage(oob[:oobn])
@@ -85,15 +87,19 @@ func (c *conn) recv(buf []byte) (n int, fds []int, err error) {
 			}
 		}
 	}
-	if flags&(unix.MSG_TRUNC|unix.MSG_CTRUNC) != 0 {
+	if flags&unix.MSG_TRUNC != 0 {
 		closeAll(fds)
-		return 0, nil, errors.New("message is too long")
+		return 0, nil, false, errors.New("message is too long")
 	}
 	if n == 0 {
 		closeAll(fds)
-		return 0, nil, io.EOF
+		return 0, nil, false, io.EOF
 	}
-	return n, fds, nil
+	if lost = flags&unix.MSG_CTRUNC != 0; lost {
+		closeAll(fds)
+		fds = nil
+	}
+	return n, fds, lost, nil
 }
 
 func closeAll(fds []int) {

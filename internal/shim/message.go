@@ -138,6 +138,7 @@ type message struct {
 	cookie uint32
 	body   []byte
 	fds    []int
+	lost   bool // it came with descriptors that could not be taken in
 }
 
 var le = binary.LittleEndian

@@ -152,7 +152,7 @@ func (m *Monitor) Leave() {
 func (m *Monitor) read() {
 	var buf [1024]byte
 	for {
-		n, fds, err := m.c.recv(buf[:])
+		n, fds, lost, err := m.c.recv(buf[:])
 		if err != nil {
 			break
 		}
@@ -161,7 +161,7 @@ func (m *Monitor) read() {
 			closeAll(fds)
 			break
 		}
-		msg.fds = fds
+		msg.fds, msg.lost = fds, lost
 		m.dispatch(msg)
 	}
 	m.mu.Lock()
@@ -269,6 +269,8 @@ func (p *Pending) wait(ctx context.Context, want msgType) (message, error) {
 		case msg.typ == ctlFailed:
 			closeAll(msg.fds)
 			return message{}, decodeFailure(msg.body)
+		case msg.lost:
+			return message{}, os.NewSyscallError("recvmsg", syscall.EMFILE)
 		case msg.typ != want:
 			closeAll(msg.fds)
 			return message{}, malformed("an answer")

@@ -2,6 +2,7 @@ package native
 
 import (
 	"context"
+	"errors"
 	"os"
 	"sync"
 
@@ -107,6 +108,11 @@ func (t *task) Exec(ctx context.Context, req contract.ExecRequest) (contract.Exe
 	x := &exec{id: req.ID, t: t, cookie: pend.Cookie(), exited: make(chan struct{})}
 	st, err := pend.Started(ctx)
 	if err != nil {
+		// It may have been started all the same: when nobody waits any more, or
+		// when its terminal found no room here.
+		if ended := (*shim.StageError)(nil); !errors.As(err, &ended) && !errors.Is(err, shim.ErrGone) {
+			_ = t.mon.Signal(context.WithoutCancel(ctx), x.cookie, int(unix.SIGKILL))
+		}
 		return nil, t.requestError("exec", err)
 	}
 	x.pid = st.PID
