@@ -4,6 +4,7 @@
 package deps
 
 import (
+	_ "filippo.io/age"
 	_ "github.com/containerd/containerd/v2/core/diff/apply"
 	_ "github.com/containerd/containerd/v2/core/images/archive"
 	_ "github.com/containerd/containerd/v2/core/metadata"
