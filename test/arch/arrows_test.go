@@ -50,6 +50,9 @@ var arrows = map[string][]string{
 	"internal/dockerapi": {"internal/fault", "internal/image", "internal/engine", "api"},
 	"internal/cli":       {"client", "api"},
 	"internal/rootless":  {"internal/fault", "internal/idmap", "internal/snapshot"},
+	"cmd/servin-compose": {"internal/compose", "api"},                            // ADR 21
+	"internal/compose":   {"internal/cli", "internal/filesync", "client", "api"}, // ADR 21
+	"internal/filesync":  {"client"},                                             // ADR 21
 }
 
 // composition roots may import everything below internal/.
