@@ -208,7 +208,7 @@ func (t *Table) chains(w *writer, f family) {
 	// replies to its own connections; nobody there may address them.
 	if f.size == 4 {
 		raw := w.chain("early", nftables.ChainTypeFilter, nftables.ChainHookPrerouting, -300)
-		w.rule(raw, w.iifIn(setBridges), w.header(f.daddr, 1, reg0), cmp([]byte{127}), verdict(expr.VerdictDrop))
+		w.rule(raw, w.header(f.daddr, 1, reg0), cmp([]byte{127}), w.iifIn(setBridges), verdict(expr.VerdictDrop))
 	}
 
 	pre := w.chain("arrive", nftables.ChainTypeNAT, nftables.ChainHookPrerouting, -100)
@@ -245,13 +245,14 @@ func (t *Table) chains(w *writer, f family) {
 	if in != nil && in.Mark != 0 {
 		w.rule(fwd, iif(in.In), setMark(0))
 	}
+	// Nearly every packet: what was let through once goes on.
+	w.rule(fwd, ctState(expr.CtStateBitESTABLISHED|expr.CtStateBitRELATED), verdict(expr.VerdictAccept))
 	w.rule(fwd, w.oifIn(setBridges), jump("into"))
 	w.rule(fwd, w.iifIn(setBridges), jump("outof"))
 	if in != nil {
 		w.rule(fwd, iif(in.In), verdict(expr.VerdictDrop))
 	}
 
-	w.rule(into, ctState(expr.CtStateBitESTABLISHED|expr.CtStateBitRELATED), verdict(expr.VerdictAccept))
 	w.rule(into, pairIn(w, setSame), verdict(expr.VerdictAccept))
 	w.rule(into, w.iifIn(setInternal), verdict(expr.VerdictDrop))
 	w.rule(into, w.oifIn(setInternal), verdict(expr.VerdictDrop))
@@ -260,7 +261,6 @@ func (t *Table) chains(w *writer, f family) {
 	w.rule(into, w.addrIn(setRouted), verdict(expr.VerdictAccept))
 	w.rule(into, verdict(expr.VerdictDrop))
 
-	w.rule(outof, ctState(expr.CtStateBitESTABLISHED|expr.CtStateBitRELATED), verdict(expr.VerdictAccept))
 	w.rule(outof, w.iifIn(setInternal), verdict(expr.VerdictDrop))
 	w.rule(outof, verdict(expr.VerdictAccept))
 
