@@ -116,7 +116,7 @@ func (e *Engine) publishExit(u *unit, n *container.Record, x runtime.Exit) {
 	e.meters.exited()
 	secs := int64(0)
 	if !n.State.StartedAt.IsZero() {
-		secs = int64(n.State.FinishedAt.Sub(n.State.StartedAt).Seconds())
+		secs = max(0, int64(n.State.FinishedAt.Sub(n.State.StartedAt).Seconds()))
 	}
 	e.publish(u, events.ActionDie, map[string]string{"exitCode": itoa(x.Code), "execDuration": strconv.FormatInt(secs, 10)})
 }

@@ -43,7 +43,9 @@ func (e *Engine) startHealth(u *unit, r *container.Record, t runtime.Task) {
 
 // probe runs the check at its intervals until ctx ends.
 func (e *Engine) probe(ctx context.Context, u *unit, t runtime.Task, check container.HealthCheck) {
-	started := t.StartedAt()
+	// From here on by the monotonic clock: the other may be set meanwhile, or
+	// have been since the start.
+	started := time.Now().Add(-max(0, time.Since(t.StartedAt())))
 	for {
 		status := mcontainer.Starting
 		if h := u.rec.Load().State.Health; h != nil {

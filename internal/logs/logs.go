@@ -83,13 +83,16 @@ func (l *Log) Read(ctx context.Context, o Options, emit func(Record) error) erro
 	closeAll(files[:start])
 	files = files[start:]
 	sc := scanner{}
+	following := false
 	visit := func(line []byte) error {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
 		rec, ok := l.decode(line)
 		if !ok || !o.wants(rec) {
-			if ok && !o.Until.IsZero() && rec.Time.After(o.Until) {
+			// What is there already is read whole: a clock that was set back
+			// leaves wanted records behind newer ones.
+			if ok && following && !o.Until.IsZero() && rec.Time.After(o.Until) {
 				return errUntil
 			}
 			return nil
@@ -116,6 +119,7 @@ func (l *Log) Read(ctx context.Context, o Options, emit func(Record) error) erro
 	if len(files) > 0 {
 		last, files = files[0], nil
 	}
+	following = true
 	return past(l.follow(ctx, &sc, last, o, visit))
 }
 

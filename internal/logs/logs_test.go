@@ -99,6 +99,30 @@ func TestReadRotatedFilesWithBounds(t *testing.T) {
 	}
 }
 
+// A clock that was set forward and back again leaves records out of order; each
+// bound still finds all of its own.
+func TestClockJumps(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "c.log")
+	for _, i := range []int{0, 1, 5000, 5001, 2, 3} {
+		write(t, path, jsonLine(i, "stdout"))
+	}
+	l := open(t, path, "json-file")
+	at := func(i int) time.Time { return epoch.Add(time.Duration(i) * time.Second) }
+	for name, c := range map[string]struct {
+		o    Options
+		want []string
+	}{
+		"since":          {Options{Stdout: true, Tail: -1, Since: at(5000)}, []string{"line 5000", "line 5001"}},
+		"until":          {Options{Stdout: true, Tail: -1, Until: at(10)}, []string{"line 0", "line 1", "line 2", "line 3"}},
+		"since and tail": {Options{Stdout: true, Tail: 2, Since: at(1000)}, []string{"line 5000", "line 5001"}},
+		"tail":           {Options{Stdout: true, Tail: 3}, []string{"line 5001", "line 2", "line 3"}},
+	} {
+		if got := read(t, l, c.o); !slices.Equal(got, c.want) {
+			t.Errorf("%s: %q, want %q", name, got, c.want)
+		}
+	}
+}
+
 func TestTornRecords(t *testing.T) {
 	p := filepath.Join(t.TempDir(), "c.log")
 	whole := jsonLine(1, "stdout")

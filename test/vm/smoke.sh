@@ -87,11 +87,23 @@ check names web sh -c 'servin networks create n && servin run -d --name peer --n
 # tmpfs cannot map ids before 6.3: the error has to say what to do.
 check userns "keep the engine's root on ext4" sh -c 'servin run --rm --userns=auto servin/hello id 2>&1; true'
 check restart "Up" sh -c 'kill -9 $(pidof servind); sleep 1; servind > /run/servind2.log 2>&1 & for i in $(seq 300); do servin version >/dev/null 2>&1 && break; sleep 0.1; done; servin ps'
+# The clock is set ahead by years, and back before its beginning.
+check clock-start "" servin run -d --name steady --restart always --health-cmd "/servin-hello id" --health-interval 1s servin/hello serve
+date -s 2037-05-05 >/dev/null
+check clock-ahead "Everything works" servin run --rm servin/hello
+check clock-ahead-exec "uid=0" servin exec web /servin-hello id
+date -s 2001-01-01 >/dev/null
+check clock-back "Everything works" servin run --rm servin/hello
+check clock-back-restart "Up" sh -c 'servin restart -t 1 web && servin ps --filter name=web'
+check clock-back-kept "true 1" sh -c 'kill -9 $(servin inspect --format "{{.State.Pid}}" steady); for i in $(seq 100); do s=$(servin inspect --format "{{.State.Running}} {{.RestartCount}}" steady); [ "$s" = "true 1" ] && break; sleep 0.1; done; echo "$s"'
+check clock-back-health healthy sh -c 'for i in $(seq 100); do s=$(servin inspect --format "{{.State.Health.Status}}" steady); [ "$s" = healthy ] && break; sleep 0.1; done; echo "$s"'
+check clock-back-daemon "Up" sh -c 'kill -9 $(pidof servind); sleep 1; servind > /run/servind3.log 2>&1 & for i in $(seq 300); do servin version >/dev/null 2>&1 && break; sleep 0.1; done; servin ps --filter name=steady'
+check clock-back-logs "serving http" sh -c 'servin logs --tail 1 steady 2>&1'
 check shutdown "" servin system shutdown --force
 sleep 2
 check no-cgroups "0" sh -c 'find /sys/fs/cgroup -name "servin-*" | wc -l'
 check no-mounts "0" sh -c 'grep -c servin /proc/mounts; true'
-grep -h '"level":"\(WARN\|ERROR\)"' /run/servind.log /run/servind2.log | cut -c1-300
+grep -h '"level":"\(WARN\|ERROR\)"' /run/servind.log /run/servind2.log /run/servind3.log | cut -c1-300
 echo "SMOKE done, up $(cut -d' ' -f1 /proc/uptime) s"
 poweroff -f
 I

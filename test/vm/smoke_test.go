@@ -44,7 +44,7 @@ func TestSmokeBoot(t *testing.T) {
 	}
 	text := string(out)
 	t.Log(text)
-	if strings.Contains(text, "SMOKE FAILED") || strings.Count(text, "SMOKE ok") < 18 || !strings.Contains(text, "SMOKE done") {
+	if strings.Contains(text, "SMOKE FAILED") || strings.Count(text, "SMOKE ok") < 27 || !strings.Contains(text, "SMOKE done") {
 		t.Errorf("the smoke boot failed:\n%s", text)
 	}
 }
