@@ -151,7 +151,7 @@ func (a *App) candidates(ctx context.Context, kind string) []string {
 	case "restart":
 		return []string{"no", "always", "unless-stopped", "on-failure"}
 	case "logdriver":
-		return []string{"json-file", "k8s-file", "none"}
+		return []string{"json-file", "local", "k8s-file", "journald", "syslog", "fluentd", "none"}
 	case "type":
 		return []string{"container", "image", "network", "volume"}
 	case "shell":

@@ -113,7 +113,7 @@ func (o *createFlags) declareHealth(f *command.FlagSet) {
 	f.String(&o.restart, "restart", "", "When to start it again: no, always, unless-stopped, on-failure[:max]").Of("restart")
 	f.Bool(&o.restartUnhealthy, "restart-unhealthy", "", "Restart the container when it becomes unhealthy")
 	f.Bool(&o.autoRemove, "rm", "", "Remove the container and its anonymous volumes when it ends")
-	f.String(&o.logDriver, "log-driver", "", "How output is kept: json-file, k8s-file, none").Of("logdriver")
+	f.String(&o.logDriver, "log-driver", "", "How output is kept: json-file, local, k8s-file, journald, syslog, fluentd, none").Of("logdriver")
 	f.Strings(&o.logOpts, "log-opt", "", "Option of the log driver, such as max-size=10m")
 }
 

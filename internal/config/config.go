@@ -134,8 +134,10 @@ type Pool struct {
 
 // Logs are defaults of containers' logs.
 type Logs struct {
-	// Driver is json-file (default), k8s-file, local or none.
+	// Driver is json-file (default), k8s-file, local, journald, syslog, fluentd or none.
 	Driver string `yaml:"driver"`
+	// Options are defaults of containers that use Driver, as in --log-opt.
+	Options map[string]string `yaml:"options"`
 	// MaxSize rotates a file at that size (default 10m, "-1" never), MaxFiles are kept (default 3).
 	MaxSize  string `yaml:"maxSize"`
 	MaxFiles int    `yaml:"maxFiles"`
@@ -306,9 +308,9 @@ func (c *Config) Check() error {
 		}
 	}
 	switch c.Logs.Driver {
-	case "", "json-file", "k8s-file", "local", "none":
+	case "", "json-file", "k8s-file", "local", "none", "journald", "syslog", "fluentd":
 	default:
-		return bad("logs.driver must be json-file, k8s-file, local or none, not %q", c.Logs.Driver)
+		return bad("logs.driver must be json-file, k8s-file, local, journald, syslog, fluentd or none, not %q", c.Logs.Driver)
 	}
 	for host, r := range c.Registries {
 		for _, m := range r.Mirrors {

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"maps"
 	"os"
 	"strconv"
 	"strings"
@@ -363,76 +362,4 @@ func networkName(m mcontainer.NetworkMode) string {
 		return network.NetworkBridge
 	}
 	return string(m)
-}
-
-// checkLogConfig fills in and checks the log driver.
-func (e *Engine) checkLogConfig(l *mcontainer.LogConfig) error {
-	if l.Type == "" {
-		l.Type = e.cfg.LogDriver
-	}
-	_, err := e.logSettings(mcontainer.LogConfig{Type: l.Type, Config: l.Config})
-	if err == nil && l.Config == nil {
-		l.Config = map[string]string{}
-	}
-	return err
-}
-
-// logSettings turns a log configuration into the monitor's.
-func (e *Engine) logSettings(l mcontainer.LogConfig) (runtime.Log, error) {
-	out := runtime.Log{Format: l.Type, MaxSize: e.cfg.LogMaxSize, MaxFiles: e.cfg.LogMaxFiles}
-	switch l.Type {
-	case "json-file", "k8s-file", "none":
-	case "local": // what it promises, a bounded local file, json-file keeps too
-		out.Format = "json-file"
-	default:
-		return out, fault.New(fault.Invalid, "logger: no log driver named '%s' is registered: use json-file, k8s-file, local or none", l.Type)
-	}
-	for k, v := range maps.All(l.Config) {
-		bad := func() error {
-			return fault.New(fault.Invalid, "invalid log option %s=%s for log driver %s", k, v, l.Type)
-		}
-		switch k {
-		case "max-size":
-			n, err := parseSize(v)
-			if err != nil || n < 0 {
-				return out, bad()
-			}
-			if n == 0 {
-				n = -1
-			}
-			out.MaxSize = n
-		case "max-file":
-			n, err := strconv.Atoi(v)
-			if err != nil || n < 1 || n > 1000 {
-				return out, bad()
-			}
-			out.MaxFiles = n
-		case "mode":
-			if v != "blocking" && v != "non-blocking" {
-				return out, fault.New(fault.Invalid, "logger: logging mode not supported: %s", v)
-			}
-			out.NonBlocking = v == "non-blocking"
-		case "max-buffer-size":
-			n, err := parseSize(v)
-			if err != nil || n <= 0 {
-				return out, bad()
-			}
-			out.BufferSize = n
-		case "labels", "labels-regex", "env", "env-regex", "tag", "compress", "path":
-		default:
-			return out, fault.New(fault.Invalid, "unknown log opt '%s' for %s log driver", k, l.Type)
-		}
-	}
-	if l.Config["max-size"] == "-1" || out.MaxSize < 0 {
-		out.MaxSize = 0
-	}
-	return out, nil
-}
-
-// parseSize reads "10m" and the like; -1 is no limit.
-func parseSize(s string) (int64, error) {
-	if s == "-1" {
-		return 0, nil
-	}
-	return ramInBytes(s)
 }

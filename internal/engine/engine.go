@@ -15,6 +15,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	mcontainer "github.com/moby/moby/api/types/container"
 	"github.com/moby/moby/api/types/registry"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 
@@ -62,10 +63,14 @@ type Config struct {
 	LogMaxSize         int64
 	LogMaxFiles        int
 	LogDriver          string
-	NoNewPrivileges    bool
-	Init               bool // docker run --init for all
-	ShutdownTimeout    time.Duration
-	Labels             []string
+	// LogOptions are defaults of containers that use LogDriver.
+	LogOptions map[string]string
+	// LogShipper sends the logs of remote drivers; nil refuses those.
+	LogShipper      LogShipper
+	NoNewPrivileges bool
+	Init            bool // docker run --init for all
+	ShutdownTimeout time.Duration
+	Labels          []string
 	// RegistryMirrors are shown by info.
 	RegistryConfig *registry.ServiceConfig
 	// Checks are further questions to the host for doctor.
@@ -155,6 +160,9 @@ func New(c Config) (*Engine, error) {
 		execs: execTable{m: map[string]*execution{}},
 	}
 	e.ctx, e.cancel = context.WithCancel(context.Background())
+	if err := e.checkLogConfig(&mcontainer.LogConfig{}); err != nil {
+		return nil, fmt.Errorf("cannot use the defaults of containers' logs: %w", err)
+	}
 	for _, d := range []string{e.stateDir(false), e.stateDir(true), e.logDir()} {
 		if err := os.MkdirAll(d, 0o711); err != nil {
 			return nil, fmt.Errorf("cannot make the containers' directory: %w", err)

@@ -42,6 +42,7 @@ func (e *Engine) exited(u *unit, t runtime.Task) {
 	r := u.rec.Load()
 	u.task, u.process = nil, nil
 	u.stopTimers()
+	e.logEnded(r)
 	down := make(chan struct{})
 	u.down = down
 	stopped := u.noRestart || e.noRestarts.Load()

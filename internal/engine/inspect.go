@@ -40,7 +40,7 @@ func (e *Engine) ContainerInspect(ctx context.Context, name string, size bool) (
 		}
 		out.HostConfig.Runtime = hc.Runtime
 	}
-	if hc.LogConfig.Type == "none" {
+	if t := hc.LogConfig.Type; t != "json-file" && t != "k8s-file" && t != "local" {
 		out.LogPath = ""
 	}
 	if out.Args == nil {

@@ -3,8 +3,6 @@ package engine
 import (
 	"context"
 	"errors"
-	"regexp"
-	"strings"
 
 	"github.com/cloudos-io/cloudos/internal/container"
 	"github.com/cloudos-io/cloudos/internal/fault"
@@ -22,11 +20,11 @@ func (e *Engine) ContainerLogs(ctx context.Context, name string, o LogOptions, e
 		return fault.New(fault.Invalid, "Bad parameters: you must choose at least one stream")
 	}
 	r := u.rec.Load()
-	set, err := e.logSettings(r.HostConfig.LogConfig)
+	set, err := e.logOptions(r.HostConfig.LogConfig)
 	if err != nil {
 		return err
 	}
-	if set.Format == "none" {
+	if set.Format == "none" || set.Unreadable {
 		return fault.New(fault.Unsupported, "configured logging driver does not support reading")
 	}
 	l, err := logs.Open(u.log, set.Format, e.logs)
@@ -43,7 +41,7 @@ func (e *Engine) ContainerLogs(ctx context.Context, name string, o LogOptions, e
 	}
 	var attrs map[string]string
 	if o.Details {
-		attrs = logAttrs(r)
+		attrs = e.logAttrs(r)
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -57,35 +55,14 @@ func (e *Engine) ContainerLogs(ctx context.Context, name string, o LogOptions, e
 	return err
 }
 
-// logAttrs are the labels and variables that the log options name.
-func logAttrs(r *container.Record) map[string]string {
-	c := r.HostConfig.LogConfig.Config
-	m := map[string]string{}
-	add := func(list, pattern string, has map[string]string) {
-		for k := range strings.SplitSeq(list, ",") {
-			if v, ok := has[k]; ok && k != "" {
-				m[k] = v
-			}
-		}
-		if pattern == "" {
-			return
-		}
-		if re, err := regexp.Compile(pattern); err == nil {
-			for k, v := range has {
-				if re.MatchString(k) {
-					m[k] = v
-				}
-			}
-		}
+// logAttrs are the labels and variables that the log options name, and the tag.
+func (e *Engine) logAttrs(r *container.Record) map[string]string {
+	o := r.HostConfig.LogConfig.Config
+	c := e.logContainer(r)
+	m := c.Attrs(o, nil)
+	if tag, err := c.Tag(o, ""); err == nil && tag != "" {
+		m["tag"] = tag
 	}
-	add(c["labels"], c["labels-regex"], r.Config.Labels)
-	env := make(map[string]string, len(r.Config.Env))
-	for _, v := range r.Config.Env {
-		if k, val, ok := strings.Cut(v, "="); ok {
-			env[k] = val
-		}
-	}
-	add(c["env"], c["env-regex"], env)
 	if len(m) == 0 {
 		return nil
 	}

@@ -48,8 +48,8 @@ func TestLogSettings(t *testing.T) {
 		{"json-file", map[string]string{"max-size": "1k", "max-file": "7", "labels": "a"}, runtime.Log{Format: "json-file", MaxSize: 1024, MaxFiles: 7}},
 		{"json-file", map[string]string{"max-size": "-1"}, runtime.Log{Format: "json-file", MaxFiles: 3}},
 		{"k8s-file", map[string]string{"mode": "non-blocking", "max-buffer-size": "2m"}, runtime.Log{Format: "k8s-file", MaxSize: 10 << 20, MaxFiles: 3, NonBlocking: true, BufferSize: 2 << 20}},
-		{"local", nil, runtime.Log{Format: "json-file", MaxSize: 10 << 20, MaxFiles: 3}},
-		{"none", nil, runtime.Log{Format: "none", MaxSize: 10 << 20, MaxFiles: 3}},
+		{"local", nil, runtime.Log{Format: "json-file", MaxSize: 20 << 20, MaxFiles: 5}},
+		{"none", nil, runtime.Log{Format: "none"}},
 	} {
 		got, err := e.logSettings(mcontainer.LogConfig{Type: c.driver, Config: c.opts})
 		if err != nil || !reflect.DeepEqual(got, c.want) {

@@ -37,6 +37,7 @@ func (e *Engine) Recover(ctx context.Context) error {
 		}
 	}
 	e.referVolumes()
+	e.retainLogs()
 	if e.cfg.IDMaps != nil {
 		if err := e.cfg.IDMaps.Retain(func(id string) bool { return e.units[id] != nil }); err != nil {
 			e.log.Warn("cannot release id ranges of containers that are gone", "cause", err)
@@ -172,6 +173,7 @@ func (e *Engine) restore(ctx context.Context, u *unit, r *container.Record) *os.
 		e.exited(u, t) // with its true time and code
 		return nil
 	}
+	e.logStarted(n)
 	e.spawn(func() { e.await(u, t) })
 	e.startHealth(u, n, t)
 	if ns, err := t.NetNS(); err == nil && len(r.Attached) > 0 {

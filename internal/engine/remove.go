@@ -144,7 +144,7 @@ func (e *Engine) erase(ctx context.Context, u *unit, r *container.Record, volume
 	if err := os.RemoveAll(u.dir); err != nil {
 		return err
 	}
-	if err := removeLogs(u.log); err != nil {
+	if err := e.dropLog(u, r); err != nil {
 		return err
 	}
 	u.mu.Lock()

@@ -192,6 +192,7 @@ func (e *Engine) launch(ctx context.Context, u *unit, o launch) (p store.Pending
 		}
 	}
 	e.publish(u, events.ActionStart, nil)
+	e.logStarted(r)
 	e.meters.started(time.Since(begin))
 	e.spawn(func() { e.await(u, task) })
 	e.startHealth(u, nr, task)
@@ -216,6 +217,9 @@ func (e *Engine) prepare(ctx context.Context, u *unit, r *container.Record, o *l
 		return req, g, err
 	}
 	log.Path = u.log
+	if err := e.prepareLog(r); err != nil {
+		return req, g, err
+	}
 	if err := os.Mkdir(u.dir, 0o711); err != nil && !errors.Is(err, os.ErrExist) {
 		return req, g, fmt.Errorf("cannot make the container's directory: %w", err)
 	}

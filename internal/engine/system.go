@@ -60,7 +60,7 @@ func (s *SystemService) Info(ctx context.Context) (*system.Info, error) {
 		Swarm: swarm.Info{LocalNodeState: swarm.LocalNodeStateInactive}, CDISpecDirs: s.cdiDirs(),
 		Runtimes: map[string]system.RuntimeWithStatus{nativeRuntime: {Runtime: system.Runtime{Path: "servin-shim"}}},
 		Plugins: system.PluginsInfo{Volume: []string{"local"}, Network: []string{"bridge", "host", "macvlan", "null"},
-			Log: []string{"json-file", "k8s-file", "local", "none"}},
+			Log: e.logDrivers()},
 		FirewallBackend: &system.FirewallInfo{Driver: "nftables"},
 		SecurityOptions: e.securityOptions(), HTTPProxy: os.Getenv("HTTP_PROXY"), HTTPSProxy: os.Getenv("HTTPS_PROXY"), NoProxy: os.Getenv("NO_PROXY"),
 	}
@@ -94,7 +94,7 @@ func (s *SystemService) Info(ctx context.Context) (*system.Info, error) {
 	if e.cfg.NoCgroups {
 		out.CgroupDriver, out.CgroupVersion = "none", ""
 	}
-	for _, w := range lackingWarnings(e.cfg.Host.Lacking) {
+	for _, w := range append(lackingWarnings(e.cfg.Host.Lacking), e.logTrouble()...) {
 		out.Warnings = append(out.Warnings, "WARNING: "+w)
 	}
 	if l, ok := e.cfg.Images.(interface{ LazyTrouble() []string }); ok {

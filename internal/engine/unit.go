@@ -53,13 +53,20 @@ type waiter struct {
 func (e *Engine) newUnit(r *container.Record) *unit {
 	u := &unit{id: r.ID, op: make(chan struct{}, 1)}
 	u.dir = filepath.Join(e.stateDir(r.Ephemeral), r.ID)
-	if r.Ephemeral {
-		u.log = filepath.Join(e.logDir(), r.ID+".log")
-	} else {
-		u.log = filepath.Join(u.dir, r.ID+"-json.log")
-	}
+	u.log = e.logPath(r)
 	u.rec.Store(r)
 	return u
+}
+
+// logPath is where a container's monitor writes its log.
+func (e *Engine) logPath(r *container.Record) string {
+	switch {
+	case e.remoteLog(r):
+		return e.cfg.LogShipper.Path(r.ID)
+	case r.Ephemeral:
+		return filepath.Join(e.logDir(), r.ID+".log")
+	}
+	return filepath.Join(e.stateDir(false), r.ID, r.ID+"-json.log")
 }
 
 // acquire takes the operation token.

@@ -36,6 +36,7 @@ import (
 	"github.com/cloudos-io/cloudos/internal/fault"
 	"github.com/cloudos-io/cloudos/internal/idmap"
 	"github.com/cloudos-io/cloudos/internal/image"
+	"github.com/cloudos-io/cloudos/internal/logs/remote"
 	"github.com/cloudos-io/cloudos/internal/network"
 	"github.com/cloudos-io/cloudos/internal/network/ipam"
 	"github.com/cloudos-io/cloudos/internal/oci"
@@ -187,13 +188,19 @@ func New(ctx context.Context, c *config.Config, inside rootless.State, log *slog
 		return nil, err
 	}
 
+	shipper, err := remote.New(remote.Config{Dir: filepath.Join(c.Root, "remote-logs"), Logger: log})
+	if err != nil {
+		return nil, err
+	}
+	s.part("remote logs", shipper.Run)
+
 	// The engine and its edges.
 	s.Engine, err = engine.New(engine.Config{
 		Root: c.Root, RunRoot: c.RunRoot, Version: api.Version, Driver: driver, Runtimes: runtimes, DefaultRuntime: c.DefaultRuntime,
 		Snapshots: layers, Images: images, Networks: networks, Volumes: volumes, IDMaps: ids, Bus: event.NewBus(event.Config{}),
 		Durable: durable, Ephemeral: ephemeral, Host: host, Profiles: oci.NewProfiles(seccomp), AppArmorProfile: profile,
 		CgroupParent: c.CgroupParent, CgroupV2: v2, NoCgroups: inside.Active && !v2, CgroupDriver: c.CgroupDriver, Rootless: inside.Active, Defaults: defaults,
-		LogDriver: c.Logs.Driver, LogMaxSize: logSize, LogMaxFiles: c.Logs.MaxFiles, NoNewPrivileges: c.NoNewPrivileges, Init: c.Init,
+		LogDriver: c.Logs.Driver, LogOptions: c.Logs.Options, LogShipper: shipper, LogMaxSize: logSize, LogMaxFiles: c.Logs.MaxFiles, NoNewPrivileges: c.NoNewPrivileges, Init: c.Init,
 		ShutdownTimeout: time.Duration(c.ShutdownTimeout), Labels: c.Labels, RegistryConfig: registryInfo(c), Pool: *c.Pool,
 		CDI: cdi.New(c.CDISpecDirs), PublishThrough: c.Network.PublishThrough, Logger: log,
 		Resolver: engine.Resolver{Servers: addresses(c.Network.DNS), Search: c.Network.Search, Options: c.Network.Options},
