@@ -69,6 +69,7 @@ type Config struct {
 	LazyPull bool `yaml:"lazyPull"`
 
 	Network Network `yaml:"network"`
+	CNI     CNI     `yaml:"cni"`
 	Logs    Logs    `yaml:"logs"`
 	// Ulimits are defaults for containers, name to "soft:hard" or one number.
 	Ulimits map[string]string `yaml:"ulimits"`
@@ -124,6 +125,17 @@ type Network struct {
 	Options []string `yaml:"dnsOptions"`
 	// PublishThrough lets every published port bypass the host's input rules.
 	PublishThrough bool `yaml:"publishThrough"`
+}
+
+// CNI is where the plugins of networks cni:NAME and of pods are.
+type CNI struct {
+	// ConfDir holds configuration (default /etc/cni/net.d, for an ordinary user
+	// ~/.config/cni/net.d); BinDir the plugins (default /opt/cni/bin).
+	ConfDir string `yaml:"confDir"`
+	BinDir  string `yaml:"binDir"`
+	// Require lets pods wait for configuration; without it the engine's own bridge
+	// serves where there is none.
+	Require bool `yaml:"require"`
 }
 
 // Pool is a range of addresses to cut subnets from.
@@ -236,9 +248,27 @@ func (c *Config) Defaults(rootless bool) {
 	if c.Logs.MaxFiles == 0 {
 		c.Logs.MaxFiles = 3
 	}
+	if c.CNI.ConfDir == "" {
+		c.CNI.ConfDir = "/etc/cni/net.d"
+		if rootless {
+			c.CNI.ConfDir = filepath.Join(userConfig(), "cni", "net.d")
+		}
+	}
+	if c.CNI.BinDir == "" {
+		c.CNI.BinDir = "/opt/cni/bin"
+	}
 	if c.ShutdownTimeout == 0 {
 		c.ShutdownTimeout = Duration(15 * time.Second)
 	}
+}
+
+// userConfig is where an ordinary user's configuration is.
+func userConfig() string {
+	if d := os.Getenv("XDG_CONFIG_HOME"); filepath.IsAbs(d) {
+		return d
+	}
+	home, _ := os.UserHomeDir()
+	return filepath.Join(home, ".config")
 }
 
 // UserRoots are the root and run root of an ordinary user's engine.
@@ -254,7 +284,7 @@ func UserRoots() (root, run string) {
 // Check says what is wrong with a configuration, if anything.
 func (c *Config) Check() error {
 	bad := func(format string, args ...any) error { return fault.New(fault.Invalid, format, args...) }
-	for name, p := range map[string]string{"root": c.Root, "runRoot": c.RunRoot, "seccompProfile": c.SeccompProfile} {
+	for name, p := range map[string]string{"root": c.Root, "runRoot": c.RunRoot, "seccompProfile": c.SeccompProfile, "cni.confDir": c.CNI.ConfDir, "cni.binDir": c.CNI.BinDir} {
 		if p != "" && !filepath.IsAbs(p) {
 			return bad("%s must be an absolute path, not %q", name, p)
 		}

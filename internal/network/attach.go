@@ -120,7 +120,13 @@ func (m *Manager) Attach(ctx context.Context, req AttachRequest) (Attachment, er
 		return fail(fault.New(fault.Conflict, "cannot connect container to network %s: it was released meanwhile", n.rec.Name))
 	}
 
-	if err := m.publish(n, e, req.Ports, req.PublishThrough); err != nil {
+	var warnings []string
+	if n.rec.Driver == driverCNI && req.NetNS != nil {
+		if warnings, err = m.plug(ctx, n, e, req, set); err != nil {
+			return fail(err)
+		}
+		undo = append(undo, func() { m.unplug(context.WithoutCancel(ctx), e); m.undelegate(e) })
+	} else if err := m.publish(n, e, req.Ports, req.PublishThrough); err != nil {
 		return fail(err)
 	}
 	if len(e.Ports) > 0 {
@@ -143,7 +149,9 @@ func (m *Manager) Attach(ctx context.Context, req AttachRequest) (Attachment, er
 	if err := m.save(b); err != nil {
 		return fail(err)
 	}
-	return m.attachment(n, b, e), nil
+	a := m.attachment(n, b, e)
+	a.Warnings = warnings
+	return a, nil
 }
 
 // current tells whether an endpoint is in the books.
@@ -169,6 +177,9 @@ func checkSettings(n *netw, set *network.EndpointSettings, req AttachRequest) er
 		if name, alias, ok := strings.Cut(l, ":"); name == "" || ok && alias == "" {
 			return fault.New(fault.Invalid, "cannot use link %q: NAME or NAME:ALIAS is wanted", l)
 		}
+	}
+	if n.rec.Driver == driverCNI {
+		return nil // its plugins decide
 	}
 	c := set.IPAMConfig
 	fixed := c != nil && (c.IPv4Address.IsValid() || c.IPv6Address.IsValid())
@@ -215,7 +226,7 @@ func (m *Manager) enter(n *netw, e *endpoint, req AttachRequest) (*box, error) {
 		}
 		return nil, fault.New(fault.Conflict, "container %s is being attached to network %s already", req.ContainerName, n.rec.Name)
 	}
-	if e.IfName == "" && req.NetNS != nil && (n.rec.Driver == "bridge" || n.rec.Driver == "macvlan") {
+	if e.IfName == "" && req.NetNS != nil && (n.rec.Driver == "bridge" || n.rec.Driver == "macvlan" || n.rec.Driver == driverCNI) {
 		switch {
 		case req.IfName != "":
 			e.IfName = req.IfName
@@ -396,6 +407,13 @@ func (m *Manager) attachment(n *netw, b *box, e *endpoint) Attachment {
 			a.Settings.IPv6Gateway = n.gw6
 		}
 	}
+	if e.Gateway4.IsValid() {
+		a.Settings.Gateway = e.Gateway4
+	}
+	if e.Gateway6.IsValid() {
+		a.Settings.IPv6Gateway = e.Gateway6
+	}
+	a.DNS = e.Resolvers
 	if n.named() {
 		a.DNS = []string{resolverAddr.String()}
 	}

@@ -412,6 +412,9 @@ func (m *Manager) Remove(ctx context.Context, nameOrID string) error {
 	if predefined(n.rec.Name) {
 		return fault.New(fault.Forbidden, "%s is a pre-defined network and cannot be removed", n.rec.Name)
 	}
+	if n.rec.Driver == driverCNI {
+		return fault.New(fault.Forbidden, "cannot remove network %s: it is CNI configuration; remove %s", n.rec.Name, n.rec.Options[optCNIFile])
+	}
 	m.mu.Lock()
 	if err := m.unusedLocked(n); err != nil {
 		m.mu.Unlock()

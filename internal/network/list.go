@@ -21,6 +21,7 @@ func (m *Manager) List(ctx context.Context, filters map[string]map[string]bool) 
 	if err != nil {
 		return nil, err
 	}
+	m.followCNI()
 	m.mu.RLock()
 	defer m.mu.RUnlock()
 	out := []network.Inspect{}
@@ -35,6 +36,7 @@ func (m *Manager) List(ctx context.Context, filters map[string]map[string]bool) 
 
 // Inspect returns one network.
 func (m *Manager) Inspect(ctx context.Context, nameOrID string) (network.Inspect, error) {
+	m.followCNI()
 	m.mu.RLock()
 	defer m.mu.RUnlock()
 	n, err := m.findLocked(nameOrID)
@@ -85,7 +87,7 @@ func (m *Manager) Prune(ctx context.Context, filters map[string]map[string]bool)
 	m.mu.RLock()
 	var names []string
 	for _, n := range m.nets {
-		if !predefined(n.rec.Name) && !n.rec.ConfigOnly && m.unusedLocked(n) == nil && pass(n) {
+		if !predefined(n.rec.Name) && n.rec.Driver != driverCNI && !n.rec.ConfigOnly && m.unusedLocked(n) == nil && pass(n) {
 			names = append(names, n.rec.Name)
 		}
 	}

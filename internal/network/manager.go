@@ -20,6 +20,7 @@ import (
 
 	"github.com/cloudos-io/cloudos/internal/fault"
 	"github.com/cloudos-io/cloudos/internal/network/bridge"
+	"github.com/cloudos-io/cloudos/internal/network/cni"
 	"github.com/cloudos-io/cloudos/internal/network/ipam"
 	"github.com/cloudos-io/cloudos/internal/network/nft"
 	"github.com/cloudos-io/cloudos/internal/network/relay"
@@ -54,6 +55,8 @@ type Config struct {
 	// Relay opens the program that carries connections over IPv6 where the
 	// kernel cannot translate them (package relay); nil: they are not.
 	Relay func() (*os.File, error)
+	// CNI runs plugins for the networks cni:NAME; nil: there are none.
+	CNI *cni.Service
 }
 
 // Manager keeps the networks of an engine. It is safe for concurrent use.
@@ -76,6 +79,8 @@ type Manager struct {
 
 	serial atomic.Uint64
 	kick   chan struct{} // wakes Run's reaper
+
+	cniSeen uint64 // generation of the CNI configuration that the books follow
 
 	// makeMu serialises what creates and removes networks, so that subnets
 	// and names are chosen one at a time.
@@ -457,6 +462,7 @@ func (n *netw) free(addrs ...netip.Addr) {
 
 // find looks a network up by name, id or unique id prefix.
 func (m *Manager) find(ref string) (*netw, error) {
+	m.followCNI()
 	m.mu.RLock()
 	defer m.mu.RUnlock()
 	return m.findLocked(ref)
@@ -484,6 +490,11 @@ func (m *Manager) findLocked(ref string) (*netw, error) {
 		}
 	}
 	if hit == nil {
+		if name, ok := strings.CutPrefix(ref, cniPrefix); ok && m.cfg.CNI != nil {
+			if _, err := m.cfg.CNI.Network(name); err != nil {
+				return nil, err // it says where was looked, and why a file does not count
+			}
+		}
 		return nil, fault.New(fault.NotFound, "network %s not found", ref)
 	}
 	return hit, nil

@@ -491,7 +491,7 @@ func (r *reservations) ephemeral() uint16 {
 func (m *Manager) rules(ps []published) []nft.Port {
 	out := make([]nft.Port, 0, len(ps))
 	for _, p := range ps {
-		if p.untranslated() && !p.Routed {
+		if p.untranslated() && !p.Routed || p.Delegated {
 			continue
 		}
 		proto := nft.TCP
@@ -530,6 +530,7 @@ func (m *Manager) unpublish(e *endpoint) error {
 	if len(e.Ports) == 0 {
 		return nil
 	}
+	m.undelegate(e)
 	err := m.table.DelPorts(m.rules(e.Ports))
 	for _, p := range e.Ports {
 		if !p.Routed {

@@ -55,6 +55,10 @@ type endpoint struct {
 	Ports         []published                 `json:",omitempty"`
 	HasNS         bool                        `json:",omitempty"`
 	Ephemeral     bool                        `json:",omitempty"`
+	// What CNI plugins gave.
+	Gateway4  netip.Addr `json:",omitzero"`
+	Gateway6  netip.Addr `json:",omitzero"`
+	Resolvers []string   `json:",omitempty"`
 }
 
 // published is one host port of an endpoint.
@@ -66,6 +70,9 @@ type published struct {
 	To        netip.Addr
 	Through   bool `json:",omitempty"`
 	Routed    bool `json:",omitempty"`
+	// Delegated to CNI plugins: only the reservation is ours, at the address Held.
+	Delegated bool       `json:",omitempty"`
+	Held      netip.Addr `json:",omitzero"`
 }
 
 // containerRecord is all of a container's endpoints: one file each.

@@ -216,6 +216,8 @@ func (m *Manager) Detach(ctx context.Context, id, nameOrID string) error {
 		if i := m.links.Index(e.Outer); i != 0 {
 			err = errors.Join(err, m.links.Delete(i))
 		}
+	} else if n.rec.Driver == driverCNI {
+		m.unplug(ctx, e)
 	} else if e.HasNS && e.IfName != "" && b.netns != nil {
 		err = errors.Join(err, bridge.DeleteInside(b.netns, e.IfName))
 	}
@@ -286,6 +288,9 @@ func (m *Manager) Release(ctx context.Context, id string) error {
 	durable := false
 	for _, p := range eps {
 		err = errors.Join(err, m.unpublish(p.e))
+		if p.n.rec.Driver == driverCNI && p.e.HasNS {
+			m.unplug(ctx, p.e)
+		}
 		m.bury(p.n, p.e)
 		durable = durable || !p.e.HasNS && !p.e.Ephemeral
 	}

@@ -68,6 +68,7 @@ func (m *Manager) Restore(ctx context.Context, live []Live) error {
 	if m.relay != nil {
 		m.relay.Sweep()
 	}
+	m.restoreCNI(alive)
 	return errors.Join(errs, m.sweep())
 }
 
@@ -132,8 +133,9 @@ func (m *Manager) readopt(b *box, ns *os.File) error {
 				errs = errors.Join(errs, err)
 			}
 		}
+		m.readoptCNI(e)
 		for _, p := range e.Ports {
-			if p.Routed {
+			if p.Routed || p.Delegated {
 				continue
 			}
 			k := portKey{p.Host, p.Proto, p.HostPort}
@@ -209,8 +211,11 @@ func (m *Manager) Destroy(ctx context.Context) error {
 		b.busy.Unlock()
 	}
 	var errs error
+	if m.cfg.CNI != nil {
+		errs = m.cfg.CNI.Destroy(ctx)
+	}
 	if m.broken == nil {
-		errs = errors.Join(m.table.Delete(), m.revoke(ctx, "", true))
+		errs = errors.Join(errs, m.table.Delete(), m.revoke(ctx, "", true))
 	}
 	var all []int
 	for _, name := range own {

@@ -38,6 +38,7 @@ import (
 	"github.com/cloudos-io/cloudos/internal/image"
 	"github.com/cloudos-io/cloudos/internal/logs/remote"
 	"github.com/cloudos-io/cloudos/internal/network"
+	"github.com/cloudos-io/cloudos/internal/network/cni"
 	"github.com/cloudos-io/cloudos/internal/network/ipam"
 	"github.com/cloudos-io/cloudos/internal/oci"
 	"github.com/cloudos-io/cloudos/internal/rootless"
@@ -130,7 +131,16 @@ func New(ctx context.Context, c *config.Config, inside rootless.State, log *slog
 	}
 	s.onClose(volumes.Close)
 	s.part("volumes", volumes.Run)
-	networks, err := network.New(ctx, networkConfig(c, inside, instance, log))
+	plugins, err := cni.New(cni.Config{
+		ConfDir: c.CNI.ConfDir, BinDirs: []string{c.CNI.BinDir}, Root: filepath.Join(c.Root, "cni"), RunRoot: filepath.Join(c.RunRoot, "cni"), Logger: log,
+	})
+	if err != nil {
+		return nil, err
+	}
+	s.part("cni", plugins.Run)
+	netConfig := networkConfig(c, inside, instance, log)
+	netConfig.CNI = plugins
+	networks, err := network.New(ctx, netConfig)
 	if err != nil {
 		return nil, err
 	}
