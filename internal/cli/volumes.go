@@ -18,7 +18,8 @@ import (
 )
 
 func (a *App) volumes() []*command.Command {
-	return []*command.Command{a.cmdVolumeLs(), a.cmdVolumeCreate(), a.cmdVolumeRm(), a.cmdInspectVolume(), a.cmdVolumePrune()}
+	return []*command.Command{a.cmdVolumeLs(), a.cmdVolumeCreate(), a.cmdVolumeRm(), a.cmdInspectVolume(), a.cmdVolumePrune(),
+		a.cmdVolumeBackup(), a.cmdVolumeRestore(), a.cmdVolumeExport(), a.cmdVolumeImport(), a.cmdVolumeClone()}
 }
 
 func (a *App) cmdVolumeLs() *command.Command {

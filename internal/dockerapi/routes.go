@@ -8,6 +8,7 @@ func routes(c Config) []route {
 	img := imagesAPI{c.Images, c.System}
 	net := networksAPI{c.Networks}
 	vol := volumesAPI{c.Volumes}
+	cpy := volumeCopiesAPI{c.VolumeCopies}
 	sys := systemAPI{c.System}
 	own := servinAPI{c.Containers, c.System, c.Version, c.Problems}
 
@@ -139,6 +140,11 @@ func routes(c Config) []route {
 		{"GET", "/servin/drained", 0, own.drained},
 		{"POST", "/servin/prune", 0, own.prune},
 		{"POST", "/servin/shutdown", 0, own.shutdown},
+		{"GET", "/servin/volumes/{id}/backup", 0, cpy.backup},
+		{"GET", "/servin/volumes/{id}/export", 0, cpy.export},
+		{"POST", "/servin/volumes/{id}/restore", 0, cpy.restore},
+		{"POST", "/servin/volumes/{id}/import", 0, cpy.imports},
+		{"POST", "/servin/volumes/{id}/clone", 0, cpy.clone},
 		{"GET", "/metrics", 0, own.metrics},
 	}
 }

@@ -7,6 +7,7 @@ import (
 	"io"
 	"net/http"
 	"os"
+	"slices"
 	"strings"
 	"testing"
 
@@ -209,7 +210,7 @@ func TestRoutes(t *testing.T) {
 	_, client := serveFake(t, f)
 	rt := newRouter(routes(Config{}))
 	covered := map[string]bool{}
-	for _, c := range append(routeCases, swarmCases()...) {
+	for _, c := range slices.Concat(routeCases, swarmCases(), ownCases) {
 		path, _, _ := strings.Cut(c.path, "?")
 		if _, p, err := cutVersion(path); err == nil {
 			if r, _ := rt.find(c.method, p); r != nil {
@@ -356,6 +357,10 @@ Our own routes (types in package ` + "`api`" + `):
 | ` + "`GET /servin/drained?full=1`" + ` | 204 once no teardown is pending and, with full, the pool of parked sandboxes is full |
 | ` + "`POST /servin/prune`" + ` | ` + "`PruneRequest`" + ` to ` + "`PruneReport`" + ` |
 | ` + "`POST /servin/shutdown`" + ` | ` + "`ShutdownRequest`" + `; 204 before the daemon leaves |
+| ` + "`GET /servin/volumes/{name}/backup?pause=1&size=1`" + ` | streams an archive of a volume (zstd); the connection is cut when something fails midway |
+| ` + "`POST /servin/volumes/{name}/restore?replace=1`" + ` | makes a volume, or replaces its content, of such an archive: ` + "`VolumeArchive`" + ` |
+| ` + "`GET /servin/volumes/{name}/export`" + `, ` + "`POST …/import`" + ` | the same with a plain tar |
+| ` + "`POST /servin/volumes/{name}/clone`" + ` | ` + "`VolumeClone`" + ` to a volume |
 | ` + "`GET /metrics`" + ` | Prometheus text; on the unix socket and over TLS alone |
 
 Listeners: a unix socket of mode 0660; tcp with TLS and client certificates; plain tcp on a loopback address with

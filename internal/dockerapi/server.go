@@ -20,7 +20,9 @@ type Config struct {
 	Images     Images
 	Networks   Networks
 	Volumes    Volumes
-	System     System
+	// VolumeCopies serves backups and the like of volumes.
+	VolumeCopies VolumeCopies
+	System       System
 	// Logger gets failed requests; nil is slog.Default().
 	Logger *slog.Logger
 	// Version of the engine, for the Server header and /servin/health.

@@ -45,6 +45,7 @@ func (e *Engine) Recover(ctx context.Context) error {
 	}
 
 	live := e.restoreTasks(ctx)
+	e.letAllGo(ctx)
 	e.killOrphans(ctx)
 	if err := e.cfg.Networks.Restore(ctx, live); err != nil {
 		e.log.Warn("cannot restore all networks", "cause", err)

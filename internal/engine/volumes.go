@@ -23,7 +23,9 @@ func (s *VolumeService) event(a events.Action, name string, attrs map[string]str
 	if m == nil {
 		m = map[string]string{}
 	}
-	m["driver"] = vol.Driver
+	if m["driver"] == "" {
+		m["driver"] = vol.Driver
+	}
 	s.e.emit(events.VolumeEventType, a, name, m)
 }
 
@@ -39,15 +41,18 @@ func (s *VolumeService) VolumeCreate(ctx context.Context, req volume.CreateReque
 		return nil, err
 	}
 	if !existed {
-		s.event(events.ActionCreate, v.Name, nil)
+		s.event(events.ActionCreate, v.Name, map[string]string{"driver": v.Driver})
 	}
 	return v, nil
 }
 
 // VolumeList lists the volumes that match.
 func (s *VolumeService) VolumeList(ctx context.Context, f Filters) (volume.ListResponse, error) {
-	l, err := s.e.cfg.Volumes.List(ctx, f)
-	return volume.ListResponse{Volumes: l, Warnings: []string{}}, err
+	l, warnings, err := s.e.cfg.Volumes.List(ctx, f)
+	if warnings == nil {
+		warnings = []string{}
+	}
+	return volume.ListResponse{Volumes: l, Warnings: warnings}, err
 }
 
 // VolumeInspect describes a volume.

@@ -43,13 +43,24 @@ func (s *Store) CopyUp(ctx context.Context, root *os.File, inside, name string, 
 		}
 		return fault.New(kind, "cannot fill volume %s from %s of the image: %w", name, inside, err)
 	}
-	v.mu.Lock()
-	defer v.mu.Unlock()
-	data, err := s.openData(name)
+	// What is mounted from elsewhere is filled there, not below the mount.
+	if elsewhere := v.rec.mounts() || v.rec.Driver != ""; elsewhere {
+		id := "copy-" + randomName()
+		if _, err := s.Use(ctx, name, id); err != nil {
+			return err
+		}
+		defer func() { _ = s.Release(context.WithoutCancel(ctx), name, id) }()
+	}
+	data, err := s.Open(name)
 	if err != nil {
 		return err
 	}
 	defer data.Close()
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if v.busy {
+		return errBusy(name)
+	}
 	if names, err := data.Readdirnames(1); len(names) > 0 {
 		return nil
 	} else if err != nil && !errors.Is(err, io.EOF) {
@@ -67,7 +78,7 @@ func (s *Store) CopyUp(ctx context.Context, root *os.File, inside, name string, 
 
 	// A mount cannot be replaced, and a directory that a running container has
 	// mounted must not: there the copy goes in place.
-	if v.rec.mounts() || len(v.uses) > 0 {
+	if v.rec.mounts() || v.rec.Driver != "" || len(v.uses) > 0 {
 		c.top = int(data.Fd())
 		return fail(c.dir(int(src.Fd()), int(data.Fd()), ""))
 	}
@@ -92,6 +103,11 @@ func (s *Store) CopyUp(ctx context.Context, root *os.File, inside, name string, 
 		return undo(err)
 	}
 	defer dst.Close()
+	if v.rec.Project != 0 {
+		if err := s.limit(dst, v.rec); err != nil {
+			return undo(err)
+		}
+	}
 	c.top = int(dst.Fd())
 	if err := c.dir(int(src.Fd()), int(dst.Fd()), ""); err != nil {
 		return undo(err)

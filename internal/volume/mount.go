@@ -10,6 +10,7 @@ import (
 	"strconv"
 	"strings"
 
+	"github.com/docker/go-units"
 	"golang.org/x/sys/unix"
 
 	"github.com/cloudos-io/cloudos/internal/fault"
@@ -22,7 +23,12 @@ func validOptions(o map[string]string) error {
 		switch k {
 		case "type", "o", "device":
 		case "size":
-			return fault.New(fault.Unsupported, "cannot limit the size of a volume: quotas are not supported, use --opt type=tmpfs --opt device=tmpfs --opt o=size=%s for one in memory", v)
+			if n, err := units.RAMInBytes(v); err != nil || n <= 0 {
+				return invalid("invalid option: size %q: write it as 10G", v)
+			}
+			if o["device"] != "" || o["type"] != "" {
+				return invalid("invalid option: size is for volumes kept here: a mounted one takes the file system's own, such as o=size=%s of tmpfs", v)
+			}
 		default:
 			return invalid("invalid option: %q", k)
 		}
@@ -104,6 +110,12 @@ func (s *Store) Use(ctx context.Context, name, containerID string) (string, erro
 	if gone {
 		return "", fault.New(fault.NotFound, "get %s: no such volume", name)
 	}
+	if v.busy {
+		return "", errBusy(name)
+	}
+	if v.rec.Driver != "" {
+		return s.useRemote(ctx, v, containerID)
+	}
 	if v.rec.mounts() && !v.mounted {
 		if err := s.mount(ctx, v); err != nil {
 			return "", err
@@ -116,7 +128,7 @@ func (s *Store) Use(ctx context.Context, name, containerID string) (string, erro
 
 // Release ends a container's use; the last one unmounts. Unknown names and ids
 // are ignored.
-func (s *Store) Release(_ context.Context, name, containerID string) error {
+func (s *Store) Release(ctx context.Context, name, containerID string) error {
 	v, err := s.get(name)
 	if err != nil {
 		return nil
@@ -125,6 +137,9 @@ func (s *Store) Release(_ context.Context, name, containerID string) error {
 	defer v.mu.Unlock()
 	if !v.uses[containerID] {
 		return nil
+	}
+	if v.rec.Driver != "" {
+		return s.releaseRemote(ctx, v, containerID)
 	}
 	delete(v.uses, containerID)
 	if len(v.uses) > 0 {
@@ -138,11 +153,11 @@ func (s *Store) Release(_ context.Context, name, containerID string) error {
 
 // ReleaseUnused unmounts every volume that no container uses: after a restart,
 // once the engine has told the uses of its containers, and at shutdown.
-func (s *Store) ReleaseUnused(context.Context) error {
+func (s *Store) ReleaseUnused(ctx context.Context) error {
 	s.mu.Lock()
 	var all []*vol
 	for _, v := range s.m {
-		if v.state == present && v.rec.mounts() {
+		if v.state == present && (v.rec.mounts() || v.rec.Driver != "") {
 			all = append(all, v)
 		}
 	}
@@ -150,7 +165,9 @@ func (s *Store) ReleaseUnused(context.Context) error {
 	var failed error
 	for _, v := range all {
 		v.mu.Lock()
-		if len(v.uses) == 0 {
+		if v.rec.Driver != "" {
+			s.dropLeft(ctx, v)
+		} else if len(v.uses) == 0 {
 			if err := s.unmount(v); err != nil {
 				failed = errors.Join(failed, fault.New(fault.Internal, "cannot unmount volume %s: %w", v.rec.Name, err))
 			}

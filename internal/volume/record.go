@@ -22,10 +22,24 @@ type stored struct {
 	Labels    map[string]string `json:",omitempty"`
 	Options   map[string]string `json:",omitempty"`
 	Ephemeral bool              `json:",omitempty"`
+	// Driver is the plugin that keeps the volume, "" for ourselves.
+	Driver string `json:",omitempty"`
+	// Project is the id that the file system counts its size by, 0 for none.
+	Project uint32 `json:",omitempty"`
 }
 
-// mounts tells whether the volume's data is mounted from elsewhere.
-func (r stored) mounts() bool { return r.Options["type"] != "" || r.Options["device"] != "" }
+// mounts tells whether the volume's data is mounted from elsewhere by us.
+func (r stored) mounts() bool {
+	return r.Driver == "" && (r.Options["type"] != "" || r.Options["device"] != "")
+}
+
+// driver is the name that is shown.
+func (r stored) driver() string {
+	if r.Driver == "" {
+		return Driver
+	}
+	return r.Driver
+}
 
 const maxRecord = 1 << 20
 
@@ -49,12 +63,23 @@ func (s *Store) openData(name string) (*os.File, error) {
 	return f, nil
 }
 
-// Open opens a volume's data directory.
+// Open opens a volume's data directory. One that is mounted from elsewhere must
+// be in use.
 func (s *Store) Open(name string) (*os.File, error) {
-	if _, err := s.get(name); err != nil {
+	v, err := s.get(name)
+	if err != nil {
 		return nil, err
 	}
-	return s.openData(name)
+	if v.rec.Driver == "" {
+		return s.openData(name)
+	}
+	v.mu.Lock()
+	at := v.at
+	v.mu.Unlock()
+	if at == "" {
+		return nil, fault.New(fault.Conflict, "cannot open volume %s: nobody uses it", name)
+	}
+	return openMountpoint(name, at)
 }
 
 func (s *Store) readRecord(name string) (stored, error) {
@@ -87,11 +112,7 @@ func (s *Store) prepare(r stored) (tmp string, err error) {
 		if tmp != "" {
 			_ = s.discard(tmp)
 		}
-		kind := fault.Internal
-		if errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) {
-			kind = fault.Exhausted
-		}
-		return "", fault.New(kind, "cannot create volume %s: %w", r.Name, err)
+		return "", fault.New(fault.Of(err), "cannot create volume %s: %w", r.Name, err)
 	}
 	r.Version = 1
 	b, err := json.Marshal(r)
@@ -118,6 +139,17 @@ func (s *Store) prepare(r stored) (tmp string, err error) {
 	// The umask of whoever started the engine is not the volume's business.
 	if err := unix.Fchmodat(int(dir.Fd()), dataDir, 0o755, 0); err != nil {
 		return fail(err)
+	}
+	if r.Project != 0 {
+		data, err := beneath(int(dir.Fd()), dataDir, unix.O_RDONLY|unix.O_DIRECTORY)
+		if err != nil {
+			return fail(err)
+		}
+		err = s.limit(data, r)
+		data.Close()
+		if err != nil {
+			return fail(err)
+		}
 	}
 	fd, err := unix.Openat(int(dir.Fd()), record, unix.O_WRONLY|unix.O_CREAT|unix.O_EXCL|unix.O_CLOEXEC, 0o600)
 	if err != nil {

@@ -1,5 +1,5 @@
-// Package volume keeps named and anonymous volumes of the local driver, and reads
-// what a container request says about mounts.
+// Package volume keeps named and anonymous volumes, our own and those of plugins,
+// and reads what a container request says about mounts.
 //
 // A *volume* is a directory NAME below the store's root holding its data (_data)
 // and its record (volume.json). It appears by one rename and disappears by one
@@ -25,6 +25,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -32,10 +33,12 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/cloudos-io/cloudos/internal/fault"
+	"github.com/cloudos-io/cloudos/internal/plugin"
+	"github.com/cloudos-io/cloudos/internal/quota"
 )
 
 const (
-	// Driver is the name of the one driver there is.
+	// Driver is the name of our own driver.
 	Driver = "local"
 	// AnonymousLabel marks volumes that nobody named.
 	AnonymousLabel = "com.docker.volume.anonymous"
@@ -64,7 +67,12 @@ func validName(name string) error {
 type Config struct {
 	// Root is the directory of all volumes, made if missing.
 	Root string
-	Log  *slog.Logger
+	// RunRoot holds who uses the volumes of plugins; BootID tells whether that is
+	// of this boot. Without Plugins neither is needed.
+	RunRoot, BootID string
+	// Plugins, if not nil, are drivers besides our own.
+	Plugins *plugin.Set
+	Log     *slog.Logger
 }
 
 // Store holds volumes. All methods are safe for concurrent use.
@@ -73,6 +81,10 @@ type Store struct {
 	dir  *os.File
 	log  *slog.Logger
 	wake chan struct{} // something is in the trash
+
+	plugins  *plugin.Set
+	runs     string // directory of uses of plugins' volumes
+	projects *quota.IDs
 
 	mu sync.Mutex
 	m  map[string]*vol
@@ -100,6 +112,11 @@ type vol struct {
 	mu      sync.Mutex
 	uses    map[string]bool
 	mounted bool
+	busy    bool // its content is being replaced
+	// at is where a plugin has mounted it, while it is in use; left are uses that
+	// an earlier engine noted and nobody has confirmed yet.
+	at   string
+	left map[string]bool
 }
 
 // New opens the store, reads all records and clears what was begun and not ended.
@@ -116,11 +133,16 @@ func New(cfg Config) (*Store, error) {
 	if err != nil {
 		return nil, fault.New(fault.Internal, "cannot open volumes: %w", err)
 	}
-	s := &Store{root: cfg.Root, dir: dir, log: cfg.Log, wake: make(chan struct{}, 1), m: map[string]*vol{}}
+	s := &Store{root: cfg.Root, dir: dir, log: cfg.Log, wake: make(chan struct{}, 1), m: map[string]*vol{},
+		plugins: cfg.Plugins, projects: quota.NewIDs(quota.Volumes)}
 	if s.log == nil {
 		s.log = slog.New(slog.DiscardHandler)
 	}
-	if err := s.load(); err != nil {
+	err = s.load()
+	if err == nil {
+		err = s.loadUses(cfg.RunRoot, cfg.BootID)
+	}
+	if err != nil {
 		dir.Close()
 		return nil, err
 	}
@@ -161,7 +183,17 @@ func (s *Store) load() error {
 				rec.Created = i.ModTime()
 			}
 		}
+		if vdir, err := beneath(int(s.dir.Fd()), name, unix.O_RDONLY|unix.O_DIRECTORY); err == nil {
+			// Content that was being restored or copied when an engine was killed.
+			if err := s.clearStaging(vdir, name); err != nil {
+				s.log.Warn("cannot clear unfinished content of a volume", "volume", name, "error", err)
+			}
+			vdir.Close()
+		}
 		v := newVol(rec, present)
+		if rec.Project != 0 {
+			s.projects.Taken(rec.Project)
+		}
 		if rec.mounts() {
 			v.mounted = s.isMounted(name)
 		}
@@ -188,13 +220,24 @@ func (s *Store) Create(ctx context.Context, req volume.CreateRequest, o CreateOp
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
-	if req.Driver != "" && req.Driver != Driver {
-		return nil, fault.New(fault.NotFound, "error looking up volume plugin %s: plugin %q not found", req.Driver, req.Driver)
-	}
 	if req.ClusterVolumeSpec != nil {
 		return nil, fault.New(fault.Unsupported, "cluster volumes are not supported: use the local driver")
 	}
-	if err := validOptions(req.DriverOpts); err != nil {
+	driver := req.Driver
+	if driver == Driver {
+		driver = ""
+	}
+	if req.Driver == "" && req.Name != "" {
+		// One that a plugin has already is meant by its name alone.
+		if err := s.adopt(ctx, req.Name); err != nil {
+			return nil, err
+		}
+	}
+	if driver == "" {
+		if err := validOptions(req.DriverOpts); err != nil && !s.foreign(req.Name) {
+			return nil, err
+		}
+	} else if _, err := s.find(ctx, driver); err != nil {
 		return nil, err
 	}
 	labels := maps.Clone(req.Labels)
@@ -213,15 +256,15 @@ func (s *Store) Create(ctx context.Context, req volume.CreateRequest, o CreateOp
 
 	v := newVol(stored{
 		Name: name, Created: time.Now().UTC(), Labels: labels,
-		Options: maps.Clone(req.DriverOpts), Ephemeral: o.Ephemeral,
+		Options: maps.Clone(req.DriverOpts), Ephemeral: o.Ephemeral, Driver: driver,
 	}, creating)
 	if o.For != "" {
 		v.refs[o.For] = true
 	}
-	if had, err := s.claim(ctx, v, o.For); err != nil || had != nil {
+	if had, err := s.claim(ctx, v, o.For, req.Driver != ""); err != nil || had != nil {
 		return had, err
 	}
-	err := s.make(v.rec)
+	err := s.bring(ctx, &v.rec)
 	s.mu.Lock()
 	if err != nil {
 		delete(s.m, name)
@@ -236,9 +279,35 @@ func (s *Store) Create(ctx context.Context, req volume.CreateRequest, o CreateOp
 	return s.describe(v), nil
 }
 
+// bring makes a volume where it is kept: with us, or first with its plugin.
+func (s *Store) bring(ctx context.Context, r *stored) error {
+	if r.Driver != "" {
+		if err := s.createRemote(ctx, r); err != nil {
+			return err
+		}
+		err := s.make(*r)
+		if err != nil {
+			_ = s.removeRemote(context.WithoutCancel(ctx), *r, false)
+		}
+		return err
+	}
+	if r.Options["size"] == "" {
+		return s.make(*r)
+	}
+	id, err := s.projects.Allot()
+	if err != nil {
+		return fault.New(fault.Exhausted, "cannot create volume %s: %w", r.Name, err)
+	}
+	r.Project = id
+	if err = s.make(*r); err != nil {
+		s.projects.Free(id)
+	}
+	return err
+}
+
 // claim puts a volume to be created in the index, unless there is one of the
-// name: then it returns that, referred to.
-func (s *Store) claim(ctx context.Context, v *vol, container string) (*volume.Volume, error) {
+// name: then it returns that, referred to. With same its driver must be the same.
+func (s *Store) claim(ctx context.Context, v *vol, container string, same bool) (*volume.Volume, error) {
 	name := v.rec.Name
 	for {
 		s.mu.Lock()
@@ -250,6 +319,9 @@ func (s *Store) claim(ctx context.Context, v *vol, container string) (*volume.Vo
 		}
 		if old.state == present {
 			defer s.mu.Unlock()
+			if same && v.rec.Driver != old.rec.Driver {
+				return nil, fault.New(fault.Conflict, "create %s: conflict: a volume of this name exists with driver %s: remove it first or choose another name", name, old.rec.driver())
+			}
 			if len(v.rec.Options) > 0 && !maps.Equal(v.rec.Options, old.rec.Options) {
 				return nil, fault.New(fault.Conflict, "a volume named %s already exists with other options: remove it first or choose another name", name)
 			}
@@ -293,12 +365,30 @@ func (s *Store) Sync() error {
 
 // describe needs s.mu or a volume that nobody else knows; the record never changes.
 func (s *Store) describe(v *vol) *volume.Volume {
-	return &volume.Volume{
-		Name: v.rec.Name, Driver: Driver, Scope: "local",
-		Mountpoint: filepath.Join(s.root, v.rec.Name, dataDir),
-		CreatedAt:  v.rec.Created.Format(time.RFC3339),
-		Labels:     maps.Clone(v.rec.Labels), Options: maps.Clone(v.rec.Options),
+	d := &volume.Volume{
+		Name: v.rec.Name, Driver: v.rec.driver(), Scope: "local",
+		CreatedAt: v.rec.Created.Format(time.RFC3339),
+		Labels:    maps.Clone(v.rec.Labels), Options: shown(v.rec.Options),
 	}
+	if v.rec.Driver == "" {
+		d.Mountpoint = filepath.Join(s.root, v.rec.Name, dataDir)
+	}
+	return d
+}
+
+// shown are options without the passwords that network file systems take.
+func shown(o map[string]string) map[string]string {
+	o = maps.Clone(o)
+	if data := o["o"]; strings.Contains(data, "pass") {
+		opts := strings.Split(data, ",")
+		for i, x := range opts {
+			if k, _, ok := strings.Cut(x, "="); ok && (k == "password" || k == "pass" || k == "password2") {
+				opts[i] = k + "=***"
+			}
+		}
+		o["o"] = strings.Join(opts, ",")
+	}
+	return o
 }
 
 func (s *Store) get(name string) (*vol, error) {
@@ -311,42 +401,62 @@ func (s *Store) get(name string) (*vol, error) {
 }
 
 // Inspect describes a volume.
-func (s *Store) Inspect(_ context.Context, name string) (*volume.Volume, error) {
+func (s *Store) Inspect(ctx context.Context, name string) (*volume.Volume, error) {
 	v, err := s.get(name)
+	if fault.Is(err, fault.NotFound) {
+		if aerr := s.adopt(ctx, name); aerr != nil {
+			return nil, aerr
+		}
+		v, err = s.get(name)
+	}
 	if err != nil {
 		return nil, err
 	}
-	return s.describe(v), nil
+	d := s.describe(v)
+	if v.rec.Driver != "" {
+		return d, s.inspectRemote(ctx, v.rec, d)
+	}
+	return d, nil
 }
 
 // Filters are Docker's: key to set of values.
 type Filters = map[string]map[string]bool
 
-// List describes the volumes that match, by name.
-func (s *Store) List(_ context.Context, f Filters) ([]volume.Volume, error) {
+// List describes the volumes that match, by name. Warnings name plugins that do
+// not answer.
+func (s *Store) List(ctx context.Context, f Filters) ([]volume.Volume, []string, error) {
 	if err := checkFilters(f, "dangling", "driver", "label", "name"); err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	dangling, err := truth(f, "dangling")
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
+	theirs, warnings := s.listRemote(ctx)
 	s.mu.Lock()
-	out := make([]volume.Volume, 0, len(s.m))
+	out := make([]volume.Volume, 0, len(s.m)+len(theirs))
 	for _, v := range s.m {
+		known, ok := theirs[v.rec.Name]
+		if ok = ok && known.Driver == v.rec.Driver; ok {
+			delete(theirs, v.rec.Name)
+		}
 		if v.state != present || !matches(v.rec, f) || dangling != nil && *dangling != (len(v.refs) == 0) {
 			continue
 		}
-		out = append(out, *s.describe(v))
+		d := s.describe(v)
+		if ok {
+			d.Mountpoint, d.Scope = known.Mountpoint, known.Scope
+		}
+		out = append(out, *d)
+	}
+	for name, v := range theirs {
+		if s.m[name] == nil && matches(stored{Name: name, Driver: v.Driver}, f) && (dangling == nil || *dangling) {
+			out = append(out, v)
+		}
 	}
 	s.mu.Unlock()
-	slices.SortFunc(out, func(a, b volume.Volume) int {
-		if a.Name < b.Name {
-			return -1
-		}
-		return 1
-	})
-	return out, nil
+	slices.SortFunc(out, func(a, b volume.Volume) int { return strings.Compare(a.Name, b.Name) })
+	return out, warnings, nil
 }
 
 // Reference notes that a container's configuration names the volume.
@@ -388,6 +498,11 @@ func (s *Store) Remove(ctx context.Context, name string, force bool) error {
 		return err
 	}
 	v, err := s.get(name)
+	if fault.Is(err, fault.NotFound) {
+		if aerr := s.adopt(ctx, name); aerr == nil {
+			v, err = s.get(name)
+		}
+	}
 	if err != nil {
 		if force {
 			return nil
@@ -404,6 +519,10 @@ func (s *Store) Remove(ctx context.Context, name string, force bool) error {
 		}
 		return fault.New(fault.NotFound, "get %s: no such volume", name)
 	}
+	if v.busy {
+		s.mu.Unlock()
+		return errBusy(name)
+	}
 	if len(v.refs) > 0 {
 		ids := slices.Sorted(maps.Keys(v.refs))
 		s.mu.Unlock()
@@ -412,9 +531,17 @@ func (s *Store) Remove(ctx context.Context, name string, force bool) error {
 	v.state, v.settled = removing, make(chan struct{})
 	s.mu.Unlock()
 
-	err = s.unmount(v)
+	if v.rec.Driver != "" {
+		s.dropLeft(context.WithoutCancel(ctx), v)
+		err = s.removeRemote(ctx, v.rec, force)
+	} else {
+		err = s.unmount(v)
+	}
 	if err == nil {
 		err = s.moveToTrash(name)
+	}
+	if err == nil && v.rec.Project != 0 {
+		s.lift(v.rec.Project)
 	}
 	s.mu.Lock()
 	if err != nil {
@@ -426,7 +553,7 @@ func (s *Store) Remove(ctx context.Context, name string, force bool) error {
 	close(v.settled)
 	s.mu.Unlock()
 	if err != nil {
-		return fault.New(fault.Internal, "cannot remove volume %s: %w", name, err)
+		return fault.New(fault.Of(err), "cannot remove volume %s: %w", name, err)
 	}
 	if v.rec.Ephemeral {
 		return nil
@@ -441,10 +568,14 @@ func (s *Store) Remove(ctx context.Context, name string, force bool) error {
 // all=true named ones too.
 func (s *Store) Prune(ctx context.Context, f Filters) (volume.PruneReport, error) {
 	r := volume.PruneReport{VolumesDeleted: []string{}}
-	if err := checkFilters(f, "all", "label", "label!"); err != nil {
+	if err := checkFilters(f, "all", "label", "label!", "until"); err != nil {
 		return r, err
 	}
 	all, err := truth(f, "all")
+	if err != nil {
+		return r, err
+	}
+	until, err := before(f, time.Now())
 	if err != nil {
 		return r, err
 	}
@@ -452,7 +583,8 @@ func (s *Store) Prune(ctx context.Context, f Filters) (volume.PruneReport, error
 	var names []string
 	for name, v := range s.m {
 		_, anonymous := v.rec.Labels[AnonymousLabel]
-		if v.state == present && len(v.refs) == 0 && (anonymous || all != nil && *all) && matches(v.rec, f) {
+		if v.state == present && len(v.refs) == 0 && (anonymous || all != nil && *all) && matches(v.rec, f) &&
+			(until.IsZero() || v.rec.Created.Before(until)) {
 			names = append(names, name)
 		}
 	}
@@ -482,7 +614,7 @@ func (s *Store) Usage(ctx context.Context, name string) (int64, error) {
 	if err != nil {
 		return 0, err
 	}
-	if v.rec.mounts() {
+	if v.rec.mounts() || v.rec.Driver != "" {
 		return 0, nil
 	}
 	d, err := s.openData(name)

@@ -41,7 +41,7 @@ func reopen(t *testing.T, s *Store) *Store {
 
 func names(t *testing.T, s *Store, f Filters) []string {
 	t.Helper()
-	l, err := s.List(t.Context(), f)
+	l, _, err := s.List(t.Context(), f)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -282,7 +282,7 @@ func TestPruneAndFilters(t *testing.T) {
 	if got := names(t, s, Filters{"name": {"us": true}}); !slices.Equal(got, []string{"used"}) {
 		t.Fatalf("by name: %v", got)
 	}
-	if _, err := s.List(t.Context(), Filters{"bogus": {"1": true}}); !fault.Is(err, fault.Invalid) {
+	if _, _, err := s.List(t.Context(), Filters{"bogus": {"1": true}}); !fault.Is(err, fault.Invalid) {
 		t.Fatalf("bogus filter: %v", err)
 	}
 	r, err := s.Prune(t.Context(), nil)

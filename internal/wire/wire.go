@@ -41,6 +41,7 @@ import (
 	"github.com/cloudos-io/cloudos/internal/network/cni"
 	"github.com/cloudos-io/cloudos/internal/network/ipam"
 	"github.com/cloudos-io/cloudos/internal/oci"
+	"github.com/cloudos-io/cloudos/internal/plugin"
 	"github.com/cloudos-io/cloudos/internal/rootless"
 	"github.com/cloudos-io/cloudos/internal/runtime/command"
 	"github.com/cloudos-io/cloudos/internal/runtime/native"
@@ -125,7 +126,10 @@ func New(ctx context.Context, c *config.Config, inside rootless.State, log *slog
 	s.onClose(images.Close)
 	s.part("images", images.Run)
 	s.Images = images
-	volumes, err := volume.New(volume.Config{Root: filepath.Join(c.Root, "volumes"), Log: log})
+	volumes, err := volume.New(volume.Config{
+		Root: filepath.Join(c.Root, "volumes"), RunRoot: c.RunRoot, BootID: boot, Log: log,
+		Plugins: plugin.New(plugin.Config{Dirs: append([]string{filepath.Join(c.RunRoot, "plugins")}, plugin.Dirs[:]...), Logger: log}),
+	})
 	if err != nil {
 		return nil, err
 	}
@@ -225,7 +229,7 @@ func New(ctx context.Context, c *config.Config, inside rootless.State, log *slog
 	}
 	s.onClose(s.Engine.Close)
 	s.Handler = dockerapi.New(dockerapi.Config{
-		Containers: s.Engine, Images: images, Networks: s.Engine.NetworkService(), Volumes: s.Engine.VolumeService(),
+		Containers: s.Engine, Images: images, Networks: s.Engine.NetworkService(), Volumes: s.Engine.VolumeService(), VolumeCopies: s.Engine.VolumeService(),
 		System: s.Engine.SystemService(), Logger: log, Version: api.Version,
 		Problems: images.LazyTrouble,
 	})

@@ -38,7 +38,9 @@ var arrows = map[string][]string{
 	"internal/cdi":       {"internal/fault"},
 	"internal/doctor":    {"internal/fault", "api"},
 	"internal/oci":       {"internal/fault", "internal/snapshot", "internal/image", "internal/seccomp", "internal/apparmor"},
-	"internal/volume":    {"internal/fault", "internal/snapshot"},
+	"internal/plugin":    {"internal/fault"},
+	"internal/quota":     {},
+	"internal/volume":    {"internal/fault", "internal/snapshot", "internal/plugin", "internal/quota"}, // ADR 26
 	"internal/network":   {"internal/fault"},
 	"internal/image":     {"internal/fault", "internal/snapshot", "internal/hello"},
 	"internal/hello":     {},

@@ -3,6 +3,7 @@ package archive
 import (
 	"archive/tar"
 	"context"
+	"encoding/binary"
 	"errors"
 	"io"
 	"os"
@@ -25,6 +26,17 @@ type ExtractOptions struct {
 	Owner *[2]int
 	// Map turns the container's owner into the one on disk.
 	Map func(uid, gid int) (int, int, error)
+	// Entry, if set, sees every entry first. It may change the header, or read the
+	// entry itself and skip it.
+	Entry func(h *tar.Header, r io.Reader) (skip bool, err error)
+	// Top gives the destination the attributes of the entry that names it.
+	Top bool
+	// Sparse leaves holes where a file has zeros.
+	Sparse bool
+	// Faithful sets all attributes that Write keeps when it is faithful.
+	Faithful bool
+	// NoDevices refuses device nodes but for overlayfs' mark of a removed file.
+	NoDevices bool
 }
 
 // Extract unpacks a tar stream into the directory at name. Links on the way to an
@@ -50,6 +62,15 @@ func (r Root) Extract(ctx context.Context, name string, src io.Reader, o Extract
 		}
 		if err != nil {
 			return fault.New(fault.Invalid, "cannot read the archive: %w", err)
+		}
+		if o.Entry != nil {
+			skip, err := o.Entry(h, tr)
+			if err != nil {
+				return err
+			}
+			if skip {
+				continue
+			}
 		}
 		if err := x.entry(h, tr); err != nil {
 			return kind(h.Name, err)
@@ -141,7 +162,13 @@ func (x *extractor) entry(h *tar.Header, src io.Reader) error {
 	}
 	dir, base, ok := x.place(h.Name)
 	if !ok {
+		if x.o.Top && h.Typeflag == tar.TypeDir {
+			return x.top(h)
+		}
 		return nil // the destination itself keeps what it is
+	}
+	if dev := h.Typeflag == tar.TypeBlock || h.Typeflag == tar.TypeChar && h.Devmajor|h.Devminor != 0; dev && x.o.NoDevices {
+		return fault.New(fault.Forbidden, "the archive holds a device node (%s), which is not made unless asked for", strconv.Quote(h.Name))
 	}
 	d, err := x.parent(dir)
 	if err != nil {
@@ -239,6 +266,7 @@ func (x *extractor) file(d int, base string, src io.Reader) error {
 		return err
 	}
 	f := os.NewFile(uintptr(fd), base)
+	hole := false
 	for {
 		if err := x.ctx.Err(); err != nil {
 			f.Close()
@@ -246,12 +274,29 @@ func (x *extractor) file(d int, base string, src io.Reader) error {
 		}
 		n, rerr := src.Read(x.buf)
 		if n > 0 {
-			if _, err := f.Write(x.buf[:n]); err != nil {
+			if x.o.Sparse && zeros(x.buf[:n]) {
+				_, err = f.Seek(int64(n), io.SeekCurrent)
+				hole = true
+			} else {
+				_, err = f.Write(x.buf[:n])
+				hole = false
+			}
+			if err != nil {
 				f.Close()
 				return err
 			}
 		}
 		if errors.Is(rerr, io.EOF) {
+			if hole {
+				at, err := f.Seek(0, io.SeekCurrent)
+				if err == nil {
+					err = f.Truncate(at)
+				}
+				if err != nil {
+					f.Close()
+					return err
+				}
+			}
 			return f.Close()
 		}
 		if rerr != nil {
@@ -259,6 +304,25 @@ func (x *extractor) file(d int, base string, src io.Reader) error {
 			return fault.New(fault.Invalid, "the archive is cut off: %w", rerr)
 		}
 	}
+}
+
+// zeros tells whether a block, large enough to be worth a hole, holds nothing.
+func zeros(b []byte) bool {
+	if len(b) < 4096 {
+		return false
+	}
+	for len(b) >= 8 {
+		if binary.NativeEndian.Uint64(b) != 0 {
+			return false
+		}
+		b = b[8:]
+	}
+	for _, c := range b {
+		if c != 0 {
+			return false
+		}
+	}
+	return true
 }
 
 // link makes a hard link to an entry of the same archive.
@@ -273,6 +337,20 @@ func (x *extractor) link(d int, base, target string) error {
 	}
 	defer unix.Close(td)
 	return unix.Linkat(td, tbase, d, base, 0)
+}
+
+// top gives the destination its entry's attributes.
+func (x *extractor) top(h *tar.Header) error {
+	d, err := x.r.open(x.base, unix.O_RDONLY|unix.O_DIRECTORY, 0, true, 0)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(d)
+	if err := x.attributes(d, ".", x.base, h, uint32(h.Mode&0o7777)); err != nil {
+		return err
+	}
+	x.dirs[len(x.dirs)-1].name = x.base
+	return nil
 }
 
 func (x *extractor) attributes(d int, base, dir string, h *tar.Header, mode uint32) error {
@@ -294,7 +372,7 @@ func (x *extractor) attributes(d int, base, dir string, h *tar.Header, mode uint
 	}
 	for k, v := range h.PAXRecords {
 		name, ok := strings.CutPrefix(k, xattrPrefix)
-		if !ok || name != "security.capability" && !strings.HasPrefix(name, "user.") {
+		if !ok || !wanted(name, x.o.Faithful) {
 			continue
 		}
 		if err := unix.Setxattr(p, name, []byte(v), 0); err != nil && !errors.Is(err, unix.ENOTSUP) && !errors.Is(err, unix.EPERM) {
@@ -320,11 +398,15 @@ func utimes(d int, base string, at time.Time) error {
 func (x *extractor) finish() error {
 	for i := len(x.dirs) - 1; i >= 0; i-- {
 		dt := x.dirs[i]
-		d, err := x.r.open(path.Dir(dt.name), unix.O_PATH|unix.O_DIRECTORY, 0, true, 0)
+		dir, base := path.Dir(dt.name), path.Base(dt.name)
+		if dt.name == x.base {
+			dir, base = dt.name, "." // there is nothing above it that is ours
+		}
+		d, err := x.r.open(dir, unix.O_PATH|unix.O_DIRECTORY, 0, true, 0)
 		if err != nil {
 			continue
 		}
-		_ = utimes(d, path.Base(dt.name), dt.at)
+		_ = utimes(d, base, dt.at)
 		unix.Close(d)
 	}
 	return nil

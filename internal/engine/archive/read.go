@@ -155,25 +155,34 @@ type WriteOptions struct {
 	OneFileSystem bool
 	// Unmap turns the owner on disk into the container's.
 	Unmap func(uid, gid uint32) (int, int)
+	// Faithful keeps what means something on hosts of the same kind alone: access
+	// lists and trusted attributes. For backups.
+	Faithful bool
 }
 
 // Write streams the tree at name as a tar.
 func (r Root) Write(ctx context.Context, name string, w io.Writer, o WriteOptions) error {
+	tw := tar.NewWriter(w)
+	if err := r.Add(ctx, name, tw, o); err != nil {
+		return err
+	}
+	return tw.Close()
+}
+
+// Add writes the tree at name into a tar that has other entries too.
+func (r Root) Add(ctx context.Context, name string, tw *tar.Writer, o WriteOptions) error {
 	fd, err := r.open(name, unix.O_PATH, 0, wantsDir(name), 0)
 	if err != nil {
 		return notFound(name, err)
 	}
 	defer unix.Close(fd)
-	t := &writer{ctx: ctx, tw: tar.NewWriter(w), o: o, links: map[inode]string{}, buf: make([]byte, 128<<10)}
+	t := &writer{ctx: ctx, tw: tw, o: o, links: map[inode]string{}, buf: make([]byte, 128<<10)}
 	var st unix.Stat_t
 	if err := unix.Fstat(fd, &st); err != nil {
 		return err
 	}
 	t.dev = st.Dev
-	if err := t.entry(fd, o.As, 0); err != nil {
-		return err
-	}
-	return t.tw.Close()
+	return t.entry(fd, o.As, 0)
 }
 
 type inode struct{ dev, ino uint64 }
@@ -257,7 +266,7 @@ func (t *writer) header(fd int, as string, st *unix.Stat_t) (*tar.Header, bool, 
 		return nil, true, nil
 	}
 	if h.Typeflag == tar.TypeReg || h.Typeflag == tar.TypeDir {
-		h.PAXRecords = xattrs(fd)
+		h.PAXRecords = xattrs(fd, t.o.Faithful)
 	}
 	return h, false, nil
 }
@@ -360,8 +369,19 @@ func readlink(fd int) (string, error) {
 
 const xattrPrefix = "SCHILY.xattr."
 
+// wanted tells whether an attribute travels.
+func wanted(name string, faithful bool) bool {
+	switch {
+	case name == "security.capability", strings.HasPrefix(name, "user."):
+		return true
+	case strings.HasPrefix(name, "trusted."):
+		return faithful
+	}
+	return faithful && (name == "system.posix_acl_access" || name == "system.posix_acl_default")
+}
+
 // xattrs reads the attributes that make sense elsewhere.
-func xattrs(fd int) map[string]string {
+func xattrs(fd int, faithful bool) map[string]string {
 	p := "/proc/self/fd/" + strconv.Itoa(fd)
 	n, err := unix.Listxattr(p, nil)
 	if err != nil || n <= 0 {
@@ -373,7 +393,7 @@ func xattrs(fd int) map[string]string {
 	}
 	var out map[string]string
 	for k := range strings.SplitSeq(strings.TrimRight(string(buf[:n]), "\x00"), "\x00") {
-		if k != "security.capability" && !strings.HasPrefix(k, "user.") {
+		if !wanted(k, faithful) {
 			continue
 		}
 		v := make([]byte, 64<<10)
