@@ -30,6 +30,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -39,6 +40,7 @@ import (
 	"github.com/creack/pty"
 	"github.com/google/go-containerregistry/pkg/registry"
 	"github.com/rogpeppe/go-internal/testscript"
+	"golang.org/x/sys/unix"
 )
 
 func TestScripts(t *testing.T) {
@@ -274,7 +276,7 @@ func exitCode(ts *testscript.TestScript, err error) int {
 func eventually(ts *testscript.TestScript, neg bool, args []string) {
 	re, err := regexp.Compile(args[0])
 	ts.Check(err)
-	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(50 * time.Millisecond) {
+	for deadline := time.Now().Add(2 * time.Minute); ; time.Sleep(50 * time.Millisecond) {
 		err := ts.Exec("servin", args[1:]...)
 		if err == nil && re.MatchString(ts.ReadFile("stdout")+ts.ReadFile("stderr")) {
 			return
@@ -302,7 +304,13 @@ func engineCmd(ts *testscript.TestScript, neg bool, args []string) {
 }
 
 // keyPause is the time between two typed lines: for what they start to be there.
-const keyPause = 400 * time.Millisecond
+func keyPause() time.Duration {
+	slow, err := strconv.Atoi(os.Getenv("SERVIN_TEST_SLOW")) // an emulated machine's factor
+	if err != nil || slow < 1 {
+		slow = 1
+	}
+	return time.Duration(slow) * 400 * time.Millisecond
+}
 
 func onTTY(ts *testscript.TestScript, neg bool, args []string) {
 	var keys []string
@@ -322,15 +330,18 @@ func onTTY(ts *testscript.TestScript, neg bool, args []string) {
 	var out bytes.Buffer
 	read := make(chan struct{})
 	go func() { io.Copy(&out, f); close(read) }()
+	if strings.HasPrefix(strings.Join(args[1:], " "), "attach ") || slices.Contains(args, "-it") {
+		awaitRaw(f)
+	}
 	for _, k := range keys {
 		if k == "" {
 			continue
 		}
-		time.Sleep(keyPause)
+		time.Sleep(keyPause())
 		k = strings.NewReplacer("^C\n", "\x03", "^D\n", "\x04", "^P^Q\n", "\x10\x11").Replace(k)
 		io.WriteString(f, k)
 	}
-	timer := time.AfterFunc(30*time.Second, func() { cmd.Process.Kill() })
+	timer := time.AfterFunc(time.Minute, func() { cmd.Process.Kill() })
 	err = cmd.Wait()
 	timer.Stop()
 	<-read
@@ -338,6 +349,16 @@ func onTTY(ts *testscript.TestScript, neg bool, args []string) {
 	ts.Check(os.WriteFile(ts.MkAbs("tty.out"), out.Bytes(), 0o600))
 	if got := exitCode(ts, err); (got == want) == neg {
 		ts.Fatalf("servin %s on a terminal: exit code %d", strings.Join(args[1:], " "), got)
+	}
+}
+
+// awaitRaw returns once the terminal is the container's: keys typed before are
+// this side's line editing's. What never takes it over gets them in the end.
+func awaitRaw(f *os.File) {
+	for deadline := time.Now().Add(20 * time.Second); time.Now().Before(deadline); time.Sleep(10 * time.Millisecond) {
+		if tio, err := unix.IoctlGetTermios(int(f.Fd()), unix.TCGETS); err == nil && tio.Lflag&unix.ICANON == 0 {
+			return
+		}
 	}
 }
 

@@ -1,9 +1,10 @@
 #!/bin/bash
 # Boot Debian's cloud kernel under QEMU with the engine on a tmpfs root (cgroup v2
 # there), run containers in it, and print what it said.
-# usage: test/vm/smoke.sh BIN CACHE       BIN: folder with servin and servind
+# usage: test/vm/smoke.sh BIN CACHE [SUITE]   BIN: folder with servin and servind
+# SUITE: a static test program, with its testdata beside it, that is run there instead of the checks.
 set -euo pipefail
-bin=$(realpath "$1") cache=$2
+bin=$(realpath "$1") cache=$2 suite=${3:-}
 mkdir -p "$cache"
 cache=$(realpath "$cache")
 say() { echo "smoke: $*" >&2; }
@@ -35,7 +36,7 @@ echo 'nameserver 192.0.2.53' > "$root/etc/resolv.conf"
 # What containers need of the kernel's modules, with what those need.
 m=lib/modules/$version
 depmod -b "$cache/x" "$version"
-want='/(overlay|veth|bridge|br_netfilter|nf_tables|nft_[a-z0-9_]+|nf_(nat|conntrack|dup_ipv4|dup_ipv6|reject_ipv4|reject_ipv6|defrag_ipv4|defrag_ipv6)|nfnetlink|tun|dummy)\.ko'
+want='/(overlay|ext4|crc32c_generic|virtio_blk|virtio_pci|veth|bridge|br_netfilter|nf_tables|nft_[a-z0-9_]+|nf_(nat|conntrack|dup_ipv4|dup_ipv6|reject_ipv4|reject_ipv6|defrag_ipv4|defrag_ipv6)|nfnetlink|tun|dummy)\.ko'
 grep -E "$want" "$cache/x/$m/modules.dep" | tr -d ':' | tr ' ' '\n' | sort -u | while read -r ko; do
 	[ -n "$ko" ] || continue
 	mkdir -p "$root/$m/$(dirname "$ko")"
@@ -44,11 +45,20 @@ done
 cp "$cache/x/$m"/modules.{order,builtin,builtin.modinfo} "$root/$m/"
 depmod -b "$root" "$version"
 
+if [ -n "$suite" ]; then
+	mkdir -p "$root/suite" "$root/usr/bin"
+	cp "$suite" "$root/suite/suite.test"
+	cp -r "$(dirname "$suite")/testdata" "$root/suite/"
+	ln -s ../../bin/busybox "$root/usr/bin/busybox"
+	rm "$root/bin/bash" 2>/dev/null || :
+	cp "$(command -v bash)" "$root/bin/bash"
+	ldd "$root/bin/bash" | grep -o '/[^ ]*' | while read -r lib; do mkdir -p "$root$(dirname "$lib")"; cp "$lib" "$root$lib"; done
+fi
 cat > "$root/init" <<'I'
 #!/bin/sh
 # pivot_root does not work on the initramfs: move to a tmpfs root first.
 mount -t tmpfs -o mode=755 tmpfs /newroot
-for d in bin sbin lib etc var root tmp; do cp -a /$d /newroot/; done
+for d in bin sbin lib lib64 usr suite etc var root tmp; do [ ! -e /$d ] || cp -a /$d /newroot/; done
 mkdir -p /newroot/proc /newroot/sys /newroot/dev /newroot/run
 cp /second /newroot/second
 exec switch_root /newroot /second
@@ -58,10 +68,19 @@ cat > "$root/second" <<'I'
 export PATH=/bin:/sbin
 mount -t proc proc /proc; mount -t sysfs sysfs /sys; mount -t devtmpfs dev /dev; mkdir -p /dev/pts /dev/shm
 mount -t devpts devpts /dev/pts; mount -t tmpfs tmpfs /run; mount -t cgroup2 cgroup2 /sys/fs/cgroup
+ln -s /proc/self/fd /dev/fd; ln -s fd/0 /dev/stdin; ln -s fd/1 /dev/stdout; ln -s fd/2 /dev/stderr
 echo /sbin/modprobe > /proc/sys/kernel/modprobe
 exec >/dev/ttyS0 2>&1
 ip link set lo up
 echo "SMOKE kernel $(uname -r), up $(cut -d' ' -f1 /proc/uptime) s"
+if [ -d /suite ]; then
+	# On a disk: tmpfs cannot map ids before 6.3.
+	modprobe virtio_pci; modprobe virtio_blk; modprobe ext4
+	mount /dev/vda /tmp || echo "SUITE FAILED: no disk"
+	cd /suite
+	SERVIN_TEST_SLOW=5 SERVIN_BIN=/bin ./suite.test -test.v -test.timeout 40m && echo "SUITE passed" || echo "SUITE FAILED"
+	poweroff -f
+fi
 servind > /run/servind.log 2>&1 &
 for i in $(seq 600); do servin version >/dev/null 2>&1 && break; sleep 0.1; done
 check() { # check NAME WANTED COMMAND...
@@ -111,6 +130,14 @@ chmod +x "$root/init" "$root/second"
 (cd "$root" && find . | busybox cpio -o -H newc 2>/dev/null | gzip -1) > "$cache/initrd.$$"
 accel=tcg
 # A /dev/kvm that answers need not run a guest: only a boot tells, and TCG is sure.
-timeout "${SMOKE_TIMEOUT:-240}" qemu-system-x86_64 -accel $accel -cpu max -smp 2 -m 1024 -nographic -no-reboot -nodefaults -serial stdio \
+memory=1024 disk=()
+if [ -n "$suite" ]; then
+	memory=2048
+	truncate -s 8G "$cache/disk.$$"
+	mkfs.ext4 -q -E lazy_itable_init=1,lazy_journal_init=1 "$cache/disk.$$"
+	trap 'rm -rf "$root" "$cache/disk.$$"' EXIT
+	disk=(-drive "file=$cache/disk.$$,format=raw,if=virtio,cache=unsafe")
+fi
+timeout "${SMOKE_TIMEOUT:-240}" qemu-system-x86_64 -accel $accel -cpu max -smp 2 -m $memory -nographic -no-reboot -nodefaults -serial stdio "${disk[@]}" \
 	-kernel "$kernel" -initrd "$cache/initrd.$$" -append "console=ttyS0 quiet panic=-1 random.trust_cpu=on" </dev/null || say "qemu ended with $?"
 rm -f "$cache/initrd.$$"

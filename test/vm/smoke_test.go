@@ -14,6 +14,38 @@ import (
 // TestSmokeBoot boots Debian's cloud kernel, where cgroup v2 is the only
 // hierarchy and AppArmor is on, starts the engine and runs containers there.
 func TestSmokeBoot(t *testing.T) {
+	text := boot(t)
+	t.Log(text)
+	if strings.Contains(text, "SMOKE FAILED") || strings.Count(text, "SMOKE ok") < 27 || !strings.Contains(text, "SMOKE done") {
+		t.Errorf("the smoke boot failed:\n%s", text)
+	}
+}
+
+// TestScriptsOnSecondKernel runs the command line's whole script suite there.
+func TestScriptsOnSecondKernel(t *testing.T) {
+	if os.Getenv("SERVIN_LONG") == "" {
+		t.Skip("SKIP: the whole script suite in a virtual machine is part of make test-long")
+	}
+	dir := t.TempDir()
+	build := exec.Command("go", "test", "-c", "-o", filepath.Join(dir, "suite.test"), "../script")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	if err := os.CopyFS(filepath.Join(dir, "testdata"), os.DirFS("../script/testdata")); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("SMOKE_TIMEOUT", "2700")
+	text := boot(t, filepath.Join(dir, "suite.test"))
+	t.Log(text)
+	if strings.Contains(text, "SUITE FAILED") || !strings.Contains(text, "SUITE passed") {
+		t.Errorf("the script suite failed:\n%s", text)
+	}
+}
+
+// boot returns what the machine said.
+func boot(t *testing.T, suite ...string) string {
+	t.Helper()
 	if runtime.GOARCH != "amd64" {
 		t.Skip("SKIP: the smoke boot is of an amd64 kernel")
 	}
@@ -33,7 +65,7 @@ func TestSmokeBoot(t *testing.T) {
 	if err != nil {
 		cache = t.TempDir()
 	}
-	cmd := exec.Command("./smoke.sh", bin, filepath.Join(cache, "servin-test", "kernel"))
+	cmd := exec.Command("./smoke.sh", append([]string{bin, filepath.Join(cache, "servin-test", "kernel")}, suite...)...)
 	out, err := cmd.CombinedOutput()
 	var ee *exec.ExitError
 	if errors.As(err, &ee) && ee.ExitCode() == 77 {
@@ -42,9 +74,5 @@ func TestSmokeBoot(t *testing.T) {
 	if err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
-	text := string(out)
-	t.Log(text)
-	if strings.Contains(text, "SMOKE FAILED") || strings.Count(text, "SMOKE ok") < 27 || !strings.Contains(text, "SMOKE done") {
-		t.Errorf("the smoke boot failed:\n%s", text)
-	}
+	return string(out)
 }
