@@ -13,6 +13,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"runtime"
 	"strings"
@@ -172,6 +173,13 @@ func (a *App) client() (*client.Client, error) {
 		return nil, err
 	}
 	cfg.Headers = f.Headers
+	if t := os.Getenv("TRACEPARENT"); t != "" { // W3C Trace Context of who runs us
+		cfg.Headers = maps.Clone(f.Headers)
+		if cfg.Headers == nil {
+			cfg.Headers = map[string]string{}
+		}
+		cfg.Headers["Traceparent"] = t
+	}
 	if strings.HasPrefix(c.Host, "tcp://") || strings.HasPrefix(c.Host, "https://") {
 		cfg.TLS = a.material(c)
 	}

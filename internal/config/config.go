@@ -50,6 +50,8 @@ type Config struct {
 	// Debug is unix:///path of a socket, the engine's user's alone, that serves
 	// profiles of the daemon for go tool pprof; empty is none.
 	Debug string `yaml:"debug"`
+	// Tracing sends OpenTelemetry spans.
+	Tracing Tracing `yaml:"tracing"`
 	// Pool is how many sandboxes are parked for each kind in use (default 8, 0 parks none).
 	Pool *int `yaml:"pool"`
 
@@ -82,6 +84,16 @@ type Config struct {
 	Labels      []string `yaml:"labels"`
 	// ShutdownTimeout bounds ending all containers (default 15s).
 	ShutdownTimeout Duration `yaml:"shutdownTimeout"`
+}
+
+// Tracing says where spans go. Without an endpoint, OpenTelemetry's own
+// variables (OTEL_EXPORTER_OTLP_ENDPOINT …) are heeded.
+type Tracing struct {
+	// Endpoint is http[s]://host:4318 or grpc[s]://host:4317.
+	Endpoint string            `yaml:"endpoint"`
+	Headers  map[string]string `yaml:"headers"`
+	// Ratio of the traces that begin here to keep (default 1).
+	Ratio float64 `yaml:"ratio"`
 }
 
 // TLS names the files of a tcp listener; clients must present a certificate that CA signed.
@@ -288,6 +300,9 @@ func (c *Config) Check() error {
 		if p != "" && !filepath.IsAbs(p) {
 			return bad("%s must be an absolute path, not %q", name, p)
 		}
+	}
+	if r := c.Tracing.Ratio; r < 0 || r > 1 {
+		return bad("tracing.ratio must be from 0 to 1, not %g", r)
 	}
 	for _, p := range c.CDISpecDirs {
 		if !filepath.IsAbs(p) {

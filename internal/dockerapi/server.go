@@ -11,6 +11,8 @@ import (
 	"runtime/debug"
 	"strings"
 
+	"go.opentelemetry.io/otel/trace"
+
 	"github.com/cloudos-io/cloudos/internal/fault"
 )
 
@@ -30,12 +32,15 @@ type Config struct {
 	// Problems, if not nil, tells /servin/health what runs worse than it should.
 	// It must not wait for anything.
 	Problems func() []string
+	// Tracer makes a span of each request; nil makes none.
+	Tracer trace.Tracer
 }
 
 type server struct {
 	log    *slog.Logger
 	routes *router
 	banner string
+	tracer trace.Tracer
 }
 
 // New returns the handler of the whole API.
@@ -45,6 +50,7 @@ func New(c Config) http.Handler {
 	}
 	return &server{
 		log:    c.Logger,
+		tracer: c.Tracer,
 		routes: newRouter(routes(c)),
 		banner: "Servin/" + c.Version + " (" + runtime.GOOS + ")",
 	}
@@ -111,7 +117,13 @@ func (s *server) serve(w *response, r *request) error {
 			return fault.New(fault.Invalid, "invalid query: %w", err)
 		}
 	}
-	return c.handle(w, r)
+	if s.tracer == nil {
+		return c.handle(w, r)
+	}
+	end := s.traced(r, c)
+	err = c.handle(w, r)
+	end(w, err)
+	return err
 }
 
 // fail turns an error into the response, or ends a response that has begun so

@@ -71,6 +71,8 @@ func (s *scope) close() {
 
 // create makes everything of a container but its stored record.
 func (e *Engine) create(ctx context.Context, req CreateRequest) (u *unit, warnings []string, err error) {
+	ctx, end := e.span(ctx, "container.create")
+	defer end(&err)
 	if e.closed.Load() || e.noRestarts.Load() {
 		return nil, nil, fault.New(fault.Unavailable, "cannot create container: the engine is shutting down")
 	}
@@ -157,6 +159,7 @@ func (e *Engine) create(ctx context.Context, req CreateRequest) (u *unit, warnin
 		return nil, nil, err
 	}
 
+	ofContainer(ctx, r)
 	made := e.newUnit(r)
 	if err := e.cfg.Snapshots.Create(ctx, id, img.Chain, r.Ephemeral, size); err != nil {
 		return nil, nil, fmt.Errorf("cannot create the container's layer: %w", err)

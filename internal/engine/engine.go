@@ -18,6 +18,8 @@ import (
 	mcontainer "github.com/moby/moby/api/types/container"
 	"github.com/moby/moby/api/types/registry"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"go.opentelemetry.io/otel/trace"
+	"go.opentelemetry.io/otel/trace/noop"
 
 	"github.com/cloudos-io/cloudos/api"
 	"github.com/cloudos-io/cloudos/internal/cdi"
@@ -81,6 +83,8 @@ type Config struct {
 	PublishThrough bool
 	// Resolver is written to resolv.conf instead of the host's.
 	Resolver Resolver
+	// Tracer makes spans of use cases; nil makes none.
+	Tracer trace.Tracer
 	// Pool is how many sandboxes the driver parks, for info.
 	Pool   int
 	Logger *slog.Logger
@@ -146,6 +150,9 @@ func New(c Config) (*Engine, error) {
 	}
 	if c.ShutdownTimeout <= 0 {
 		c.ShutdownTimeout = 15 * time.Second
+	}
+	if c.Tracer == nil {
+		c.Tracer = noop.NewTracerProvider().Tracer("")
 	}
 	if c.Profiles == nil {
 		c.Profiles = oci.NewProfiles(nil)

@@ -236,8 +236,11 @@ func (e *Engine) ExecStart(ctx context.Context, id string, req mcontainer.ExecSt
 }
 
 // runExec starts the process.
-func (e *Engine) runExec(ctx context.Context, u *unit, t runtime.Task, x *execution, detach bool) (runtime.Exec, error) {
+func (e *Engine) runExec(ctx context.Context, u *unit, t runtime.Task, x *execution, detach bool) (_ runtime.Exec, err error) {
+	ctx, end := e.span(ctx, "container.exec")
+	defer end(&err)
 	r := u.rec.Load()
+	ofContainer(ctx, r)
 	init, err := e.initProcess(ctx, u, t, r)
 	if err != nil {
 		return nil, err

@@ -35,7 +35,7 @@ func (m *meters) started(d time.Duration) {
 func (m *meters) exited() { m.exits.Add(1) }
 
 // Metrics writes the engine's state in the Prometheus text format.
-func (s *SystemService) Metrics(_ context.Context, w io.Writer) error {
+func (s *SystemService) Metrics(ctx context.Context, w io.Writer) error {
 	e := s.e
 	states := map[mcontainer.ContainerState]int{mcontainer.StateCreated: 0, mcontainer.StateRunning: 0, mcontainer.StatePaused: 0,
 		mcontainer.StateRestarting: 0, mcontainer.StateRemoving: 0, mcontainer.StateExited: 0, mcontainer.StateDead: 0}
@@ -76,6 +76,8 @@ func (s *SystemService) Metrics(_ context.Context, w io.Writer) error {
 	p("servin_teardown_backlog %d\n", tearing)
 	head("servin_event_listeners", "gauge", "Clients that follow events.")
 	p("servin_event_listeners %d\n", e.cfg.Bus.Listeners())
+	e.logMetrics(w)
+	e.containerMetrics(ctx, w)
 	head("go_goroutines", "gauge", "Goroutines of the engine.")
 	p("go_goroutines %d\n", runtime.NumGoroutine())
 	head("go_memstats_heap_alloc_bytes", "gauge", "Bytes of live and not yet collected heap objects.")

@@ -13,6 +13,7 @@ import (
 	mcontainer "github.com/moby/moby/api/types/container"
 	"github.com/moby/moby/api/types/events"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"go.opentelemetry.io/otel/trace"
 	"golang.org/x/sys/unix"
 
 	"github.com/cloudos-io/cloudos/internal/cdi"
@@ -88,6 +89,8 @@ func (e *Engine) restricted(u *unit, warnings []string, o *launch) {
 // change of the record is on its way to the disk when it returns.
 func (e *Engine) launch(ctx context.Context, u *unit, o launch) (p store.Pending, err error) {
 	begin := time.Now()
+	ctx, end := e.span(ctx, "container.start")
+	defer end(&err)
 	if e.closed.Load() || e.noRestarts.Load() {
 		return p, fault.New(fault.Unavailable, "cannot start container: the engine is shutting down")
 	}
@@ -98,6 +101,7 @@ func (e *Engine) launch(ctx context.Context, u *unit, o launch) (p store.Pending
 		return p, err
 	}
 	r := u.rec.Load()
+	ofContainer(ctx, r)
 	if _, err := container.Next(r.State.Status, container.EventStart); err != nil {
 		return p, err
 	}
@@ -127,8 +131,11 @@ func (e *Engine) launch(ctx context.Context, u *unit, o launch) (p store.Pending
 	req.Stdio.Attach = pend.first
 	req.StopAfterCreate = pend.more()
 	if !r.HostConfig.NetworkMode.IsContainer() && !r.HostConfig.NetworkMode.IsHost() && len(r.Endpoints) > 0 && !r.Config.NetworkDisabled {
+		parent := ctx
 		req.Network = func(ctx context.Context, sb runtime.Sandbox) error {
 			var err error
+			ctx, end := e.span(trace.ContextWithSpan(ctx, trace.SpanFromContext(parent)), "network.attach")
+			defer end(&err)
 			att, err = e.connect(ctx, u, r, sb, files)
 			return err
 		}
@@ -142,7 +149,9 @@ func (e *Engine) launch(ctx context.Context, u *unit, o launch) (p store.Pending
 		}
 	}
 	spec = req.Spec.Process
-	task, err = drv.Start(ctx, req)
+	sctx, started := e.span(ctx, "runtime.start")
+	task, err = drv.Start(sctx, req)
+	started(&err)
 	if err != nil {
 		return p, err
 	}
@@ -201,6 +210,8 @@ func (e *Engine) launch(ctx context.Context, u *unit, o launch) (p store.Pending
 
 // prepare makes everything ready that a start needs but its network.
 func (e *Engine) prepare(ctx context.Context, u *unit, r *container.Record, o *launch, back *scope) (req runtime.StartRequest, g generated, err error) {
+	ctx, end := e.span(ctx, "container.prepare")
+	defer end(&err)
 	hc := r.HostConfig
 	root, err := e.cfg.Snapshots.Mount(ctx, r.ID, false, idMap(r))
 	if err != nil {

@@ -21,6 +21,10 @@ import (
 	"github.com/moby/moby/api/types/registry"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"go.opentelemetry.io/otel"
+	"go.opentelemetry.io/otel/attribute"
+	"go.opentelemetry.io/otel/codes"
+	"go.opentelemetry.io/otel/trace"
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sync/semaphore"
 	"golang.org/x/sys/unix"
@@ -44,7 +48,16 @@ type puller struct {
 
 // Pull fetches an image, or all tags of a repository, and unpacks it. Equal
 // pulls at the same time are one.
-func (s *Service) Pull(ctx context.Context, o PullOptions) error {
+func (s *Service) Pull(ctx context.Context, o PullOptions) (err error) {
+	// The libraries below make their spans with the process's tracer, too.
+	ctx, span := otel.Tracer("github.com/cloudos-io/cloudos/internal/image").Start(ctx, "image.pull", trace.WithAttributes(attribute.String("container.image.name", o.Ref)))
+	defer func() {
+		if err != nil {
+			span.RecordError(err)
+			span.SetStatus(codes.Error, err.Error())
+		}
+		span.End()
+	}()
 	named, err := reference.ParseNormalizedNamed(o.Ref)
 	if err != nil {
 		return errBadRef(o.Ref, err)
@@ -86,7 +99,9 @@ func (s *Service) pullOne(ctx context.Context, named reference.Named, o PullOpti
 	if lazily {
 		key += "\x00lazy"
 	}
+	span := trace.SpanFromContext(ctx)
 	return s.pulls.do(ctx, key, progress, func(ctx context.Context, progress func(Progress)) error {
+		ctx = trace.ContextWithSpan(ctx, span) // of who asked first
 		p := &puller{s: s, named: named, platform: o.Platform, auth: o.Auth, progress: progress, lazy: lazily,
 			slots: semaphore.NewWeighted(int64(s.cfg.MaxConcurrentDownloads))}
 		if err := p.run(ctx); err != nil {

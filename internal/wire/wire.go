@@ -48,6 +48,7 @@ import (
 	"github.com/cloudos-io/cloudos/internal/shim"
 	"github.com/cloudos-io/cloudos/internal/snapshot/overlay"
 	"github.com/cloudos-io/cloudos/internal/store"
+	"github.com/cloudos-io/cloudos/internal/tracing"
 	"github.com/cloudos-io/cloudos/internal/volume"
 )
 
@@ -91,6 +92,12 @@ func New(ctx context.Context, c *config.Config, inside rootless.State, log *slog
 	if err != nil {
 		return nil, err
 	}
+
+	tracer, err := tracing.Start(ctx, tracing.Config{Endpoint: c.Tracing.Endpoint, Headers: c.Tracing.Headers, Ratio: c.Tracing.Ratio, Version: api.Version, Instance: instance, Logger: log})
+	if err != nil {
+		return nil, err
+	}
+	s.onClose(tracer.Close)
 
 	// Records first: whoever holds them is the one engine of this root.
 	durable, err := store.Open(store.Config{Path: filepath.Join(c.Root, "servin.db"), Buckets: []string{engine.Bucket}})
@@ -216,7 +223,7 @@ func New(ctx context.Context, c *config.Config, inside rootless.State, log *slog
 		CgroupParent: c.CgroupParent, CgroupV2: v2, NoCgroups: inside.Active && !v2, CgroupDriver: c.CgroupDriver, Rootless: inside.Active, Defaults: defaults,
 		LogDriver: c.Logs.Driver, LogOptions: c.Logs.Options, LogShipper: shipper, LogMaxSize: logSize, LogMaxFiles: c.Logs.MaxFiles, NoNewPrivileges: c.NoNewPrivileges, Init: c.Init,
 		ShutdownTimeout: time.Duration(c.ShutdownTimeout), Labels: c.Labels, RegistryConfig: registryInfo(c), Pool: *c.Pool,
-		CDI: cdi.New(c.CDISpecDirs), PublishThrough: c.Network.PublishThrough, Logger: log,
+		CDI: cdi.New(c.CDISpecDirs), PublishThrough: c.Network.PublishThrough, Tracer: tracer.Tracer(), Logger: log,
 		Resolver: engine.Resolver{Servers: addresses(c.Network.DNS), Search: c.Network.Search, Options: c.Network.Options},
 		Checks: func(ctx context.Context) []api.Finding {
 			return doctor.Judge(doctor.Gather(ctx, doctor.Config{
@@ -231,7 +238,7 @@ func New(ctx context.Context, c *config.Config, inside rootless.State, log *slog
 	s.Handler = dockerapi.New(dockerapi.Config{
 		Containers: s.Engine, Images: images, Networks: s.Engine.NetworkService(), Volumes: s.Engine.VolumeService(), VolumeCopies: s.Engine.VolumeService(),
 		System: s.Engine.SystemService(), Logger: log, Version: api.Version,
-		Problems: images.LazyTrouble,
+		Problems: images.LazyTrouble, Tracer: tracer.Tracer(),
 	})
 	return s, nil
 }
