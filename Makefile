@@ -10,7 +10,7 @@ BIN        := bin
 PROGRAMS   := servin servind
 export CGO_ENABLED := 0
 
-.PHONY: help build deps shim hello run test test-unit test-e2e test-long bench check fuzz cross install clean
+.PHONY: help build buildd deps shim hello run test test-unit test-e2e test-long bench check fuzz cross install clean
 
 help: ## Show this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -21,6 +21,13 @@ deps: ## Install what building and running need (Debian packages; needs root)
 build: shim hello ## Build every program into bin/
 	@mkdir -p $(BIN)
 	$(GO) build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/ $(PROGRAMS:%=./cmd/%)
+	@$(MAKE) --no-print-directory buildd
+
+# A Go module of its own: BuildKit's dependencies stay out of the engine's go.mod.
+BUILDKIT := v0.33.1
+buildd: ## Build the builder of images, servin-buildd
+	@mkdir -p $(BIN)
+	cd buildd && $(GO) build -trimpath -ldflags '$(LDFLAGS) -X github.com/moby/buildkit/version.Version=$(BUILDKIT)' -o ../$(BIN)/ ./cmd/...
 
 shim: ## Build the static C program that the engine embeds
 	@$(MAKE) --no-print-directory -C shim GOARCH=$(GOARCH)

@@ -99,6 +99,7 @@ type PruneRequest struct {
 // PruneReport is its answer.
 type PruneReport struct {
 	Containers, Networks, Volumes, Images []string
+	BuildCache                            []string `json:",omitempty"`
 	SpaceReclaimed                        uint64
 }
 

@@ -212,6 +212,7 @@ func (a *App) cmdSystemPrune() *command.Command {
 		a.removed("networks", r.Networks)
 		a.removed("volumes", r.Volumes)
 		a.removed("images", r.Images)
+		a.removed("build cache", r.BuildCache)
 		a.reclaimed(r.SpaceReclaimed)
 		return nil
 	})

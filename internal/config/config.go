@@ -73,6 +73,7 @@ type Config struct {
 	Network Network `yaml:"network"`
 	CNI     CNI     `yaml:"cni"`
 	Logs    Logs    `yaml:"logs"`
+	Build   Build   `yaml:"build"`
 	// Ulimits are defaults for containers, name to "soft:hard" or one number.
 	Ulimits map[string]string `yaml:"ulimits"`
 	// Init runs the built-in reaper in every container; NoNewPrivileges sets that flag.
@@ -356,6 +357,9 @@ func (c *Config) Check() error {
 	case "", "json-file", "k8s-file", "local", "none", "journald", "syslog", "fluentd":
 	default:
 		return bad("logs.driver must be json-file, k8s-file, local, journald, syslog, fluentd or none, not %q", c.Logs.Driver)
+	}
+	if err := c.Build.check(); err != nil {
+		return err
 	}
 	for host, r := range c.Registries {
 		for _, m := range r.Mirrors {

@@ -9,8 +9,9 @@ func routes(c Config) []route {
 	net := networksAPI{c.Networks}
 	vol := volumesAPI{c.Volumes}
 	cpy := volumeCopiesAPI{c.VolumeCopies}
-	sys := systemAPI{c.System}
-	own := servinAPI{c.Containers, c.System, c.Version, c.Problems}
+	sys := systemAPI{c.System, c.Builds}
+	bld := buildsAPI{c.Builds}
+	own := servinAPI{c.Containers, c.System, c.Version, c.Problems, c.Builds}
 
 	return []route{
 		{"GET", "/_ping", 0, ping},
@@ -84,11 +85,11 @@ func routes(c Config) []route {
 		{"PUT", "/volumes/{id}", 42, vol.update},
 		{"DELETE", "/volumes/{id}", 0, vol.remove},
 
-		{"POST", "/build", 0, noBuilds},
-		{"POST", "/build/cancel", 31, noBuilds},
-		{"POST", "/build/prune", 31, pruneBuildCache},
-		{"POST", "/session", 31, noSession},
-		{"POST", "/grpc", 31, noSession},
+		{"POST", "/build", 0, bld.build},
+		{"POST", "/build/cancel", 31, bld.cancel},
+		{"POST", "/build/prune", 31, bld.prune},
+		{"POST", "/session", 31, bld.session},
+		{"POST", "/grpc", 31, bld.grpc},
 
 		{"GET", "/plugins", 0, noPlugins},
 		{"GET", "/plugins/privileges", 0, pluginsUnsupported},

@@ -25,6 +25,8 @@ type Config struct {
 	// VolumeCopies serves backups and the like of volumes.
 	VolumeCopies VolumeCopies
 	System       System
+	// Builds builds images; nil is an engine that cannot.
+	Builds Builds
 	// Logger gets failed requests; nil is slog.Default().
 	Logger *slog.Logger
 	// Version of the engine, for the Server header and /servin/health.

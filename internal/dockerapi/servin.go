@@ -18,6 +18,7 @@ type servinAPI struct {
 	sys        System
 	version    string
 	problems   func() []string
+	builds     Builds
 }
 
 // run is POST /servin/run: one decode, one call of the engine, then frames. The
@@ -140,6 +141,9 @@ func (a servinAPI) prune(w *response, r *request) error {
 	}
 	rep, err := a.sys.Prune(r.Context(), o)
 	if err != nil {
+		return err
+	}
+	if err := pruneCache(r.Context(), a.builds, o, &rep); err != nil {
 		return err
 	}
 	return w.json(http.StatusOK, rep)

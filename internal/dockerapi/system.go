@@ -21,7 +21,10 @@ import (
 )
 
 // systemAPI serves what is about the engine as a whole.
-type systemAPI struct{ b System }
+type systemAPI struct {
+	b      System
+	builds Builds
+}
 
 // ping tells clients what they talk to. It must not wait for anything.
 func ping(w *response, r *request) error {
@@ -161,6 +164,13 @@ func (a systemAPI) diskUsage(w *response, r *request) error {
 		return err
 	}
 	wantCache := slices.Contains(types, string(system.BuildCacheObject))
+	if wantCache && a.builds != nil {
+		u, err := a.builds.Usage(r.Context())
+		if err != nil {
+			return err
+		}
+		du.BuildCacheUsage = &u
+	}
 	if wantCache && du.BuildCacheUsage == nil {
 		du.BuildCacheUsage = &build.DiskUsage{}
 	}

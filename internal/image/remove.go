@@ -478,7 +478,13 @@ func (s *Service) stored(ctx context.Context) (int64, error) {
 	if err != nil {
 		return 0, asFault(fmt.Errorf("cannot measure the image store: %w", err))
 	}
+	seen := map[string]bool{} // a layer may have two names
 	err = s.snaps.Walk(ctx, func(ctx context.Context, i snapshots.Info) error {
+		if dir := i.Labels[upperLabel]; i.Kind != snapshots.KindCommitted || dir != "" && seen[dir] {
+			return nil
+		} else {
+			seen[dir] = true
+		}
 		n, _, err := s.layerSize(ctx, i.Name)
 		if fault.Is(err, fault.NotFound) {
 			return nil

@@ -64,7 +64,8 @@ func (s *Service) openLayers(ctx context.Context, root string) (snapshots.Snapsh
 	if err != nil {
 		return nil, errors.Join(err, ms.Close())
 	}
-	return &detaching{sn.(cleaningSnapshotter)}, nil
+	s.claims = &claims{cleaningSnapshotter: &detaching{sn.(cleaningSnapshotter)}}
+	return s.claims, nil
 }
 
 const orphanPrefix = "orphan-"

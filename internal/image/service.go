@@ -74,6 +74,7 @@ type Service struct {
 	store   images.Store
 	leases  leases.Manager
 	layers  snapshots.Snapshotter // the overlay snapshotter below snaps
+	claims  *claims               // the same
 
 	dirty chan struct{}
 

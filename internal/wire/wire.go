@@ -235,7 +235,10 @@ func New(ctx context.Context, c *config.Config, inside rootless.State, log *slog
 		return nil, err
 	}
 	s.onClose(s.Engine.Close)
+	builder := newBuilder(c, inside, instance, profile, images, networks, log)
+	s.part("builder", builder.Run)
 	s.Handler = dockerapi.New(dockerapi.Config{
+		Builds:     builder,
 		Containers: s.Engine, Images: images, Networks: s.Engine.NetworkService(), Volumes: s.Engine.VolumeService(), VolumeCopies: s.Engine.VolumeService(),
 		System: s.Engine.SystemService(), Logger: log, Version: api.Version,
 		Problems: images.LazyTrouble, Tracer: tracer.Tracer(),

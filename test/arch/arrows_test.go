@@ -51,6 +51,7 @@ var arrows = map[string][]string{
 		"internal/network", "internal/volume", "internal/runtime", "internal/store", "internal/logs", "internal/idmap", "internal/cdi",
 		"internal/doctor", "internal/apparmor", "internal/config", "api"},
 	"internal/dockerapi": {"internal/fault", "internal/image", "internal/engine", "api"},
+	"internal/build":     {"internal/fault", "internal/image", "internal/network"}, // ADR 18
 	"internal/cli":       {"client", "api"},
 	"internal/rootless":  {"internal/fault", "internal/idmap", "internal/snapshot"},
 	"cmd/servin-compose": {"internal/compose", "api"},                            // ADR 21

@@ -1,0 +1,199 @@
+// Package classic is POST /build of Docker's API: a context comes as a tar or an
+// address, options come in the query, and what happens goes out as lines of JSON,
+// in words for clients that know no BuildKit (version=1) or as BuildKit's own
+// status (version=2).
+package classic
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"sync"
+
+	"github.com/containerd/containerd/v2/core/images"
+	"github.com/moby/buildkit/client"
+	"github.com/moby/buildkit/control"
+	"github.com/moby/buildkit/exporter/containerimage/exptypes"
+	gateway "github.com/moby/buildkit/frontend/gateway/pb"
+	"github.com/moby/buildkit/identity"
+	"github.com/moby/buildkit/session"
+	"github.com/tonistiigi/fsutil"
+
+	"github.com/cloudos-io/cloudos/buildd/internal/upload"
+)
+
+// Config of a Builder.
+type Config struct {
+	Control  *control.Controller
+	Sessions *session.Manager
+	// Dial connects to the control API in this process.
+	Dial    func(context.Context, string) (net.Conn, error)
+	Images  images.Store
+	Scratch string // a directory for spooled contexts
+	Logger  *slog.Logger
+}
+
+// Builder answers /build.
+type Builder struct {
+	cfg Config
+
+	mu      sync.Mutex
+	running map[string]context.CancelFunc // by build id
+	client  *client.Client
+}
+
+// New makes a Builder.
+func New(cfg Config) *Builder { return &Builder{cfg: cfg, running: map[string]context.CancelFunc{}} }
+
+// control connects to BuildKit, once.
+func (b *Builder) control(ctx context.Context) (*client.Client, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.client != nil {
+		return b.client, nil
+	}
+	c, err := client.New(context.WithoutCancel(ctx), "", client.WithContextDialer(b.cfg.Dial))
+	if err != nil {
+		return nil, fmt.Errorf("cannot reach BuildKit: %w", err)
+	}
+	b.client = c
+	return c, nil
+}
+
+// Cancel is POST /build/cancel.
+func (b *Builder) Cancel(w http.ResponseWriter, r *http.Request) {
+	id := r.URL.Query().Get("id")
+	if id == "" {
+		fail(w, http.StatusBadRequest, errors.New("build ID not provided"))
+		return
+	}
+	b.mu.Lock()
+	cancel := b.running[id]
+	b.mu.Unlock()
+	if cancel != nil {
+		cancel()
+	}
+	w.WriteHeader(http.StatusOK)
+}
+
+func fail(w http.ResponseWriter, status int, err error) {
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(status)
+	_ = json.NewEncoder(w).Encode(map[string]string{"message": err.Error()})
+}
+
+// Build is POST /build.
+func (b *Builder) Build(w http.ResponseWriter, r *http.Request) {
+	_ = http.NewResponseController(w).EnableFullDuplex()
+	o, err := parse(r)
+	if err != nil {
+		fail(w, http.StatusBadRequest, err)
+		return
+	}
+	ctx, cancel := context.WithCancel(r.Context())
+	defer cancel()
+	if o.id != "" {
+		b.mu.Lock()
+		if b.running[o.id] != nil {
+			b.mu.Unlock()
+			fail(w, http.StatusConflict, fmt.Errorf("build %s is running", o.id))
+			return
+		}
+		b.running[o.id] = cancel
+		b.mu.Unlock()
+		defer func() {
+			b.mu.Lock()
+			delete(b.running, o.id)
+			b.mu.Unlock()
+		}()
+	}
+	c, err := b.control(ctx)
+	if err != nil {
+		fail(w, http.StatusInternalServerError, err)
+		return
+	}
+	if o.remote == "upload-request" {
+		fail(w, http.StatusNotImplemented, errors.New("cannot take a context in a request of its own: send it with the build"))
+		return
+	}
+	var tree *upload.Tree
+	if o.remote == "" {
+		if err := os.MkdirAll(b.cfg.Scratch, 0o700); err != nil {
+			fail(w, http.StatusInternalServerError, err)
+			return
+		}
+		if tree, err = upload.Read(ctx, r.Body, b.cfg.Scratch); err != nil {
+			fail(w, http.StatusBadRequest, err)
+			return
+		}
+		defer tree.Close()
+		if name := o.attrs["filename"]; !tree.Has(name) {
+			fail(w, http.StatusBadRequest, fmt.Errorf("Cannot locate specified Dockerfile: %s", name)) //nolint:staticcheck // Docker's words
+			return
+		}
+	}
+	out := newOutput(w)
+	if o.version == 2 {
+		b.traced(ctx, c, o, tree, out)
+		return
+	}
+	b.inWords(ctx, c, o, tree, out)
+}
+
+// inWords builds for clients that show lines.
+func (b *Builder) inWords(ctx context.Context, c *client.Client, o *options, tree *upload.Tree, out *output) {
+	so := client.SolveOpt{
+		Ref: identity.NewID(), Frontend: "dockerfile.v0", FrontendAttrs: o.attrs, CacheImports: o.cacheFrom, AllowedEntitlements: o.entitlements,
+		Exports: []client.ExportEntry{{Type: "moby", Attrs: map[string]string{"name": o.names()}}},
+		Session: []session.Attachable{o.auth()}, SharedKey: "servin-upload " + o.names(),
+	}
+	if tree != nil {
+		so.LocalMounts = map[string]fsutil.FS{"context": tree, "dockerfile": tree}
+	}
+	ch := make(chan *client.SolveStatus)
+	told := make(chan struct{})
+	go func() {
+		defer close(told)
+		n := narrator{out: out, quiet: o.quiet}
+		for s := range ch {
+			n.tell(s)
+		}
+		n.flush()
+	}()
+	res, err := c.Solve(ctx, nil, so, ch)
+	<-told
+	if err != nil {
+		if ctx.Err() != nil {
+			err = ctx.Err()
+		}
+		out.fail(err)
+		return
+	}
+	id := res.ExporterResponse[exptypes.ExporterImageConfigDigestKey]
+	if id == "" {
+		id = res.ExporterResponse[exptypes.ExporterImageDigestKey]
+	}
+	if o.quiet {
+		out.stream(id + "\n")
+		return
+	}
+	out.aux("", map[string]string{"ID": id})
+	out.stream("Successfully built " + short(id) + "\n")
+	for _, t := range o.tags {
+		out.stream("Successfully tagged " + t.familiar + "\n")
+	}
+}
+
+// exitCode is that of the step that ended the build, or 1.
+func exitCode(err error) int {
+	var e *gateway.ExitError
+	if errors.As(err, &e) && e.ExitCode < 256 {
+		return int(e.ExitCode)
+	}
+	return 1
+}
