@@ -43,11 +43,12 @@ func (a containersAPI) attach(w *response, r *request) error {
 	if err != nil {
 		return err
 	}
-	return serveStreams(w, r, at, keys)
+	return serveStreams(w, r, at, !at.Terminal, keys)
 }
 
-// serveStreams takes the connection over and connects it with the streams.
-func serveStreams(w *response, r *request, at Attached, keys []byte) error {
+// serveStreams takes the connection over and connects it with the streams, with
+// mux in frames.
+func serveStreams(w *response, r *request, at Attached, mux bool, keys []byte) error {
 	d, err := takeOver(w)
 	if err != nil {
 		if at.Close != nil {
@@ -56,7 +57,6 @@ func serveStreams(w *response, r *request, at Attached, keys []byte) error {
 		return err
 	}
 	defer d.finish()
-	mux := !at.Terminal
 	if err := d.accept(upgrades(r), streamType(r, mux), w.Header(), nil); err != nil {
 		d.gone.Store(true)
 	}
@@ -181,7 +181,9 @@ func (a execAPI) start(w *response, r *request) error {
 	if kerr != nil {
 		keys = defaultDetachKeys
 	}
-	return serveStreams(w, r, at, keys)
+	// How the output is framed is said by this request, whatever the exec's
+	// creation said of a terminal.
+	return serveStreams(w, r, at, !req.Tty, keys)
 }
 
 // streamError opens the stream only to say what went wrong.

@@ -34,7 +34,7 @@ var namePattern = regexp.MustCompile(`^/?[a-zA-Z0-9][a-zA-Z0-9_.-]+$`)
 // containerName checks a name to be given; "" stays "".
 func containerName(name string) (string, error) {
 	if name != "" && (len(name) > 256 || !namePattern.MatchString(name)) {
-		return "", fault.New(fault.Invalid, "invalid container name (%s), only [a-zA-Z0-9][a-zA-Z0-9_.-] are allowed, at most 255 characters", name)
+		return "", fault.New(fault.Invalid, "Invalid container name (%s), only [a-zA-Z0-9][a-zA-Z0-9_.-] are allowed, at most 255 characters", name)
 	}
 	return strings.TrimPrefix(name, "/"), nil
 }
@@ -55,6 +55,9 @@ func decodeCreate(w *response, r *request) (*created, error) {
 		if err := decodeJSON(raw, &body); err != nil {
 			return nil, err
 		}
+	}
+	if len(raw) == 0 {
+		return nil, fault.New(fault.Invalid, "invalid JSON: EOF")
 	}
 	if body.Config == nil {
 		return nil, fault.New(fault.Invalid, "config cannot be empty in order to create a container")

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/base64"
 	"encoding/json"
+	"errors"
 	"io"
 	"math"
 	"mime"
@@ -35,9 +36,15 @@ func (r *request) body(w *response) ([]byte, error) {
 		return nil, fault.As(fault.Invalid, &http.MaxBytesError{Limit: maxJSON})
 	}
 	if ct := r.Header.Get("Content-Type"); ct != "" {
-		if mt, _, err := mime.ParseMediaType(ct); err != nil || mt != "application/json" {
-			return nil, fault.New(fault.Invalid, "unsupported Content-Type header (%q): must be 'application/json'", ct)
+		mt, _, err := mime.ParseMediaType(ct)
+		if err != nil {
+			return nil, fault.New(fault.Invalid, "malformed Content-Type header (%s): %w", ct, err)
 		}
+		if mt != "application/json" {
+			return nil, fault.New(fault.Invalid, "unsupported Content-Type header (%s): must be 'application/json'", ct)
+		}
+	} else {
+		return nil, fault.New(fault.Invalid, "malformed Content-Type header (): mime: no media type")
 	}
 	if !isUnix(r.Request) {
 		// A peer on the network must not hold a request open for ever.
@@ -78,7 +85,20 @@ func decodeJSON(b []byte, v any) error {
 	if depth(b) > maxJSONDepth {
 		return fault.New(fault.Invalid, "invalid JSON: nested more than %d deep", maxJSONDepth)
 	}
-	if err := json.Unmarshal(b, v); err != nil {
+	// One value and nothing behind it. Which of the two is wrong is told apart,
+	// and before any field is set.
+	dec := json.NewDecoder(bytes.NewReader(b))
+	var raw json.RawMessage
+	if err := dec.Decode(&raw); err != nil {
+		if errors.Is(err, io.EOF) {
+			return fault.New(fault.Invalid, "invalid JSON: got EOF while reading request body")
+		}
+		return fault.New(fault.Invalid, "invalid JSON: %w", err)
+	}
+	if dec.More() {
+		return fault.New(fault.Invalid, "unexpected content after JSON")
+	}
+	if err := json.Unmarshal(raw, v); err != nil {
 		return fault.New(fault.Invalid, "invalid JSON: %w", err)
 	}
 	return nil
@@ -138,9 +158,12 @@ func (r *request) number(key string) (*int, error) {
 // size reads a terminal's height or width, which must be there.
 func (r *request) size(key, what string) (uint16, error) {
 	v := r.query.Get(key)
-	n, err := strconv.ParseUint(v, 10, 16)
-	if err != nil {
-		return 0, fault.New(fault.Invalid, "invalid resize %s %q: must be a number of 0 to 65535", what, v)
+	n, err := strconv.ParseInt(v, 10, 64)
+	if err != nil && !errors.Is(err, strconv.ErrRange) {
+		return 0, fault.New(fault.Invalid, "invalid resize %s %q: invalid syntax", what, v)
+	}
+	if n < 0 || n > math.MaxUint16 {
+		return 0, fault.New(fault.Invalid, "invalid resize %s %q: value out of range", what, v)
 	}
 	return uint16(n), nil
 }

@@ -38,7 +38,7 @@ func parseDetachKeys(s string) ([]byte, error) {
 }
 
 func badKeys(s string) error {
-	return fault.New(fault.Invalid, "invalid detach keys %q: write keys separated by commas, each a character or ctrl- and one of a-z @ [ \\ ] ^ _", s)
+	return fault.New(fault.Invalid, "Invalid detach keys (%s) provided: write keys separated by commas, each a character or ctrl- and one of a-z @ [ \\ ] ^ _", s)
 }
 
 // escaper looks for the detach keys in a client's input. Bytes that may be the

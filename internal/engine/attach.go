@@ -220,8 +220,15 @@ func (e *Engine) ContainerAttach(ctx context.Context, name string, req AttachReq
 		a := newAttachment(o)
 		u.pending = append(u.pending, a)
 		u.mu.Unlock()
-		e.publish(u, events.ActionAttach, nil)
-		s := runtime.Streams{Stdin: lateWriter{a}, Stdout: lateReader{a: a}, Stderr: lateReader{a: a, stderr: true}}
+		s := runtime.Streams{Stdin: lateWriter{a}}
+		// An output that was not asked for must not look like one that ended: a
+		// client with input alone would be sent away.
+		if o.Stdout {
+			s.Stdout = lateReader{a: a}
+		}
+		if o.Stderr {
+			s.Stderr = lateReader{a: a, stderr: true}
+		}
 		s.Close = func() error {
 			e.forget(u, a)
 			return a.Close()

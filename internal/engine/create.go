@@ -152,6 +152,9 @@ func (e *Engine) create(ctx context.Context, req CreateRequest) (u *unit, warnin
 	if err := e.hostname(r); err != nil {
 		return nil, nil, err
 	}
+	if err := e.checkLinks(r); err != nil {
+		return nil, nil, err
+	}
 	if _, ok := container.NewHealthCheck(cfg.Healthcheck); ok {
 		r.State.Health = &mcontainer.Health{Status: mcontainer.Starting, Log: []*mcontainer.HealthcheckResult{}}
 	}

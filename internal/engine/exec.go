@@ -138,9 +138,13 @@ func (e *Engine) ExecCreate(_ context.Context, name string, req mcontainer.ExecC
 	u.execs[x.id] = struct{}{}
 	u.mu.Unlock()
 	e.execs.add(x)
-	e.publish(u, events.Action(string(events.ActionExecCreate)+": "+strings.Join(req.Cmd, " ")), map[string]string{"execID": x.id})
+	e.publish(u, events.Action(string(events.ActionExecCreate)+": "+execLine(req.Cmd)), map[string]string{"execID": x.id})
 	return x.id, nil
 }
+
+// execLine is a command as events name it: with a blank even where no argument
+// follows, which clients cut at.
+func execLine(cmd []string) string { return cmd[0] + " " + strings.Join(cmd[1:], " ") }
 
 // executable refuses an exec where the state forbids it.
 func (e *Engine) executable(u *unit) error {
@@ -195,7 +199,7 @@ func (e *Engine) ExecStart(ctx context.Context, id string, req mcontainer.ExecSt
 	x.mu.Lock()
 	x.proc = proc
 	x.mu.Unlock()
-	e.publish(u, events.Action(string(events.ActionExecStart)+": "+strings.Join(x.req.Cmd, " ")), map[string]string{"execID": x.id})
+	e.publish(u, events.Action(string(events.ActionExecStart)+": "+execLine(x.req.Cmd)), map[string]string{"execID": x.id})
 	e.spawn(func() {
 		select {
 		case <-proc.Exited():
@@ -361,6 +365,9 @@ func (e *Engine) ExecInspect(_ context.Context, id string) (mcontainer.ExecInspe
 func (e *Engine) ExecResize(ctx context.Context, id string, width, height uint16) error {
 	x, err := e.execs.get(id)
 	if err != nil {
+		return err
+	}
+	if _, err := x.u.needTask(); err != nil {
 		return err
 	}
 	x.mu.Lock()

@@ -72,7 +72,7 @@ func (e *Engine) exited(u *unit, t runtime.Task) {
 			n.State.Health = &h
 		}
 	}
-	if r.Ephemeral {
+	if r.Ephemeral && !u.keep {
 		// For everybody else it is gone now; the stored record goes when nothing
 		// of it is left.
 		n := r.Clone()

@@ -77,6 +77,7 @@ type listFilter struct {
 	ids           []string
 	names         []*regexp.Regexp
 	labels        []string
+	annotations   []string
 	states        []string
 	health        []string
 	exited        []int
@@ -124,10 +125,11 @@ func (e *Engine) listFilter(o ListOptions) (*listFilter, error) {
 	if len(f) == 0 {
 		return l, nil
 	}
-	if err := checkFilters(f, "ancestor", "before", "exited", "expose", "health", "id", "isolation", "is-task", "label", "name", "network", "publish", "since", "status", "volume"); err != nil {
+	if err := checkFilters(f, "ancestor", "annotation", "before", "exited", "expose", "health", "id", "isolation", "is-task", "label", "name", "network", "publish", "since", "status", "volume"); err != nil {
 		return nil, err
 	}
 	l.ids, l.labels, l.volumes, l.networks = values(f, "id"), values(f, "label"), values(f, "volume"), values(f, "network")
+	l.annotations = values(f, "annotation")
 	for _, n := range values(f, "name") {
 		re, err := regexp.Compile(n)
 		if err != nil {
@@ -207,7 +209,7 @@ func (l *listFilter) match(r *container.Record) bool {
 		return false
 	case !any(len(l.names), func(i int) bool { return l.names[i].MatchString("/"+r.Name) || l.names[i].MatchString(r.Name) }):
 		return false
-	case !labelsMatch(r.Config.Labels, l.labels):
+	case !labelsMatch(r.Config.Labels, l.labels), !labelsMatch(r.HostConfig.Annotations, l.annotations):
 		return false
 	case len(l.states) > 0 && !slices.Contains(l.states, string(st.Status)):
 		return false

@@ -25,6 +25,7 @@ func (e *Engine) ContainerInspect(ctx context.Context, name string, size bool) (
 	execs := e.execsOf(u)
 	f := e.filePaths(u, r)
 	hc := *r.HostConfig
+	hc.Links = e.shownLinks(r)
 	cfg := *r.Config
 	out := mcontainer.InspectResponse{
 		ID: r.ID, Created: stamp(r.Created), Path: r.Path, Args: r.Args, State: inspectState(r.State), Image: r.Image.ID,

@@ -3,6 +3,7 @@ package engine
 import (
 	"fmt"
 	"os"
+	"strings"
 
 	"github.com/cloudos-io/cloudos/internal/container"
 	"github.com/cloudos-io/cloudos/internal/fault"
@@ -19,6 +20,10 @@ func (e *Engine) join(r *container.Record, in *oci.Input, back *scope) error {
 			return nil, "", err
 		}
 		t := o.running()
+		if t == nil && kind != "net" {
+			// The kind and the words are Docker's.
+			return nil, "", fault.New(fault.Internal, "failed to join %s namespace: container %s is not running", strings.ToUpper(kind), name)
+		}
 		if t == nil {
 			return nil, "", fault.New(fault.Conflict, "cannot join %s namespace of a non running container: container %s is %s", kind, o.rec.Load().Name, o.rec.Load().State.Status)
 		}

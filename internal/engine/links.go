@@ -41,16 +41,19 @@ type link struct {
 	alias string
 }
 
+// cutLink splits "container[:alias]".
+func cutLink(l string) (name, alias string) {
+	name, alias, ok := strings.Cut(l, ":")
+	if !ok || alias == "" {
+		alias = name
+	}
+	return name, alias[strings.LastIndexByte(alias, '/')+1:]
+}
+
 func (e *Engine) links(r *container.Record) ([]link, error) {
 	var out []link
 	for _, l := range r.HostConfig.Links {
-		name, alias, ok := strings.Cut(l, ":")
-		if !ok || alias == "" {
-			alias = name
-		}
-		if i := strings.LastIndexByte(alias, '/'); i >= 0 {
-			alias = alias[i+1:]
-		}
+		name, alias := cutLink(l)
 		u, err := e.lookup(name)
 		if err != nil {
 			return nil, err

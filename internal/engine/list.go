@@ -30,6 +30,7 @@ func (e *Engine) ContainerList(ctx context.Context, o ListOptions) ([]mcontainer
 	slices.SortFunc(records, func(a, b *container.Record) int {
 		return cmp.Or(b.Created.Compare(a.Created), cmp.Compare(a.ID, b.ID))
 	})
+	linked := e.linkNames(records)
 	now := time.Now()
 	out := make([]mcontainer.Summary, 0, len(records))
 	for _, r := range records {
@@ -40,6 +41,7 @@ func (e *Engine) ContainerList(ctx context.Context, o ListOptions) ([]mcontainer
 			continue
 		}
 		s := summary(r, now)
+		s.Names = append(s.Names, linked[r.ID]...)
 		if o.Size {
 			s.SizeRw, s.SizeRootFs = e.sizes(ctx, r)
 		}

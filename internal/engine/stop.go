@@ -58,6 +58,8 @@ func (e *Engine) ContainerStop(ctx context.Context, name, signal string, timeout
 		return err
 	}
 	defer u.release()
+	// A stop once begun is carried out, even if the client does not wait for it.
+	ctx = context.WithoutCancel(ctx)
 	if p, was := e.giveUp(u, true); was { // it ended meanwhile
 		return p.Wait()
 	}
@@ -215,19 +217,31 @@ func (e *Engine) ContainerRestart(ctx context.Context, name, signal string, time
 		return err
 	}
 	defer u.release()
+	// Half a restart would be a stop: it is carried out, even if the client goes.
+	ctx = context.WithoutCancel(ctx)
 	if p, was := e.giveUp(u, true); was {
 		if err := p.Wait(); err != nil {
 			return err
 		}
 	}
-	if r.Ephemeral && u.running() != nil {
-		return fault.New(fault.Conflict, "cannot restart container %s: it is removed when it ends (--rm)", r.Name)
-	}
+	u.mu.Lock()
+	u.keep = u.task != nil // a container with --rm survives this end
+	u.mu.Unlock()
+	defer func() {
+		u.mu.Lock()
+		u.keep = false
+		u.mu.Unlock()
+	}()
 	if err := e.halt(ctx, u, sig, stopTimeout(r, timeout), false); err != nil {
 		return err
 	}
 	p, err := e.launch(ctx, u, launch{})
 	if err != nil {
+		if r.Ephemeral && u.running() == nil {
+			if rerr := e.remove(ctx, u, true); rerr != nil {
+				e.log.Warn("cannot remove a container that could not be started", "container", u.id, "cause", rerr)
+			}
+		}
 		return err
 	}
 	if err := p.Wait(); err != nil {

@@ -36,6 +36,8 @@ type unit struct {
 	lastDelay time.Duration
 	// noRestart: this run was stopped by a user.
 	noRestart bool
+	// keep: a restart is under way; the end of a run does not remove a --rm container.
+	keep bool
 	// down is closed when the teardown of the last run is done; nil if none is on.
 	down   chan struct{}
 	ended  chan struct{} // closed when the present run's exit has been processed

@@ -76,7 +76,7 @@ func (e *Engine) ContainerUpdate(ctx context.Context, name string, req mcontaine
 		return out, fault.New(fault.Conflict, "cannot update container %s: it is marked for removal and cannot be updated", u.id)
 	}
 	if r.HostConfig.AutoRemove && !req.RestartPolicy.IsNone() {
-		return out, fault.New(fault.Invalid, "cannot update container %s: a container that is removed when it ends cannot have a restart policy", u.id)
+		return out, fault.New(fault.Conflict, "cannot update container %s: Restart policy cannot be updated because AutoRemove is enabled for the container", u.id)
 	}
 	hc := *r.HostConfig
 	if err := mergeResources(&hc.Resources, &req.Resources); err != nil {

@@ -1,0 +1,75 @@
+package engine
+
+import (
+	"slices"
+
+	"github.com/cloudos-io/cloudos/internal/container"
+	"github.com/cloudos-io/cloudos/internal/fault"
+)
+
+// Legacy links have names of their own: a container that is linked to is also
+// called /PARENT/ALIAS. They are shown as old clients expect, and made of the
+// links as they were asked for, so that a renamed container stays linked.
+
+// legacyLinks tells whether the links of a container are of the old kind: on
+// networks of the user's they are ordinary aliases.
+func legacyLinks(r *container.Record) bool {
+	return len(r.HostConfig.Links) > 0 && !r.HostConfig.NetworkMode.IsUserDefined()
+}
+
+// shownLinks are a container's links as inspect shows them.
+func (e *Engine) shownLinks(r *container.Record) []string {
+	links, err := e.links(r)
+	if err != nil || !legacyLinks(r) {
+		return r.HostConfig.Links // what was linked to is gone
+	}
+	out := make([]string, 0, len(links))
+	for _, l := range links {
+		out = append(out, "/"+l.to.rec.Load().Name+":/"+r.Name+"/"+l.alias)
+	}
+	return out
+}
+
+// linkNames are the further names of containers that are linked to.
+func (e *Engine) linkNames(records []*container.Record) map[string][]string {
+	var names map[string][]string
+	for _, r := range records {
+		if !legacyLinks(r) {
+			continue
+		}
+		links, err := e.links(r)
+		if err != nil {
+			continue
+		}
+		for _, l := range links {
+			if names == nil {
+				names = map[string][]string{}
+			}
+			names[l.to.id] = append(names[l.to.id], "/"+r.Name+"/"+l.alias)
+		}
+	}
+	for _, n := range names {
+		slices.Sort(n)
+	}
+	return names
+}
+
+// checkLinks refuses links to containers that there are not, before anything is
+// made, and pins the others to their ids.
+func (e *Engine) checkLinks(r *container.Record) error {
+	if !legacyLinks(r) {
+		return nil
+	}
+	for i, l := range r.HostConfig.Links {
+		name, alias := cutLink(l)
+		u, err := e.lookup(name)
+		if err != nil {
+			return fault.New(fault.Invalid, "could not get container for %s: %v", name, err)
+		}
+		if m := u.rec.Load().HostConfig.NetworkMode; m.IsHost() {
+			return fault.New(fault.Invalid, "conflicting options: host type networking can't be used with links. This would result in undefined behavior")
+		}
+		r.HostConfig.Links[i] = u.id + ":" + alias
+	}
+	return nil
+}
