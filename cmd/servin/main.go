@@ -1,4 +1,9 @@
 // Command servin is the command line of the Servin container engine.
+//
+// It asks for no cgroup limits at its start, as Go programs do to choose their
+// threads: that reads a mount table which grows with each container.
+//
+//go:debug containermaxprocs=0
 package main
 
 import (
