@@ -280,10 +280,12 @@ func (l *Log) newer(f *os.File) ([]*os.File, error) {
 			return nil, err
 		}
 		now, err := os.Stat(l.path)
-		if errors.Is(err, os.ErrNotExist) || err == nil && os.SameFile(have, now) {
+		if err == nil && os.SameFile(have, now) {
 			return nil, nil
 		}
-		if err != nil {
+		// Without a current file others may still have come between: a writer
+		// that was killed in a rotation leaves it so.
+		if err != nil && !errors.Is(err, os.ErrNotExist) {
 			return nil, err
 		}
 	}
