@@ -83,6 +83,13 @@ void ctl_notice(int i, uint16_t type, uint32_t cookie, const void *p, size_t n, 
 bool any_ctl(void);
 
 /* spawn.c */
+#define NS_ALL 0x7e020080ull /* every CLONE_NEW*, time included */
+
+struct clone3_args {
+	uint64_t flags, pidfd, child_tid, parent_tid, exit_signal, stack, stack_size, tls, set_tid, set_tid_size, cgroup;
+};
+
+void child_setup(int sync);
 pid_t spawn(uint64_t ns, int cgroup, int userns, bool foreign, int *sync, int *pidfd);
 pid_t run_command(const char *b, size_t n, const int *std, int *sync);
 

@@ -54,6 +54,9 @@ enum op {
 	OP_AFFINITY = 40,       /* cpus:b; sched_setaffinity(2) */
 	OP_MEMPOLICY = 41,      /* mode:i nodes:b; set_mempolicy(2) */
 	OP_PREPARE = 42,        /* fstype:s source:s attr:q params:[ss]; make a file system that a later MOUNT will use */
+	OP_GATE = 43,           /* slot:h; answer, then wait for a byte in the pipe */
+	OP_CLOSE = 44,          /* keep:h; close what the rest of the plan has no use for */
+	OP_SOURCE = 45,         /* slot:h path:s flags:i set:q clear:q propagation:q; open_tree(2) of the host's path in the slot's place */
 };
 
 #define F_MOUNT_NO_SYMLINKS 0x1
@@ -66,6 +69,11 @@ enum op {
 #define F_CREDS_KEEP_GROUPS 0x2
 #define F_CWD_CREATE 0x1
 #define F_EXEC_INIT 0x1
+#define F_HOOK_HOME 0x1
+#define F_ROOT_SHARED 0x1
+#define F_PIVOT_CHROOT 0x1
+#define F_SOURCE_ATTR_TREE 0x1
+#define F_SOURCE_PROP_TREE 0x2
 #define F_CONSOLE_DEV 0x1
 #define F_OP_OPTIONAL 0x8000
 

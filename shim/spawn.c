@@ -19,21 +19,17 @@
 #define CLONE_PIDFD 0x1000
 #endif
 #define CLONE_INTO_CGROUP_ 0x200000000ull
-#define NS_ALL 0x7e020080ull /* every CLONE_NEW*, time included */
-
-struct clone3_args {
-	uint64_t flags, pidfd, child_tid, parent_tid, exit_signal, stack, stack_size, tls, set_tid, set_tid_size, cgroup;
-};
 
 /* What every child of ours does first. */
-static void child_setup(int sync)
+void child_setup(int sync)
 {
 	sigset_t none;
 
 	sigemptyset(&none);
 	sigprocmask(SIG_SETMASK, &none, NULL);
 	signal(SIGPIPE, SIG_DFL);
-	dup2(sync, 3);
+	if (sync != 3)
+		dup2(sync, 3);
 	fcntl(3, F_SETFD, FD_CLOEXEC);
 	if (syscall(SYS_close_range, 4u, ~0u, 0u) < 0)
 		_exit(1);

@@ -8,6 +8,7 @@
 #include <fcntl.h>
 #include <net/if.h>
 #include <signal.h>
+#include <stdio.h>
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
@@ -272,7 +273,8 @@ static handler *const handlers[] = {
 	[OP_HOME] = op_home, [OP_FDS] = op_fds, [OP_HOOK] = op_hook,
 	[OP_EXEC] = op_exec, [OP_LOOKUP] = op_lookup, [OP_BECOME_ROOT] = op_become_root,
 	[OP_AFFINITY] = op_affinity, [OP_MEMPOLICY] = op_mempolicy,
-	[OP_PREPARE] = op_prepare,
+	[OP_PREPARE] = op_prepare, [OP_GATE] = op_gate,
+	[OP_CLOSE] = op_close, [OP_SOURCE] = op_source,
 };
 
 #define PLAN_HEADER 12
@@ -331,9 +333,16 @@ int send_fd(int sync, uint32_t what, int fd)
 	return n < 0 ? (int)n : 0;
 }
 
-/* write(2), not sendmsg(2): the filter may be loaded already. */
+/* write(2), not sendmsg(2): the filter may be loaded already. Behind the gate
+   nobody listens: the process's own standard error has to do. */
 void send_fail(const struct stage *s, int err)
 {
+	if (s->sync < 0) {
+		char text[512];
+		int len = snprintf(text, sizeof text, "%.255s: %s\n", s->name, strerror(err < 0 ? -err : err));
+		SYS(SYS_write, 2, text, len);
+		return;
+	}
 	uint8_t m[sizeof(struct sync_hdr) + 9 + 255];
 	size_t n = strlen(s->name), at = sizeof(struct sync_hdr);
 	if (n > 255)
@@ -450,6 +459,7 @@ _Noreturn void stage_main(int sync_fd)
 	struct { void *handler; unsigned long flags; void *restorer; unsigned long mask; } dfl = { 0 };
 	uint64_t none = 0;
 	SYS(SYS_prctl, PR_SET_DUMPABLE, 0);
+	SYS(SYS_prctl, PR_GET_PDEATHSIG, &st.deathsig);
 	for (int sig = 1; sig <= 64; sig++)
 		SYS(SYS_rt_sigaction, sig, &dfl, NULL, 8);
 	SYS(SYS_rt_sigprocmask, SIG_SETMASK, &none, NULL, 8);

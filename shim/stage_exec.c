@@ -194,8 +194,8 @@ int op_creds(struct stage *s, struct rd *r, uint16_t flags)
 	if (e >= 0)
 		e = SYS(SYS_prctl, PR_SET_DUMPABLE, 0);
 	/* it also forgets what signal the death of the monitor brings */
-	if (e >= 0)
-		e = SYS(SYS_prctl, PR_SET_PDEATHSIG, 9 /* SIGKILL */);
+	if (e >= 0 && s->deathsig)
+		e = SYS(SYS_prctl, PR_SET_PDEATHSIG, s->deathsig);
 	if (e >= 0 && s->cwd)
 		e = change_directory(s, s->cwd);
 	return e < 0 ? (int)e : 0;
@@ -443,6 +443,65 @@ int op_exec(struct stage *s, struct rd *r, uint16_t flags)
 	return not_executed(s, exec_first(paths, argv, envp));
 }
 
+/* Closes all but the standard descriptors, the kept ones, the way back and the one
+   slot: a process that waits shall hold nothing of the host. Before the filter,
+   which may not know close_range. */
+int op_close(struct stage *s, struct rd *r, uint16_t flags)
+{
+	(void)flags;
+	uint16_t slot = rd16(r);
+	int gate = slot_fd(s, slot), root = s->cwd ? s->root : -1;
+	if (!rd_end(r))
+		return -EPROTO;
+	if (gate < 0)
+		return gate;
+	uint32_t from = 3 + s->kept;
+	while (from != ~0u) {
+		uint32_t next = ~0u; /* the lowest to be kept from here on */
+		int keep[] = { s->sync, gate, root };
+		for (size_t i = 0; i < sizeof keep / sizeof *keep; i++)
+			if (keep[i] >= (int)from && (uint32_t)keep[i] < next)
+				next = (uint32_t)keep[i];
+		if (next != from) {
+			long e = SYS(SYS_close_range, from, next == ~0u ? ~0u : next - 1, 0);
+			if (e < 0)
+				return (int)e;
+		}
+		from = next == ~0u ? next : next + 1;
+	}
+	for (uint32_t i = 0; i < s->nslots; i++)
+		if (i != slot)
+			s->slots[i] = -1;
+	for (int i = 0; i < s->nprepared; i++)
+		s->prepared[i].fd = -1;
+	s->root = root;
+	s->proc = s->null = s->mask = s->parent = -1;
+	return 0;
+}
+
+/* Answers like the end of a plan, then waits until it is let go on: by a byte in
+   a pipe, since reading and writing are what any filter allows. Whoever sent the
+   plan may have ended meanwhile. */
+int op_gate(struct stage *s, struct rd *r, uint16_t flags)
+{
+	(void)flags;
+	int fd = slot_fd(s, rd16(r));
+	struct { struct sync_hdr h; uint32_t v; } done = { { SYNC_VERSION, SYNC_DONE, 4 }, 0 };
+	char byte;
+	if (!rd_end(r))
+		return -EPROTO;
+	long n = fd < 0 ? fd : seal(s);
+	if (n >= 0)
+		n = SYS(SYS_write, s->sync, &done, sizeof done);
+	if (n < 0)
+		return (int)n;
+	close_fd(&s->sync);
+	do
+		n = SYS(SYS_read, fd, &byte, 1);
+	while (n == -EINTR);
+	return n == 1 ? 0 : n < 0 ? (int)n : -ECANCELED;
+}
+
 /* Runs a hook and waits for it; what it reads is the container's state. */
 #ifndef STAGE_HOSTED
 static int run_hook(const char *path, uint32_t timeout, char **argv, char **envp, struct bytes in)
@@ -511,12 +570,17 @@ static int run_hook(const char *path, uint32_t timeout, char **argv, char **envp
 
 int op_hook(struct stage *s, struct rd *r, uint16_t flags)
 {
-	(void)s, (void)flags;
 	const char *path = rd_str(r);
 	uint32_t timeout = rd32(r);
 	char **argv = rd_vector(r, rd_longstr), **envp = rd_vector(r, rd_longstr);
 	struct bytes in = rd_bytes(r);
 	if (!rd_end(r) || !argv || !envp)
 		return -EPROTO;
+	if (flags & F_HOOK_HOME && s->home[0]) {
+		char **end = envp;
+		while (*end)
+			end++;
+		*end = s->home;
+	}
 	return run_hook(path, timeout, argv, envp, in);
 }

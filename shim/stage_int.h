@@ -54,6 +54,7 @@ struct stage {
 	uint32_t op;     /* being carried out */
 	const char *name;
 	int status;      /* to exit with on failure */
+	int deathsig;    /* what the parent's death brings; an id change forgets it */
 	bool sealed;     /* nothing but exec is left to prepare */
 	bool foreign;    /* inside somebody else's namespaces: nothing there is trusted */
 	struct prepared prepared[PREPARED_MAX];
@@ -85,6 +86,7 @@ int op_base(struct stage *s, struct rd *r, uint16_t flags);
 int op_root(struct stage *s, struct rd *r, uint16_t flags);
 int op_mount(struct stage *s, struct rd *r, uint16_t flags);
 int op_prepare(struct stage *s, struct rd *r, uint16_t flags);
+int op_source(struct stage *s, struct rd *r, uint16_t flags);
 int op_move(struct stage *s, struct rd *r, uint16_t flags);
 int op_attr(struct stage *s, struct rd *r, uint16_t flags);
 int op_readonly(struct stage *s, struct rd *r, uint16_t flags);
@@ -111,6 +113,8 @@ int op_cwd(struct stage *s, struct rd *r, uint16_t flags);
 int op_home(struct stage *s, struct rd *r, uint16_t flags);
 int op_fds(struct stage *s, struct rd *r, uint16_t flags);
 int op_hook(struct stage *s, struct rd *r, uint16_t flags);
+int op_close(struct stage *s, struct rd *r, uint16_t flags);
+int op_gate(struct stage *s, struct rd *r, uint16_t flags);
 int op_exec(struct stage *s, struct rd *r, uint16_t flags);
 int op_lookup(struct stage *s, struct rd *r, uint16_t flags);
 

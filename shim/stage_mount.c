@@ -269,11 +269,10 @@ int op_base(struct stage *s, struct rd *r, uint16_t flags)
 
 int op_root(struct stage *s, struct rd *r, uint16_t flags)
 {
-	(void)flags;
 	int fd = slot_fd(s, rd16(r));
 	if (!rd_end(r))
 		return -EPROTO;
-	int e = fd < 0 ? fd : put_on_root(fd);
+	int e = fd < 0 ? fd : flags & F_ROOT_SHARED ? 0 : put_on_root(fd);
 	if (!e)
 		s->root = fd;
 	return e;
@@ -393,6 +392,33 @@ int op_mount(struct stage *s, struct rd *r, uint16_t flags)
 	return e;
 }
 
+/* Opens what a slot stands for, where whoever sent the plan could not: with the
+   stage's own privileges over a copy of its mount namespace. */
+int op_source(struct stage *s, struct rd *r, uint16_t flags)
+{
+	uint16_t slot = rd16(r);
+	const char *path = rd_str(r);
+	uint32_t recursive = rd32(r);
+	uint64_t set = rd64(r), clear = rd64(r), propagation = rd64(r);
+	if (!rd_end(r))
+		return -EPROTO;
+	int old = slot_fd(s, slot);
+	if (old < 0)
+		return old;
+	int fd = (int)SYS(SYS_open_tree, AT_FDCWD, path, TREE_CLONE | TREE_CLOEXEC | (recursive ? RECURSIVE : 0)), e = fd;
+	if (fd >= 0 && propagation)
+		e = set_attr(fd, 0, 0, propagation, flags & F_SOURCE_PROP_TREE ? RECURSIVE : 0);
+	if (e >= 0 && (set || clear))
+		e = set_attr(fd, set, clear, 0, flags & F_SOURCE_ATTR_TREE ? RECURSIVE : 0);
+	if (e < 0) {
+		close_fd(&fd);
+		return e;
+	}
+	close_fd(&s->slots[slot]);
+	s->slots[slot] = fd;
+	return 0;
+}
+
 int op_move(struct stage *s, struct rd *r, uint16_t flags)
 {
 	const char *target = rd_str(r);
@@ -507,8 +533,12 @@ int op_mask(struct stage *s, struct rd *r, uint16_t flags)
 
 int op_pivot(struct stage *s, struct rd *r, uint16_t flags)
 {
-	(void)flags;
 	if (!rd_end(r))
 		return -EPROTO;
-	return s->root < 0 ? -EBADF : pivot_to(s->root);
+	if (s->root < 0)
+		return -EBADF;
+	if (!(flags & F_PIVOT_CHROOT))
+		return pivot_to(s->root);
+	int e = (int)SYS(SYS_fchdir, s->root);
+	return e ? e : (int)SYS(SYS_chroot, ".");
 }

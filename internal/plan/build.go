@@ -14,6 +14,7 @@ type builder struct {
 	late       []string                            // mounts that become read-only once filled
 	keepGroups bool                                // setgroups is denied in the user namespace
 	preparing  bool                                // mounts are made, not attached
+	joined     bool                                // what has a path has been entered
 }
 
 func (b *builder) fail(format string, args ...any) {
@@ -52,7 +53,6 @@ func (b *builder) finish() (*Plan, error) {
 
 func (b *builder) private()    { b.op(OpPrivate, 0, "make mounts private", nil) }
 func (b *builder) base()       { b.op(OpBase, 0, "enter an empty root", nil) }
-func (b *builder) pivot()      { b.op(OpPivot, 0, "pivot_root", nil) }
 func (b *builder) loopback()   { b.op(OpLoopback, 0, "bring lo up", nil) }
 func (b *builder) becomeRoot() { b.op(OpBecomeRoot, 0, "become root of the user namespace", nil) }
 func (b *builder) noNewPrivs() { b.op(OpNoNewPrivs, 0, "set no_new_privs", nil) }
@@ -69,8 +69,20 @@ func (b *builder) setns(slot uint16, flags uint64, what string) {
 	b.op(OpSetns, 0, "enter "+what, new(enc).u16(slot).u64(flags))
 }
 
-func (b *builder) root(slot uint16) {
-	b.op(OpRoot, 0, "attach root file system", new(enc).u16(slot))
+func (b *builder) root(slot uint16, shared bool) {
+	var flags uint16
+	if shared {
+		flags = FlagShared
+	}
+	b.op(OpRoot, flags, "attach root file system", new(enc).u16(slot))
+}
+
+func (b *builder) pivot(shared bool) {
+	if shared {
+		b.op(OpPivot, FlagChroot, "chroot", nil)
+		return
+	}
+	b.op(OpPivot, 0, "pivot_root", nil)
 }
 
 // mountFS is what one MOUNT makes.

@@ -19,12 +19,13 @@ func Compile(spec *specs.Spec, o Options) (*Plan, error) {
 	if spec == nil || spec.Process == nil || spec.Linux == nil {
 		return nil, fault.New(fault.Invalid, "cannot compile the container's spec: it lacks process or linux")
 	}
-	b := &builder{}
+	b := &builder{joined: o.Joined}
 	b.readNamespaces(spec)
 	if b.err != nil {
 		return nil, b.err
 	}
-	if _, ok := b.namespaces[specs.MountNamespace]; !ok {
+	_, ownMounts := b.namespaces[specs.MountNamespace]
+	if !ownMounts && !o.SharedMounts {
 		return nil, fault.New(fault.Invalid, "cannot compile the container's spec: it has no mount namespace of its own")
 	}
 	if o.Parked {
@@ -56,19 +57,62 @@ func Compile(spec *specs.Spec, o Options) (*Plan, error) {
 
 	if !o.Parked {
 		b.isolate(spec, o)
-		b.private()
+		if ownMounts {
+			b.private()
+		}
 	}
 	b.joinNamespaces()
 	b.timeOffsets(spec)
 	b.priorities(spec.Process)
-	b.root(rootSlot)
+	b.root(rootSlot, !ownMounts)
 	b.mounts(spec, o)
 	b.devices(spec, o)
 	b.p.pivot = len(b.p.Ops)
-	b.pivot()
+	b.pivot(!ownMounts)
 	b.hostname(spec)
 	b.process(spec, o, false)
+	if o.Unprivileged {
+		b.openSources()
+	}
 	return b.finish()
+}
+
+// openSources puts operations that open every mount before the first that uses
+// one, right behind those that give the stage its privileges.
+func (b *builder) openSources() {
+	at := slices.IndexFunc(b.p.Ops, func(op Op) bool { return op.Kind == OpPrivate })
+	if at < 0 || b.err != nil {
+		b.fail("an unprivileged container needs a mount namespace of its own")
+		return
+	}
+	rest := slices.Clone(b.p.Ops[at+1:])
+	b.p.Ops = b.p.Ops[:at+1]
+	for i := range b.p.Slots {
+		s := &b.p.Slots[i]
+		if s.Kind != SlotRoot && s.Kind != SlotMount && s.Kind != SlotDevice {
+			continue
+		}
+		if s.UIDMap != nil || s.GIDMap != nil {
+			b.fail("id-mapped mounts are not supported for rootless containers")
+			return
+		}
+		var how, flags uint16
+		if s.Recursive {
+			how = 1
+		}
+		if s.RecursiveAttr {
+			flags |= FlagAttrTree
+		}
+		if s.Recursive || s.Propagation&unix.MS_REC != 0 {
+			flags |= FlagPropTree
+		}
+		b.op(OpSource, flags, "open "+s.Source, new(enc).u16(uint16(i)).str(s.Source).u32(uint32(how)).u64(s.AttrSet).u64(s.AttrClear).
+			u64(s.Propagation&^uint64(unix.MS_REC)))
+	}
+	added := len(b.p.Ops) - at - 1
+	b.p.Ops = append(b.p.Ops, rest...)
+	b.p.pivot += added
+	b.p.exec += added
 }
 
 // Park is the plan carried out when a sandbox is parked: everything that
@@ -219,7 +263,7 @@ func (b *builder) readNamespaces(spec *specs.Spec) {
 	if len(l.UIDMappings) > 340 || len(l.GIDMappings) > 340 {
 		b.fail("a user namespace takes no more than 340 mappings")
 	}
-	if p, ok := b.namespaces[specs.MountNamespace]; ok && p != "" {
+	if p, ok := b.namespaces[specs.MountNamespace]; ok && p != "" && !b.joined {
 		b.fail("an existing mount namespace cannot be joined by a new container")
 	}
 }
@@ -230,7 +274,7 @@ func (b *builder) isNew(t specs.LinuxNamespaceType) bool {
 }
 
 func (b *builder) enterCgroups(o Options) {
-	if o.CgroupV2 {
+	if o.CgroupV2 || o.CgroupEntered {
 		return
 	}
 	for _, h := range o.V1Controllers {
@@ -255,6 +299,9 @@ func (b *builder) isolate(spec *specs.Spec, o Options) {
 // joinNamespaces enters what exists already. The pid and user namespaces are
 // not among them: the child was born there.
 func (b *builder) joinNamespaces() {
+	if b.joined {
+		return
+	}
 	for _, t := range []specs.LinuxNamespaceType{specs.CgroupNamespace, specs.IPCNamespace, specs.UTSNamespace, specs.NetworkNamespace, specs.TimeNamespace} {
 		if p := b.namespaces[t]; p != "" {
 			b.setns(b.slot(Slot{Kind: SlotNamespace, Source: p}), cloneFlags[t], fmt.Sprintf("%s namespace %s", t, p))

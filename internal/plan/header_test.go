@@ -39,7 +39,9 @@ func header() []byte {
 		{"MOUNT_NO_SYMLINKS", FlagNoSymlinks}, {"MOUNT_ON_PROC", FlagOnProc}, {"MOUNT_IS_PROC", FlagIsProc},
 		{"MOUNT_COPY_UP", FlagCopyUp}, {"ATTR_RECURSIVE", FlagRecursive}, {"SECCOMP_NOTIFY", FlagNotify},
 		{"CREDS_HAS_CAPS", FlagHasCaps}, {"CREDS_KEEP_GROUPS", FlagKeepGroups}, {"CWD_CREATE", FlagCreate},
-		{"EXEC_INIT", FlagInit}, {"CONSOLE_DEV", FlagDevConsole}, {"OP_OPTIONAL", FlagOptional},
+		{"EXEC_INIT", FlagInit}, {"HOOK_HOME", FlagHookHome}, {"ROOT_SHARED", FlagShared}, {"PIVOT_CHROOT", FlagChroot},
+		{"SOURCE_ATTR_TREE", FlagAttrTree}, {"SOURCE_PROP_TREE", FlagPropTree},
+		{"CONSOLE_DEV", FlagDevConsole}, {"OP_OPTIONAL", FlagOptional},
 	} {
 		fmt.Fprintf(&b, "#define F_%s %#x\n", f.name, f.v)
 	}

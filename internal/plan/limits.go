@@ -131,19 +131,12 @@ func (b *builder) memoryPolicy(spec *specs.Spec) {
 	if m == nil {
 		return
 	}
-	modes := map[specs.MemoryPolicyModeType]uint32{
-		specs.MpolDefault: 0, specs.MpolPreferred: 1, specs.MpolBind: 2, specs.MpolInterleave: 3, specs.MpolLocal: 4,
-		specs.MpolPreferredMany: 5, specs.MpolWeightedInterleave: 6,
-	}
-	bits := map[specs.MemoryPolicyFlagType]uint32{
-		specs.MpolFNumaBalancing: 1 << 13, specs.MpolFRelativeNodes: 1 << 14, specs.MpolFStaticNodes: 1 << 15,
-	}
-	mode, ok := modes[m.Mode]
+	mode, ok := policyModes[m.Mode]
 	if !ok {
 		b.fail("memory policy %.32q is unknown", m.Mode)
 	}
 	for _, f := range m.Flags {
-		bit, ok := bits[f]
+		bit, ok := policyFlags[f]
 		if !ok {
 			b.fail("memory policy flag %.32q is unknown", f)
 		}

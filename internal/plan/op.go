@@ -60,6 +60,9 @@ const (
 	OpAffinity    Kind = 40
 	OpMemPolicy   Kind = 41
 	OpPrepare     Kind = 42
+	OpGate        Kind = 43
+	OpClose       Kind = 44
+	OpSource      Kind = 45
 )
 
 // Flags, by kind.
@@ -79,6 +82,14 @@ const (
 	FlagCreate uint16 = 1 << 0 // CWD: make the directory where it is missing
 
 	FlagInit uint16 = 1 << 0 // EXEC: stay as reaper, run the program as a child
+
+	FlagShared uint16 = 1 << 0 // ROOT: the root is where it is, the mount namespace is somebody else's
+	FlagChroot uint16 = 1 << 0 // PIVOT: by chroot(2), for the same reason
+
+	FlagAttrTree uint16 = 1 << 0 // SOURCE: attributes with everything below
+	FlagPropTree uint16 = 1 << 1 // SOURCE: propagation with everything below
+
+	FlagHookHome uint16 = 1 << 0 // HOOK: with what HOME found out
 
 	FlagDevConsole uint16 = 1 << 0 // CONSOLE: bind the terminal onto /dev/console
 
@@ -142,6 +153,9 @@ func layouts() []layout {
 		{OpAffinity, "AFFINITY", "cpus:b", "sched_setaffinity(2)"},
 		{OpMemPolicy, "MEMPOLICY", "mode:i nodes:b", "set_mempolicy(2)"},
 		{OpPrepare, "PREPARE", "fstype:s source:s attr:q params:[ss]", "make a file system that a later MOUNT will use"},
+		{OpGate, "GATE", "slot:h", "answer, then wait for a byte in the pipe"},
+		{OpClose, "CLOSE", "keep:h", "close what the rest of the plan has no use for"},
+		{OpSource, "SOURCE", "slot:h path:s flags:i set:q clear:q propagation:q", "open_tree(2) of the host's path in the slot's place"},
 	}
 }
 

@@ -63,6 +63,8 @@ const (
 	// SlotExtra is a descriptor preserved for the process (preserve-fds,
 	// LISTEN_FDS): Source is the number it gets.
 	SlotExtra
+	// SlotGate is the pipe that the process waits at (Options.Gate).
+	SlotGate
 )
 
 // Slot describes one descriptor that the driver must supply.
@@ -124,4 +126,29 @@ type Options struct {
 	// UserNS reports, for Exec alone, that the container has a user namespace of
 	// its own. Compile sees it in the spec.
 	UserNS bool
+	// Namespaces, for Exec alone, are the CLONE_NEW* to join, 0 for all but time:
+	// one that the container shares with whoever execs may not be joined again.
+	Namespaces uint64
+
+	// What follows is for a driver without a monitor (package ociruntime).
+
+	// Joined: whoever clones the child has entered every namespace that has a path.
+	Joined bool
+	// SharedMounts allows a container without a mount namespace of its own. The
+	// root's slot is then an open directory, and the mounts are made below it.
+	SharedMounts bool
+	// Unprivileged: whoever clones the child cannot clone mounts, so the stage opens
+	// the sources itself, inside its new user namespace; the driver fills the
+	// slots of mounts with placeholders.
+	Unprivileged bool
+	// CgroupEntered: the child is put into its cgroup by other means.
+	CgroupEntered bool
+	// Lookup has the program looked up before anything irrevocable is said.
+	Lookup bool
+	// Gate has the process answer and wait before it runs.
+	Gate bool
+	// StartHooks run inside the container right before the program, with
+	// StartState on their standard input.
+	StartHooks []specs.Hook
+	StartState []byte
 }

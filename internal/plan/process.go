@@ -39,11 +39,16 @@ func Exec(process *specs.Process, o Options) (*Plan, error) {
 	}
 	b.label(process, o)
 	ns := uint64(unix.CLONE_NEWNS | unix.CLONE_NEWUTS | unix.CLONE_NEWIPC | unix.CLONE_NEWNET | unix.CLONE_NEWCGROUP)
+	if o.Namespaces != 0 {
+		ns = o.Namespaces
+	}
 	if o.UserNS {
 		ns |= unix.CLONE_NEWUSER
 		b.namespaces[specs.UserNamespace] = "joined"
 	}
-	b.setns(init, ns, "container's namespaces")
+	if !o.Joined {
+		b.setns(init, ns, "container's namespaces")
+	}
 	if o.UserNS {
 		b.becomeRoot()
 	}
@@ -55,6 +60,11 @@ func Exec(process *specs.Process, o Options) (*Plan, error) {
 // with state (OCI state JSON) on their standard input.
 func Hooks(hooks []specs.Hook, state []byte) (*Plan, error) {
 	b := &builder{p: Plan{Continues: true}}
+	b.hooks(hooks, state, 0)
+	return b.finish()
+}
+
+func (b *builder) hooks(hooks []specs.Hook, state []byte, flags uint16) {
 	for _, h := range hooks {
 		if !path.IsAbs(h.Path) {
 			b.fail("path %.128q of a hook is not absolute", h.Path)
@@ -69,9 +79,8 @@ func Hooks(hooks []specs.Hook, state []byte) (*Plan, error) {
 		if len(args) == 0 {
 			args = []string{h.Path}
 		}
-		b.op(OpHook, 0, "run hook "+h.Path, new(enc).str(h.Path).u32(uint32(timeout)).longs(args).longs(h.Env).bytes(state))
+		b.op(OpHook, flags, "run hook "+h.Path, new(enc).str(h.Path).u32(uint32(timeout)).longs(args).longs(h.Env).bytes(state))
 	}
-	return b.finish()
 }
 
 // process is what comes after the root was entered, in the order in which
@@ -118,6 +127,11 @@ func (b *builder) process(spec *specs.Spec, o Options, exec bool) {
 	if p.NoNewPrivileges {
 		b.noNewPrivs()
 	}
+	gate := uint16(NoSlot)
+	if o.Gate {
+		gate = b.slot(Slot{Kind: SlotGate})
+		b.op(OpClose, 0, "close descriptors", new(enc).u16(gate))
+	}
 	b.p.exec = len(b.p.Ops)
 	b.rlimits(p.Rlimits) // as late as can be: they bind us too
 	// Without no_new_privs a filter takes CAP_SYS_ADMIN, so it comes before the
@@ -126,8 +140,23 @@ func (b *builder) process(spec *specs.Spec, o Options, exec bool) {
 		b.seccomp(o)
 	}
 	b.creds(p)
+	if o.Lookup && len(p.Args) != 0 {
+		b.op(OpLookup, 0, "look up "+p.Args[0], new(enc).strs(candidates(p)))
+	}
 	if p.NoNewPrivileges {
 		b.seccomp(o)
+	}
+	if o.Gate {
+		b.op(OpGate, 0, "wait for the start", new(enc).u16(gate))
+	}
+	for _, h := range o.StartHooks {
+		if h.Env == nil {
+			// not the spec's word, but what others do: the process's own
+			h.Env = p.Env
+			b.hooks([]specs.Hook{h}, o.StartState, FlagHookHome)
+			continue
+		}
+		b.hooks([]specs.Hook{h}, o.StartState, 0)
 	}
 	b.exec(p, o)
 }

@@ -57,6 +57,10 @@ var arrows = map[string][]string{
 	"cmd/servin-compose": {"internal/compose", "api"},                            // ADR 21
 	"internal/compose":   {"internal/cli", "internal/filesync", "client", "api"}, // ADR 21
 	"internal/filesync":  {"client"},                                             // ADR 21
+
+	// the OCI command line, ADR 15
+	"cmd/servin-runtime":  {"internal/ociruntime"},
+	"internal/ociruntime": {"internal/plan", "internal/seccomp", "internal/shim", "internal/runtime", "api"},
 }
 
 // composition roots may import everything below internal/.
@@ -67,6 +71,8 @@ var links = map[string][]string{
 	"cmd/servin":       {"github.com/containerd/containerd/v2", "github.com/vishvananda/netlink", "go.etcd.io/bbolt", "google.golang.org/grpc", "github.com/cloudos-io/cloudos/internal/engine"},
 	"cmd/servin-hello": {"github.com/"},
 	"cmd/servind":      {"k8s.io/kubernetes", "github.com/moby/moby/client"},
+
+	"cmd/servin-runtime": {"github.com/containerd/containerd/v2", "go.etcd.io/bbolt", "google.golang.org/grpc", "github.com/cloudos-io/cloudos/internal/engine"},
 }
 
 type pkg struct {

@@ -443,6 +443,15 @@ func alwaysAllowed() []specs.LinuxDeviceCgroup {
 	return out
 }
 
+// DefaultDevices are the rules of alwaysAllowed in the library's form.
+func DefaultDevices() []*devcfg.Rule {
+	var out []*devcfg.Rule
+	for _, d := range alwaysAllowed() {
+		out = append(out, rule(d))
+	}
+	return out
+}
+
 // allowList reports the ordinary form: deny everything, then allow some.
 func allowList(rules []specs.LinuxDeviceCgroup) bool {
 	return !rules[0].Allow && deviceLine(rules[0]) == "a *:* rwm" &&

@@ -61,7 +61,7 @@ func (g *Group) Join(pid int) error {
 
 // applySystemd tells systemd the limits, since it would write its own over ours.
 func (g *Group) applySystemd(r *specs.LinuxResources) error {
-	if err := g.mgr.Set(convert(r)); err != nil {
+	if err := g.mgr.Set(Resources(r)); err != nil {
 		return fault.New(fault.Invalid, "cannot set limits: %w", err)
 	}
 	return nil
@@ -74,8 +74,8 @@ func value[T any](p *T) (v T) {
 	return v
 }
 
-// convert is the part of the runtime spec's resources that the library knows.
-func convert(r *specs.LinuxResources) *cgroups.Resources {
+// Resources is the part of the runtime spec's resources that the library knows.
+func Resources(r *specs.LinuxResources) *cgroups.Resources {
 	c := &cgroups.Resources{Unified: r.Unified, SkipDevices: len(r.Devices) == 0}
 	for _, d := range r.Devices {
 		c.Devices = append(c.Devices, rule(d))

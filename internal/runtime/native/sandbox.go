@@ -13,6 +13,7 @@ import (
 	"github.com/cloudos-io/cloudos/internal/plan"
 	contract "github.com/cloudos-io/cloudos/internal/runtime"
 	"github.com/cloudos-io/cloudos/internal/runtime/cgroup"
+	"github.com/cloudos-io/cloudos/internal/runtime/source"
 	"github.com/cloudos-io/cloudos/internal/shim"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
@@ -192,7 +193,7 @@ func (s *sandbox) clone(ctx context.Context, flags uint64, pidns, userns string,
 		if n.path == "" {
 			continue
 		}
-		fd, err := openNamespace(n.path)
+		fd, err := source.Namespace(n.path)
 		if err != nil {
 			return err
 		}
@@ -209,7 +210,7 @@ func (s *sandbox) clone(ctx context.Context, flags uint64, pidns, userns string,
 		return err
 	}
 	if flags&unix.CLONE_NEWUSER != 0 {
-		if err := writeIDMaps(s.pid, uids, gids); err != nil {
+		if err := source.WriteIDMaps(s.pid, uids, gids); err != nil {
 			return err
 		}
 	}

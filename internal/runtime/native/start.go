@@ -10,6 +10,7 @@ import (
 	"github.com/cloudos-io/cloudos/internal/fault"
 	"github.com/cloudos-io/cloudos/internal/plan"
 	contract "github.com/cloudos-io/cloudos/internal/runtime"
+	"github.com/cloudos-io/cloudos/internal/runtime/source"
 	"github.com/cloudos-io/cloudos/internal/shim"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
@@ -416,7 +417,7 @@ func (s *stdio) giveTo(i int, spec *specs.Spec) {
 	if spec.Linux != nil {
 		m = spec.Linux.UIDMappings
 	}
-	if id := hostID(uid, m); id > 0 {
+	if id := source.HostID(uid, m); id > 0 {
 		_ = unix.Fchown(s.inside[i], id, -1)
 	}
 }

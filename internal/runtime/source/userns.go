@@ -1,4 +1,4 @@
-package native
+package source
 
 import (
 	"os"
@@ -13,7 +13,7 @@ import (
 // userNamespace makes a user namespace with the mappings, for idmapped mounts.
 // A traced child of the shim's program stops before its first instruction; it
 // is killed once the namespace is open.
-func (d *Driver) userNamespace(uids, gids []specs.LinuxIDMapping) (*os.File, error) {
+func userNamespace(exe string, uids, gids []specs.LinuxIDMapping) (*os.File, error) {
 	runtime.LockOSThread() // ptrace belongs to the thread
 	defer runtime.UnlockOSThread()
 	conv := func(m []specs.LinuxIDMapping) (out []syscall.SysProcIDMap) {
@@ -22,7 +22,7 @@ func (d *Driver) userNamespace(uids, gids []specs.LinuxIDMapping) (*os.File, err
 		}
 		return out
 	}
-	pid, err := syscall.ForkExec(d.exe.Path(), []string{"servin-shim"}, &syscall.ProcAttr{
+	pid, err := syscall.ForkExec(exe, []string{"servin-shim"}, &syscall.ProcAttr{
 		Env:   []string{},
 		Files: []uintptr{},
 		Sys: &syscall.SysProcAttr{
