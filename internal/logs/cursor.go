@@ -8,7 +8,6 @@ import (
 	"hash/crc32"
 	"io"
 	"os"
-	"strconv"
 	"syscall"
 	"time"
 )
@@ -169,7 +168,8 @@ func (t *Tail) Next(max int) ([]Record, error) {
 				}
 				continue
 			}
-			if t.dropped() {
+			// Then others that came behind it may be gone, too.
+			if removed(t.f) {
 				t.Lost(t.cur.Time())
 			}
 		}
@@ -177,31 +177,6 @@ func (t *Tail) Next(max int) ([]Record, error) {
 		t.use(next[0], 0)
 	}
 	return out, nil
-}
-
-// dropped tells whether ours is no longer among the log's files: then others
-// that came behind it may be gone, too.
-func (t *Tail) dropped() bool {
-	have, err := t.f.Stat()
-	if err != nil {
-		return true
-	}
-	for n := 0; ; n++ {
-		path := t.log.path
-		if n > 0 {
-			path += "." + strconv.Itoa(n)
-		}
-		fi, err := os.Stat(path)
-		if err != nil {
-			if n == 0 {
-				continue
-			}
-			return true
-		}
-		if os.SameFile(fi, have) {
-			return false
-		}
-	}
 }
 
 // fill takes complete lines from the file; more tells that there may be others.

@@ -14,6 +14,8 @@ import (
 	"os"
 	"strconv"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // Record is one record of a log.
@@ -274,37 +276,46 @@ func (l *Log) follow(ctx context.Context, sc *scanner, f *os.File, o Options, vi
 
 // newer opens what came after f: nothing unless the log was rotated.
 func (l *Log) newer(f *os.File) ([]*os.File, error) {
-	if f != nil {
-		have, err := f.Stat()
-		if err != nil {
-			return nil, err
-		}
-		now, err := os.Stat(l.path)
-		if err == nil && os.SameFile(have, now) {
-			return nil, nil
-		}
-		// Without a current file others may still have come between: a writer
-		// that was killed in a rotation leaves it so.
-		if err != nil && !errors.Is(err, os.ErrNotExist) {
-			return nil, err
-		}
-	}
-	files, err := l.openAll()
-	if err != nil || f == nil {
-		return files, err
+	if f == nil {
+		return l.openAll()
 	}
 	have, err := f.Stat()
 	if err != nil {
-		closeAll(files)
 		return nil, err
 	}
-	for i, o := range files {
-		if fi, err := o.Stat(); err == nil && os.SameFile(have, fi) {
-			closeAll(files[:i+1])
-			return files[i+1:], nil
-		}
+	now, err := os.Stat(l.path)
+	if err == nil && os.SameFile(have, now) {
+		return nil, nil
 	}
-	return files, nil // ours was dropped already: go on with the oldest there is
+	// Without a current file others may still have come between: a writer that
+	// was killed in a rotation leaves it so.
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, err
+	}
+	for range 100 {
+		files, err := l.openAll()
+		if err != nil {
+			return nil, err
+		}
+		for i, o := range files {
+			if fi, err := o.Stat(); err == nil && os.SameFile(have, fi) {
+				closeAll(files[:i+1])
+				return files[i+1:], nil
+			}
+		}
+		if removed(f) {
+			return files, nil // go on with the oldest there is
+		}
+		closeAll(files) // it was being renamed: look again
+	}
+	return nil, errors.New("cannot read log: it is rotated faster than it can be opened")
+}
+
+// removed tells whether a log's file is gone from its directory: whatever name
+// it has meanwhile, only then has it no link.
+func removed(f *os.File) bool {
+	var st unix.Stat_t
+	return unix.Fstat(int(f.Fd()), &st) != nil || st.Nlink == 0
 }
 
 // scanner reads whole lines of a growing file.
