@@ -170,7 +170,9 @@ func (l *Log) tryOpenAll() (files []*os.File, again bool, err error) {
 		}
 		f, err := os.Open(path)
 		if errors.Is(err, os.ErrNotExist) {
-			if n == 0 { // between the two steps of a rotation, or no log yet
+			// Between two steps of a rotation one name is free, the next is not;
+			// a writer that was killed there leaves it so.
+			if _, err := os.Stat(l.path + "." + strconv.Itoa(n+1)); n == 0 || err == nil {
 				continue
 			}
 			break
