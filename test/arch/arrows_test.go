@@ -54,7 +54,7 @@ var arrows = map[string][]string{
 	"internal/build":     {"internal/fault", "internal/image", "internal/network"}, // ADR 18
 	"internal/cli":       {"client", "api"},
 	"internal/rootless":  {"internal/fault", "internal/idmap", "internal/snapshot"},
-	"cmd/servin-compose": {"internal/compose", "api"},                            // ADR 21
+	"cmd/servin-compose": {"internal/compose", "internal/cli", "api"},                            // ADR 21
 	"internal/compose":   {"internal/cli", "internal/filesync", "client", "api"}, // ADR 21
 	"internal/filesync":  {"client"},                                             // ADR 21
 
