@@ -50,6 +50,8 @@ type Config struct {
 	// Debug is unix:///path of a socket, the engine's user's alone, that serves
 	// profiles of the daemon for go tool pprof; empty is none.
 	Debug string `yaml:"debug"`
+	// Alerts is a file of alert rules (docs/observability.md); empty is none.
+	Alerts string `yaml:"alerts"`
 	// Tracing sends OpenTelemetry spans.
 	Tracing Tracing `yaml:"tracing"`
 	// Pool is how many sandboxes are parked for each kind in use (default 8, 0 parks none).
@@ -297,7 +299,7 @@ func UserRoots() (root, run string) {
 // Check says what is wrong with a configuration, if anything.
 func (c *Config) Check() error {
 	bad := func(format string, args ...any) error { return fault.New(fault.Invalid, format, args...) }
-	for name, p := range map[string]string{"root": c.Root, "runRoot": c.RunRoot, "seccompProfile": c.SeccompProfile, "cni.confDir": c.CNI.ConfDir, "cni.binDir": c.CNI.BinDir} {
+	for name, p := range map[string]string{"root": c.Root, "runRoot": c.RunRoot, "seccompProfile": c.SeccompProfile, "alerts": c.Alerts, "cni.confDir": c.CNI.ConfDir, "cni.binDir": c.CNI.BinDir} {
 		if p != "" && !filepath.IsAbs(p) {
 			return bad("%s must be an absolute path, not %q", name, p)
 		}

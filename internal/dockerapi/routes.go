@@ -12,6 +12,7 @@ func routes(c Config) []route {
 	sys := systemAPI{c.System, c.Builds}
 	bld := buildsAPI{c.Builds}
 	own := servinAPI{c.Containers, c.System, c.Version, c.Problems, c.Builds}
+	alerts := alertAPI{c.Alerts}
 
 	return []route{
 		{"GET", "/_ping", 0, ping},
@@ -146,6 +147,8 @@ func routes(c Config) []route {
 		{"POST", "/servin/volumes/{id}/restore", 0, cpy.restore},
 		{"POST", "/servin/volumes/{id}/import", 0, cpy.imports},
 		{"POST", "/servin/volumes/{id}/clone", 0, cpy.clone},
+		{"GET", "/servin/alerts", 0, alerts.list},
+		{"POST", "/servin/alerts/{id}/test", 0, alerts.test},
 		{"GET", "/metrics", 0, own.metrics},
 	}
 }

@@ -172,6 +172,8 @@ var routeCases = []routeCase{
 	{method: "GET", path: "/servin/drained?full=1", status: 204, call: "drained full=true"},
 	{method: "POST", path: "/servin/prune", body: `{"All":true}`, status: 200, call: `prune {"All":true}`},
 	{method: "POST", path: "/servin/shutdown", body: `{"Containers":true}`, status: 204, call: "shutdown containers=true"},
+	{method: "GET", path: "/servin/alerts", status: 404, answer: "no alert rules"},
+	{method: "POST", path: "/servin/alerts/x/test", status: 404, answer: "no alert rules"},
 	{method: "GET", path: "/metrics", status: 200, call: "metrics", answer: "servin_up 1"},
 
 	{method: "GET", path: "/nowhere", status: 404, answer: `{"message":"page not found"}`},
@@ -362,6 +364,7 @@ Our own routes (types in package ` + "`api`" + `):
 | ` + "`POST /servin/volumes/{name}/restore?replace=1`" + ` | makes a volume, or replaces its content, of such an archive: ` + "`VolumeArchive`" + ` |
 | ` + "`GET /servin/volumes/{name}/export`" + `, ` + "`POST …/import`" + ` | the same with a plain tar |
 | ` + "`POST /servin/volumes/{name}/clone`" + ` | ` + "`VolumeClone`" + ` to a volume |
+| ` + "`GET /servin/alerts`" + `, ` + "`POST /servin/alerts/{rule or action}/test`" + ` | ` + "`Alerts`" + `; carries actions out and tells how that went, a list of ` + "`AlertTest`" + ` |
 | ` + "`GET /metrics`" + ` | Prometheus text; on the unix socket and over TLS alone |
 
 Listeners: a unix socket of mode 0660; tcp with TLS and client certificates; plain tcp on a loopback address with

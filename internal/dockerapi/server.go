@@ -34,6 +34,8 @@ type Config struct {
 	// Problems, if not nil, tells /servin/health what runs worse than it should.
 	// It must not wait for anything.
 	Problems func() []string
+	// Alerts watches alert rules; nil if there are none.
+	Alerts Alerts
 	// Tracer makes a span of each request; nil makes none.
 	Tracer trace.Tracer
 }

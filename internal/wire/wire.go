@@ -26,6 +26,7 @@ import (
 	"github.com/docker/go-units"
 
 	"github.com/cloudos-io/cloudos/api"
+	"github.com/cloudos-io/cloudos/internal/alert"
 	"github.com/cloudos-io/cloudos/internal/apparmor"
 	"github.com/cloudos-io/cloudos/internal/cdi"
 	"github.com/cloudos-io/cloudos/internal/config"
@@ -237,11 +238,20 @@ func New(ctx context.Context, c *config.Config, inside rootless.State, log *slog
 	s.onClose(s.Engine.Close)
 	builder := newBuilder(c, inside, instance, profile, images, networks, log)
 	s.part("builder", builder.Run)
+	var alerts dockerapi.Alerts
+	if c.Alerts != "" {
+		w, err := alert.New(alert.Config{Path: c.Alerts, Source: readings{s.Engine}, Logger: log})
+		if err != nil {
+			return nil, err
+		}
+		s.part("alerts", w.Run)
+		alerts = w
+	}
 	s.Handler = dockerapi.New(dockerapi.Config{
 		Builds:     builder,
 		Containers: s.Engine, Images: images, Networks: s.Engine.NetworkService(), Volumes: s.Engine.VolumeService(), VolumeCopies: s.Engine.VolumeService(),
 		System: s.Engine.SystemService(), Logger: log, Version: api.Version,
-		Problems: images.LazyTrouble, Tracer: tracer.Tracer(),
+		Problems: images.LazyTrouble, Alerts: alerts, Tracer: tracer.Tracer(),
 	})
 	return s, nil
 }

@@ -29,6 +29,7 @@ var arrows = map[string][]string{
 	"internal/event":     {"internal/fault"},
 	"internal/store":     {"internal/fault"},
 	"internal/logs":      {"internal/fault"},
+	"internal/alert":     {"internal/fault", "api"}, // ADR 31
 	"internal/tracing":   {"internal/fault"}, // ADR 31
 	"internal/config":    {"internal/fault", "api"},
 	"internal/seccomp":   {"internal/fault"},

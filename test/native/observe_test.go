@@ -3,9 +3,12 @@ package native
 import (
 	"compress/gzip"
 	"encoding/hex"
+	"encoding/json"
 	"io"
 	"net/http"
 	"net/http/httptest"
+	"os"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -139,4 +142,57 @@ func TestMetricsOfContainers(t *testing.T) {
 	if strings.Contains(e.log(), "panic") {
 		t.Error(e.log())
 	}
+}
+
+func TestAlerts(t *testing.T) {
+	var mu sync.Mutex
+	var got []string
+	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		var n struct {
+			Status, Rule string
+			Container    struct{ Name string }
+		}
+		if err := json.NewDecoder(r.Body).Decode(&n); err != nil {
+			t.Error(err)
+		}
+		mu.Lock()
+		got = append(got, n.Status+" "+n.Rule+" "+n.Container.Name)
+		mu.Unlock()
+	}))
+	defer srv.Close()
+	dir := t.TempDir()
+	if err := os.WriteFile(dir+"/rules.yaml", []byte(`version: 1
+interval: 1s
+rules:
+  - {name: sick, when: health == unhealthy, actions: [hook]}
+  - {name: hot, when: cpu >= 0 and pids >= 1, for: 1s, match: {name: "b*"}, actions: [hook]}
+  - {name: failed, when: event == die and exit_code != 0, actions: [hook]}
+actions:
+  hook: {webhook: "`+srv.URL+`", perMinute: 100}
+`), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(dir+"/conf.yaml", []byte("version: 1\nshutdownTimeout: 1s\nalerts: "+dir+"/rules.yaml\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	e := start(t, "--config", dir+"/conf.yaml")
+	e.must("run", "-d", "--network", "none", "--name", "busy", "bb", "sh", "-c", "while :; do :; done")
+	e.must("run", "-d", "--network", "none", "--name", "ill", "--health-cmd", "test -e /well", "--health-interval", "100ms", "--health-start-interval", "100ms", "--health-retries", "1", "bb", "sleep", "1000")
+	e.run("run", "--rm", "--network", "none", "--name", "fails", "bb", "false")
+	told := func(want string) func() bool {
+		return func() bool { mu.Lock(); defer mu.Unlock(); return slices.Contains(got, want) }
+	}
+	eventually(t, "the exit is told", 20*time.Second, told("firing failed fails"))
+	eventually(t, "the sick one is told", 20*time.Second, told("firing sick ill"))
+	eventually(t, "the hot one is told", 20*time.Second, told("firing hot busy"))
+	if ls := e.must("system", "alerts", "ls", "--format", "{{.Name}} {{.State}} {{.Of}}"); !strings.Contains(ls, "sick firing ill") || !strings.Contains(ls, "hot firing busy") {
+		t.Errorf("alerts ls: %s", ls)
+	}
+	if r := e.must("system", "alerts", "test", "sick"); r != "hook: done" {
+		t.Errorf("alerts test: %s", r)
+	}
+	e.must("exec", "ill", "touch", "/well")
+	eventually(t, "the recovery is told", 20*time.Second, told("resolved sick ill"))
+	e.must("rm", "-f", "busy")
+	eventually(t, "the end is told", 20*time.Second, told("resolved hot busy"))
 }
