@@ -1,6 +1,7 @@
 package dockerapi
 
 import (
+	"fmt"
 	"io"
 	"net/http"
 	"sync"
@@ -41,9 +42,23 @@ func (a containersAPI) attach(w *response, r *request) error {
 	_, _ = io.Copy(io.Discard, io.LimitReader(r.Body, 512)) // ahead of the takeover
 	at, err := a.b.ContainerAttach(r.Context(), r.name, req)
 	if err != nil {
-		return err
+		return plainError(w, r, err)
 	}
 	return serveStreams(w, r, at, !at.Terminal, keys)
+}
+
+// plainError answers an attach that failed: clients that asked for a stream
+// read the reason as text.
+func plainError(w *response, r *request, cause error) error {
+	d, err := takeOver(w)
+	if err != nil {
+		return err
+	}
+	defer d.finish()
+	status := statusOf(cause)
+	_, _ = fmt.Fprintf(d, "HTTP/1.1 %d %s\r\nContent-Type: %s\r\nConnection: close\r\n\r\n%s\r\n",
+		status, http.StatusText(status), streamType(r, true), printable(cause.Error()))
+	return cause
 }
 
 // serveStreams takes the connection over and connects it with the streams, with
@@ -124,7 +139,7 @@ func (a execAPI) create(w *response, r *request) error {
 		return err
 	}
 	if len(req.Cmd) == 0 {
-		return fault.New(fault.Invalid, "no exec command specified")
+		return fault.New(fault.Invalid, "No exec command specified")
 	}
 	if _, err := parseDetachKeys(req.DetachKeys); err != nil {
 		return err

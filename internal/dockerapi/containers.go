@@ -308,7 +308,7 @@ func (a containersAPI) logs(w *response, r *request) error {
 		Timestamps: r.flag("timestamps"), Details: r.flag("details"), Tail: -1,
 	}
 	if !o.Stdout && !o.Stderr {
-		return fault.New(fault.Invalid, "Bad parameters: you must choose at least one stream")
+		return fault.New(fault.Invalid, "must specify at least one of 'stdout' or 'stderr'")
 	}
 	var err error
 	if o.Since, err = r.moment("since"); err != nil {

@@ -66,6 +66,9 @@ func (rt *router) find(method, path string) (*compiled, string) {
 			continue
 		}
 		name := path[len(c.prefix) : len(path)-len(c.suffix)]
+		if c.greedy && c.prefix == "/containers/" {
+			name = strings.TrimPrefix(name, "/")
+		}
 		if !c.greedy {
 			// "/containers//web/json": names were once shown with their slash.
 			name = strings.TrimPrefix(name, "/")

@@ -26,7 +26,7 @@ func routes(c Config) []route {
 		{"GET", "/containers/json", 0, ctr.list},
 		{"POST", "/containers/create", 0, ctr.create},
 		{"POST", "/containers/prune", 25, ctr.prune},
-		{"GET", "/containers/{id}/json", 0, ctr.inspect},
+		{"GET", "/containers/{name}/json", 0, ctr.inspect},
 		{"GET", "/containers/{id}/top", 0, ctr.top},
 		{"GET", "/containers/{id}/logs", 0, ctr.logs},
 		{"GET", "/containers/{id}/changes", 0, ctr.changes},
@@ -48,7 +48,7 @@ func routes(c Config) []route {
 		{"POST", "/containers/{id}/wait", 0, ctr.wait},
 		{"POST", "/containers/{id}/attach", 0, ctr.attach},
 		{"POST", "/containers/{id}/exec", 0, exe.create},
-		{"DELETE", "/containers/{id}", 0, ctr.remove},
+		{"DELETE", "/containers/{name}", 0, ctr.remove},
 		{"POST", "/commit", 0, ctr.commit},
 
 		{"POST", "/exec/{id}/start", 0, exe.start},

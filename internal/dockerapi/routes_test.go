@@ -55,7 +55,7 @@ var routeCases = []routeCase{
 	{method: "GET", path: "/containers//web/json", status: 200, call: "inspect web size=false"},
 	{method: "GET", path: "/containers/web/top?ps_args=-o%20pid", status: 200, call: `top web "-o pid"`},
 	{method: "GET", path: "/containers/web/logs?stdout=1&tail=5&since=1.5", status: 200, call: `logs web {"Stdout":true,"Stderr":false,"Follow":false,"Timestamps":false,"Details":false,"Since":"1970-01-01T00:00:01.5Z","Until":"0001-01-01T00:00:00Z","Tail":5}`},
-	{method: "GET", path: "/containers/web/logs", status: 400, answer: "at least one stream"},
+	{method: "GET", path: "/containers/web/logs", status: 400, answer: "must specify at least one"},
 	{method: "GET", path: "/containers/web/changes", status: 200, call: "changes web", answer: `[{"Kind":1,"Path":"/x"}]`},
 	{method: "GET", path: "/containers/web/export", status: 200, call: "export web", answer: "tar"},
 	{method: "GET", path: "/containers/web/stats?stream=0&one-shot=1", status: 200, call: "stats web stream=false one-shot=true", answer: `"os_type":"linux"`},
@@ -87,7 +87,7 @@ var routeCases = []routeCase{
 	{method: "GET", path: "/containers/web/attach/ws?detachKeys=oops", status: 400, answer: "detach keys"},
 	{method: "POST", path: "/containers/web/exec", body: `{"Cmd":["true"],"ConsoleSize":[24,80]}`, status: 201, call: `"ConsoleSize":[24,80]`, answer: `{"Id":"e0"}`},
 	{method: "POST", path: "/v1.41/containers/web/exec", body: `{"Cmd":["true"],"ConsoleSize":[24,80]}`, status: 201, call: `exec create web {"User":"","Privileged":false,"Tty":false,"AttachStdin"`},
-	{method: "POST", path: "/containers/web/exec", body: `{}`, status: 400, answer: "no exec command"},
+	{method: "POST", path: "/containers/web/exec", body: `{}`, status: 400, answer: "No exec command"},
 	{method: "DELETE", path: "/containers/web?force=1&v=1", status: 204, call: "remove web force=true v=true link=false"},
 	{method: "POST", path: "/commit?container=web&repo=a/b&tag=c&pause=0&changes=CMD%20x", body: `{}`, status: 201, call: `"Container":"web","Ref":"docker.io/a/b:c","Comment":"","Author":"","Pause":false,"Changes":["CMD x"],"Config":null`, answer: `{"Id":"sha256:abc"}`},
 	{method: "POST", path: "/commit?container=web&repo=A", status: 400, answer: "invalid reference"},
@@ -185,7 +185,8 @@ var routeCases = []routeCase{
 	{method: "GET", path: "/v1.x/info", status: 400, answer: "invalid API version"},
 	{method: "GET", path: "/info?a=%zz", status: 400, answer: "invalid query"},
 	{method: "GET", path: "/containers/a%01b/json", status: 400, answer: "control character"},
-	{method: "GET", path: "/containers/a/b/json", status: 404, answer: "page not found"},
+	{method: "GET", path: "/containers/a/b/json", status: 200, call: "inspect a/b size=false"},
+	{method: "GET", path: "/containers/a/b/top", status: 404, answer: "page not found"},
 	{method: "GET", path: "/containers//json", status: 404, answer: "page not found"},
 }
 

@@ -266,6 +266,9 @@ func (a systemAPI) events(w *response, r *request) error {
 	if err != nil {
 		return err
 	}
+	if since.IsZero() && (r.query.Get("since") != "" || !until.IsZero()) {
+		since = time.Unix(0, 0) // all that is remembered, not "from now on"
+	}
 	if !until.IsZero() && until.Before(since) {
 		return fault.New(fault.Invalid, "`since` time (%s) cannot be after `until` time (%s)", r.query.Get("since"), r.query.Get("until"))
 	}

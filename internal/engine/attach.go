@@ -204,9 +204,6 @@ func (e *Engine) ContainerAttach(ctx context.Context, name string, req AttachReq
 		return Attached{}, fault.New(fault.Conflict, "container %s is paused, unpause the container before attach", u.id)
 	}
 	o := attachOptions(r, req)
-	if r.Config.Tty {
-		o.Stdout = req.Stdout || req.Stderr
-	}
 	var past *io.PipeReader
 	if req.Logs {
 		past = e.pastOutput(r, u, o)

@@ -45,6 +45,7 @@ func (e *Engine) withTree(ctx context.Context, name, file string, fn func(t *tre
 	if strings.ContainsRune(file, 0) {
 		return fault.New(fault.Invalid, "invalid path %q: it contains a NUL byte", file)
 	}
+	asked := file
 	u, err := e.lookup(name)
 	if err != nil {
 		return err
@@ -83,7 +84,12 @@ func (e *Engine) withTree(ctx context.Context, name, file string, fn func(t *tre
 	}
 	defer t.close(context.WithoutCancel(ctx))
 	t.Root = archive.In(t.dir)
-	return fn(t, file)
+	err = fn(t, file)
+	var none *archive.NoFileError
+	if errors.As(err, &none) {
+		return fault.New(fault.NotFound, "Could not find the file %s in container %s", asked, name)
+	}
+	return err
 }
 
 // openStopped opens the mount below which the name lies: a volume, a bind, or
@@ -140,6 +146,12 @@ func (e *Engine) openStopped(ctx context.Context, t *tree, file string) (string,
 		return "", fmt.Errorf("cannot mount the container's file system: %w", err)
 	}
 	t.dir = f
+	if wd := t.r.Config.WorkingDir; wd != "" && wd != "/" {
+		// It is made when the container starts, but belongs to it from the beginning.
+		if err := ensureDir(f, wd, t.r); err != nil {
+			e.log.Debug("cannot make a container's working directory", "container", t.r.ID, "cause", err)
+		}
+	}
 	return file, nil
 }
 
@@ -190,7 +202,10 @@ func (e *Engine) ContainerGetArchive(ctx context.Context, name, file string, w f
 		}
 		as := s.Name
 		// "dir/." asks for the content of the directory alone.
-		if strings.HasSuffix(file, "/.") || as == "/" {
+		switch {
+		case strings.HasSuffix(file, "/."):
+			as = "./"
+		case as == "/":
 			as = "."
 		}
 		return t.Write(ctx, inner, out, archive.WriteOptions{As: as, Unmap: t.unmap()})
@@ -205,8 +220,9 @@ func (e *Engine) ContainerGetArchive(ctx context.Context, name, file string, w f
 
 // ContainerPutArchive unpacks a tar into a directory of a container.
 func (e *Engine) ContainerPutArchive(ctx context.Context, name, file string, noOverwriteDirNonDir, copyUIDGID bool, r io.Reader) error {
+	asked := file
 	err := e.withTree(ctx, name, file, func(t *tree, file string) error {
-		if t.live && t.r.HostConfig.ReadonlyRootfs && !insideMount(t.r, file) || readOnlyMount(t.r, file) {
+		if t.r.HostConfig.ReadonlyRootfs && !insideMount(t.r, asked) || readOnlyMount(t.r, asked) {
 			return fault.New(fault.Forbidden, "container rootfs is marked read-only")
 		}
 		o := archive.ExtractOptions{NoOverwriteDirNonDir: noOverwriteDirNonDir}

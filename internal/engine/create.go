@@ -223,7 +223,14 @@ func readLabels(x *api.CreateExtra, labels map[string]string) {
 func (e *Engine) hostname(r *container.Record) error {
 	hc := r.HostConfig
 	if hc.NetworkMode.IsContainer() {
-		o, err := e.other(hc.NetworkMode.ConnectedContainer())
+		o, err := e.lookup(hc.NetworkMode.ConnectedContainer())
+		if fault.Is(err, fault.NotFound) {
+			// It may come; the start asks again.
+			if r.Config.Hostname == "" {
+				r.Config.Hostname = short(r.ID)
+			}
+			return nil
+		}
 		if err != nil {
 			return err
 		}
@@ -260,6 +267,9 @@ func (e *Engine) userNS(ctx context.Context, r *container.Record, back *undo) er
 			continue
 		}
 		o, err := e.other(name)
+		if err != nil && mode == string(r.HostConfig.NetworkMode) && fault.Is(err, fault.Invalid) {
+			continue // see hostname
+		}
 		if err != nil {
 			return err
 		}

@@ -240,6 +240,11 @@ func (e *Engine) lookup(name string) (*unit, error) {
 			return u, nil
 		}
 	}
+	if parent, alias, ok := strings.Cut(name, "/"); ok {
+		if u := e.byLinkLocked(parent, alias); u != nil {
+			return u, nil
+		}
+	}
 	if isHex(name) && len(name) < 64 {
 		var found *unit
 		for id, u := range e.units {

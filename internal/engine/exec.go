@@ -30,6 +30,7 @@ type execution struct {
 	started bool
 	proc    runtime.Exec
 	failed  *int // exit code of one that could not be started
+	stale   bool // the run of the container that it belonged to is over
 	doneAt  time.Time
 	size    [2]uint // height, width asked for before the start
 }
@@ -46,7 +47,20 @@ func (t *execTable) get(id string) (*execution, error) {
 	if x, ok := t.m[id]; ok {
 		return x, nil
 	}
-	return nil, fault.New(fault.NotFound, "No such exec instance: %s", id)
+	return nil, noExec(id)
+}
+
+func noExec(id string) error { return fault.New(fault.NotFound, "No such exec instance: %s", id) }
+
+// forget drops the executions of a container that is removed.
+func (t *execTable) forget(u *unit) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for id, x := range t.m {
+		if x.u == u {
+			delete(t.m, id)
+		}
+	}
 }
 
 // executions that ended are kept for inspect this long, and at most so many.
@@ -88,6 +102,7 @@ func (e *Engine) dropExecs(u *unit) {
 	for id := range ids {
 		if x, err := e.execs.get(id); err == nil {
 			x.mu.Lock()
+			x.stale = true
 			if x.doneAt.IsZero() {
 				x.doneAt = now
 			}
@@ -101,7 +116,10 @@ func (e *Engine) execsOf(u *unit) []string {
 	u.mu.Lock()
 	ids := slices.Sorted(maps.Keys(u.execs))
 	u.mu.Unlock()
-	return slices.DeleteFunc(ids, func(id string) bool {
+	if len(ids) == 0 {
+		return nil
+	}
+	ids = slices.DeleteFunc(ids, func(id string) bool {
 		x, err := e.execs.get(id)
 		if err != nil {
 			return true
@@ -110,6 +128,10 @@ func (e *Engine) execsOf(u *unit) []string {
 		defer x.mu.Unlock()
 		return !x.doneAt.IsZero()
 	})
+	if len(ids) == 0 {
+		return nil
+	}
+	return ids
 }
 
 // ExecCreate notes what is to be executed.
@@ -124,7 +146,7 @@ func (e *Engine) ExecCreate(_ context.Context, name string, req mcontainer.ExecC
 	if _, err := u.needTask(); err != nil {
 		return "", err
 	}
-	if err := e.executable(u); err != nil {
+	if err := e.executable(u, strings.TrimPrefix(name, "/")); err != nil {
 		return "", err
 	}
 	x := &execution{id: newID(), u: u, req: req}
@@ -147,14 +169,14 @@ func (e *Engine) ExecCreate(_ context.Context, name string, req mcontainer.ExecC
 func execLine(cmd []string) string { return cmd[0] + " " + strings.Join(cmd[1:], " ") }
 
 // executable refuses an exec where the state forbids it.
-func (e *Engine) executable(u *unit) error {
+func (e *Engine) executable(u *unit, name string) error {
 	switch st := u.rec.Load().State.Status; st {
 	case mcontainer.StateRunning:
 		return nil
 	case mcontainer.StatePaused:
-		return fault.New(fault.Conflict, "container %s is paused, unpause the container before exec", u.id)
+		return fault.New(fault.Conflict, "Container %s is paused, unpause the container before exec", name)
 	case mcontainer.StateRestarting:
-		return fault.New(fault.Conflict, "container %s is restarting, wait until the container is running", u.id)
+		return fault.New(fault.Conflict, "Container %s is restarting, wait until the container is running", u.id)
 	default:
 		return fault.New(fault.Conflict, "container %s is not running", u.id)
 	}
@@ -167,11 +189,17 @@ func (e *Engine) ExecStart(ctx context.Context, id string, req mcontainer.ExecSt
 		return Attached{}, err
 	}
 	u := x.u
+	x.mu.Lock()
+	stale := x.stale && !x.started
+	x.mu.Unlock()
+	if stale {
+		return Attached{}, noExec(id)
+	}
 	t, err := u.needTask()
 	if err != nil {
 		return Attached{}, err
 	}
-	if err := e.executable(u); err != nil {
+	if err := e.executable(u, u.id); err != nil {
 		return Attached{}, err
 	}
 	x.mu.Lock()
@@ -354,7 +382,7 @@ func (e *Engine) ExecInspect(_ context.Context, id string) (mcontainer.ExecInspe
 	select {
 	case <-x.proc.Exited():
 		code := x.proc.Exit().Code
-		out.ExitCode, out.CanRemove, out.Pid = &code, true, 0
+		out.ExitCode, out.CanRemove = &code, true // the pid stays told, as Docker does
 	default:
 		out.Running = true
 	}

@@ -1,7 +1,9 @@
 package engine
 
 import (
+	"context"
 	"slices"
+	"strings"
 
 	"github.com/cloudos-io/cloudos/internal/container"
 	"github.com/cloudos-io/cloudos/internal/fault"
@@ -70,6 +72,62 @@ func (e *Engine) checkLinks(r *container.Record) error {
 			return fault.New(fault.Invalid, "conflicting options: host type networking can't be used with links. This would result in undefined behavior")
 		}
 		r.HostConfig.Links[i] = u.id + ":" + alias
+	}
+	return nil
+}
+
+// removeLink takes the link PARENT/ALIAS away; the containers stay.
+func (e *Engine) removeLink(ctx context.Context, name string) error {
+	parent, alias, ok := strings.Cut(strings.TrimPrefix(name, "/"), "/")
+	if !ok || alias == "" {
+		return fault.New(fault.Invalid, "Could not get link name for %s: name it PARENT/ALIAS", name)
+	}
+	u, err := e.lookup(parent)
+	if err != nil {
+		return err
+	}
+	if err := u.acquire(ctx); err != nil {
+		return err
+	}
+	defer u.release()
+	r := u.rec.Load()
+	keep := slices.DeleteFunc(slices.Clone(r.HostConfig.Links), func(l string) bool {
+		_, a := cutLink(l)
+		return a == alias
+	})
+	if len(keep) == len(r.HostConfig.Links) {
+		return fault.New(fault.NotFound, "No such link: %s", name)
+	}
+	if len(keep) == 0 {
+		keep = nil
+	}
+	hc := *r.HostConfig
+	hc.Links = keep
+	_, p, err := e.change(u, func(n *container.Record) { n.HostConfig = &hc })
+	if err == nil {
+		err = p.Wait()
+	}
+	return err
+}
+
+// byLinkLocked finds the container that PARENT calls ALIAS; e.mu is held.
+func (e *Engine) byLinkLocked(parent, alias string) *unit {
+	id, ok := e.names.Lookup(parent)
+	if !ok {
+		return nil
+	}
+	p := e.units[id]
+	if p == nil {
+		return nil
+	}
+	r := p.rec.Load()
+	if !legacyLinks(r) {
+		return nil
+	}
+	for _, l := range r.HostConfig.Links {
+		if to, a := cutLink(l); a == alias {
+			return e.units[to]
+		}
 	}
 	return nil
 }

@@ -17,7 +17,7 @@ func (e *Engine) ContainerLogs(ctx context.Context, name string, o LogOptions, e
 		return err
 	}
 	if !o.Stdout && !o.Stderr {
-		return fault.New(fault.Invalid, "Bad parameters: you must choose at least one stream")
+		return fault.New(fault.Invalid, "must specify at least one of 'stdout' or 'stderr'")
 	}
 	r := u.rec.Load()
 	set, err := e.logOptions(r.HostConfig.LogConfig)

@@ -300,7 +300,19 @@ func openIn(root *os.File, name string, flags int, mode uint32) (*os.File, error
 func mountPoints(r *container.Record) []mcontainer.MountPoint {
 	out := make([]mcontainer.MountPoint, 0, len(r.Mounts))
 	for _, p := range r.Mounts {
+		if p.Type == mount.TypeTmpfs && byTmpfs(r, p.Target) {
+			continue // of HostConfig.Tmpfs, which are not listed twice
+		}
 		out = append(out, p.MountPoint())
 	}
 	return out
+}
+
+func byTmpfs(r *container.Record, target string) bool {
+	for dst := range r.HostConfig.Tmpfs {
+		if filepath.Clean(dst) == target {
+			return true
+		}
+	}
+	return false
 }

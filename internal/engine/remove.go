@@ -20,7 +20,7 @@ import (
 // first; with volumes, its anonymous volumes go too.
 func (e *Engine) ContainerRemove(ctx context.Context, name string, force, volumes, link bool) error {
 	if link {
-		return fault.New(fault.Invalid, "cannot remove link %s: links are not named; remove the container instead", name)
+		return e.removeLink(ctx, name)
 	}
 	u, err := e.lookup(name)
 	if err != nil {
@@ -119,6 +119,7 @@ func (e *Engine) remove(ctx context.Context, u *unit, volumes bool) error {
 	delete(e.units, u.id)
 	e.mu.Unlock()
 	e.names.Release(r.Name, u.id)
+	e.execs.forget(u)
 	for _, a := range pend {
 		a.Close()
 	}

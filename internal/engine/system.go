@@ -9,6 +9,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/distribution/reference"
 	"github.com/moby/moby/api/types/build"
 	mcontainer "github.com/moby/moby/api/types/container"
 	"github.com/moby/moby/api/types/events"
@@ -33,11 +34,20 @@ func (e *Engine) SystemService() *SystemService { return &SystemService{e} }
 
 // imageEvent puts what happens to images on the bus.
 func (e *Engine) imageEvent(ev image.Event) {
-	id := ev.Ref
-	if id == "" {
-		id = ev.ID
+	attrs := make(map[string]string, len(ev.Labels)+1)
+	maps.Copy(attrs, ev.Labels)
+	id, name := ev.ID, ev.Ref
+	switch a := events.Action(ev.Action); {
+	case a == events.ActionPull || a == events.ActionPush:
+		id = ev.Ref
+		if n, err := reference.ParseNormalizedNamed(ev.Ref); err == nil {
+			name = reference.FamiliarName(n)
+		}
+	case name == "":
+		name = ev.ID
 	}
-	e.emit(events.ImageEventType, events.Action(ev.Action), id, map[string]string{"name": ev.Ref})
+	attrs["name"] = name
+	e.emit(events.ImageEventType, events.Action(ev.Action), id, attrs)
 }
 
 // Info describes the engine and its host.

@@ -168,6 +168,9 @@ func errNoImage(ref string) error {
 }
 
 func errBadRef(ref string, err error) error {
+	if errors.Is(err, reference.ErrReferenceInvalidFormat) {
+		return fault.As(fault.Invalid, err) // clients compare these words
+	}
 	return fault.New(fault.Invalid, "cannot read image reference %q: %w", ref, err)
 }
 

@@ -98,4 +98,5 @@ type Event struct {
 	Action string // pull, push, tag, untag, delete, load, import, save, prune
 	ID     string
 	Ref    string
+	Labels map[string]string // of the image, where it is still there
 }

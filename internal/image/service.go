@@ -248,8 +248,17 @@ func (s *Service) emit(action string, id digest.Digest, ref string) {
 	s.subMu.Lock()
 	subs := s.subs
 	s.subMu.Unlock()
+	if len(subs) == 0 {
+		return
+	}
+	var labels map[string]string
+	if id != "" {
+		if e, err := s.entryOf(context.Background(), id); err == nil && e.variant != nil {
+			labels = e.variant.image.Config.Labels
+		}
+	}
 	for _, fn := range subs {
-		fn(Event{Action: action, ID: id.String(), Ref: ref})
+		fn(Event{Action: action, ID: id.String(), Ref: ref, Labels: labels})
 	}
 }
 

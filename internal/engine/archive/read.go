@@ -115,12 +115,21 @@ func baseName(name string) string {
 func notFound(name string, err error) error {
 	switch {
 	case errors.Is(err, unix.ENOENT), errors.Is(err, unix.ENOTDIR):
-		return fault.New(fault.NotFound, "Could not find the file %s in container: %w", name, err)
+		return fault.As(fault.NotFound, &NoFileError{Name: name, err: err})
 	case errors.Is(err, unix.ELOOP), errors.Is(err, unix.ENAMETOOLONG), errors.Is(err, unix.EINVAL), errors.Is(err, unix.ENXIO):
 		return fault.As(fault.Invalid, err)
 	}
 	return err
 }
+
+// NoFileError is the error of a name that leads nowhere.
+type NoFileError struct {
+	Name string
+	err  error
+}
+
+func (e *NoFileError) Error() string { return "Could not find the file " + e.Name + " in container" }
+func (e *NoFileError) Unwrap() error { return e.err }
 
 // fileMode turns a kernel mode into Go's.
 func fileMode(m uint32) fs.FileMode {
@@ -149,7 +158,8 @@ func fileMode(m uint32) fs.FileMode {
 
 // WriteOptions tell how a tree is written to a tar stream.
 type WriteOptions struct {
-	// As is the name of the top entry; "." leaves its content at the top.
+	// As is the name of the top entry; "." leaves its content at the top, "./"
+	// too, with "./" before every name: clients that rename the top look for it.
 	As string
 	// OneFileSystem leaves out what is mounted below.
 	OneFileSystem bool
@@ -182,7 +192,11 @@ func (r Root) Add(ctx context.Context, name string, tw *tar.Writer, o WriteOptio
 		return err
 	}
 	t.dev = st.Dev
-	return t.entry(fd, o.As, 0)
+	as := o.As
+	if as == "./" {
+		as = "."
+	}
+	return t.entry(fd, as, 0)
 }
 
 type inode struct{ dev, ino uint64 }
@@ -336,10 +350,8 @@ func (t *writer) children(fd int, as string, dev uint64, depth int) error {
 			}
 		}
 		if err == nil {
-			child := n
-			if as != "." {
-				child = as + "/" + n
-			} else if t.o.As == "." {
+			child := as + "/" + n
+			if as == "." && t.o.As == "." {
 				child = n
 			}
 			err = t.entry(c, child, depth+1)
