@@ -20,6 +20,8 @@ type CreateExtra struct {
 	// UsernsAuto gives the container its own range of host ids. Docker's
 	// HostConfig.UsernsMode "auto" means the same.
 	UsernsAuto bool `json:",omitempty"`
+	// Secrets and configs that the container gets as files in memory.
+	Secrets []SecretRef `json:",omitempty"`
 }
 
 // Labels that carry CreateExtra through Docker's clients and Compose files.

@@ -53,7 +53,7 @@ type ContainerCreateOptions struct {
 // ContainerCreate creates a container without starting it.
 func (c *Client) ContainerCreate(ctx context.Context, o ContainerCreateOptions) (container.CreateResponse, error) {
 	cfg := *o.Config
-	if o.Extra != (api.CreateExtra{}) {
+	if o.Extra.RestartUnhealthy || o.Extra.PublishThrough || len(o.Extra.Secrets) > 0 {
 		labels := make(map[string]string, len(cfg.Labels)+2)
 		for k, v := range cfg.Labels {
 			labels[k] = v
@@ -63,6 +63,9 @@ func (c *Client) ContainerCreate(ctx context.Context, o ContainerCreateOptions) 
 		}
 		if o.Extra.PublishThrough {
 			labels[api.LabelPublishThrough] = "true"
+		}
+		if err := secretLabels(o.Extra.Secrets, labels); err != nil {
+			return container.CreateResponse{}, err
 		}
 		cfg.Labels = labels
 	}

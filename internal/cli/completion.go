@@ -6,6 +6,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/cloudos-io/cloudos/api"
 	"github.com/cloudos-io/cloudos/client"
 	"github.com/cloudos-io/cloudos/internal/cli/command"
 	"github.com/cloudos-io/cloudos/internal/cli/config"
@@ -196,6 +197,13 @@ func (a *App) candidates(ctx context.Context, kind string) []string {
 		r, _ := c.VolumeList(ctx, nil)
 		for _, v := range r.Volumes {
 			out = append(out, v.Name)
+		}
+		return out
+	case "secret", "config":
+		var out []string
+		list, _ := c.SecretList(ctx, api.SecretKind(kind))
+		for _, x := range list {
+			out = append(out, x.Name)
 		}
 		return out
 	case "network":

@@ -7,6 +7,7 @@ import (
 	"github.com/moby/moby/api/types/blkiodev"
 	"github.com/moby/moby/api/types/container"
 
+	"github.com/cloudos-io/cloudos/api"
 	"github.com/cloudos-io/cloudos/internal/cli/command"
 	"github.com/cloudos-io/cloudos/internal/cli/notation"
 )
@@ -54,6 +55,7 @@ type createFlags struct {
 	memorySwappiness                           int64
 	memorySwappinessSet, entrypointSet         bool
 	useAPISocket                               bool
+	secrets                                    []api.SecretRef
 }
 
 type healthFlags struct {
@@ -154,6 +156,13 @@ func (o *createFlags) declareStorage(f *command.FlagSet) {
 		o.gpus = append(o.gpus, r)
 		return err
 	})
+	for _, k := range []api.SecretKind{api.KindSecret, api.KindConfig} {
+		f.Add(string(k), "", string(k), "Give a "+string(k)+" as a file: NAME[,target=…][,uid=…][,gid=…][,mode=…]", func(s string) error {
+			r, err := api.ParseSecretRef(k, s)
+			o.secrets = append(o.secrets, r)
+			return err
+		})
+	}
 	f.Bool(&o.useAPISocket, "use-api-socket", "", "Give the container the engine's socket (it then rules the host)")
 }
 

@@ -55,7 +55,7 @@ func (a *App) buildSpec(o *createFlags, args []string) (*spec, error) {
 	if s.net, err = o.buildNetworks(s.host); err != nil {
 		return nil, err
 	}
-	s.extra = api.CreateExtra{RestartUnhealthy: o.restartUnhealthy, PublishThrough: o.publishThrough}
+	s.extra = api.CreateExtra{RestartUnhealthy: o.restartUnhealthy, PublishThrough: o.publishThrough, Secrets: o.secrets}
 	return s, nil
 }
 

@@ -3,6 +3,7 @@ package cli
 import (
 	"context"
 
+	"github.com/cloudos-io/cloudos/api"
 	"github.com/cloudos-io/cloudos/internal/cli/command"
 )
 
@@ -70,6 +71,8 @@ func (a *App) commands() []*command.Command {
 		listing("images", "Images; alone, list them", []string{"image"}, a.images),
 		listing("volumes", "Volumes", []string{"volume"}, a.volumes),
 		listing("networks", "Networks", []string{"network"}, a.networks),
+		listing("secrets", "Secrets that containers get as files", []string{"secret"}, func() []*command.Command { return a.secrets(api.KindSecret) }),
+		listing("configs", "Configs that containers get as files", []string{"config"}, func() []*command.Command { return a.secrets(api.KindConfig) }),
 		group("system", "The engine and its host", nil, a.system),
 		group("context", "Engines by name", nil, a.contexts),
 		group("registry", "Registries' credentials", nil, a.registries),

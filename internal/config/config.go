@@ -85,6 +85,8 @@ type Config struct {
 	// CDISpecDirs hold the CDI specs of devices (default /etc/cdi and /var/run/cdi).
 	CDISpecDirs []string `yaml:"cdiSpecDirs"`
 	Labels      []string `yaml:"labels"`
+	// Secrets says how secrets are encrypted at rest.
+	Secrets Secrets `yaml:"secrets"`
 	// ShutdownTimeout bounds ending all containers (default 15s).
 	ShutdownTimeout Duration `yaml:"shutdownTimeout"`
 }
@@ -168,6 +170,13 @@ type Logs struct {
 	// MaxSize rotates a file at that size (default 10m, "-1" never), MaxFiles are kept (default 3).
 	MaxSize  string `yaml:"maxSize"`
 	MaxFiles int    `yaml:"maxFiles"`
+}
+
+// Secrets are encrypted with a key file (default ROOT/secrets/key, made at first
+// use) or, if that is given, with the passphrase in a file.
+type Secrets struct {
+	KeyFile        string `yaml:"keyFile"`
+	PassphraseFile string `yaml:"passphraseFile"`
 }
 
 // Duration is written as 1m30s.
@@ -299,7 +308,8 @@ func UserRoots() (root, run string) {
 // Check says what is wrong with a configuration, if anything.
 func (c *Config) Check() error {
 	bad := func(format string, args ...any) error { return fault.New(fault.Invalid, format, args...) }
-	for name, p := range map[string]string{"root": c.Root, "runRoot": c.RunRoot, "seccompProfile": c.SeccompProfile, "alerts": c.Alerts, "cni.confDir": c.CNI.ConfDir, "cni.binDir": c.CNI.BinDir} {
+	for name, p := range map[string]string{"secrets.keyFile": c.Secrets.KeyFile, "secrets.passphraseFile": c.Secrets.PassphraseFile,
+		"root": c.Root, "runRoot": c.RunRoot, "seccompProfile": c.SeccompProfile, "alerts": c.Alerts, "cni.confDir": c.CNI.ConfDir, "cni.binDir": c.CNI.BinDir} {
 		if p != "" && !filepath.IsAbs(p) {
 			return bad("%s must be an absolute path, not %q", name, p)
 		}

@@ -132,6 +132,9 @@ func (c *created) complete() error {
 	if c.Extra.PublishThrough, err = boolLabel(c.Config.Labels, api.LabelPublishThrough); err != nil {
 		return err
 	}
+	if err := c.secretLabels(); err != nil {
+		return err
+	}
 	for _, m := range hc.Mounts {
 		if m.Type == "" {
 			return fault.New(fault.Invalid, "invalid mount config: the mount type is missing")

@@ -17,7 +17,48 @@ var ownCases = []routeCase{
 	{method: "POST", path: "/servin/volumes/v/restore?replace=1", body: "abc", status: 200, call: "restore v replace=true devices=false abc", answer: `"SHA256":"s"`},
 	{method: "POST", path: "/servin/volumes/v/import?devices=1", body: "abc", status: 204, call: "import v replace=false devices=true abc"},
 	{method: "POST", path: "/servin/volumes/v/clone", body: `{"Name":"w","Pause":true}`, status: 201, call: "clone v w pause=true", answer: `"Name":"w"`},
+
+	{method: "GET", path: "/servin/secrets", status: 200, call: "secrets secret", answer: "[]"},
+	{method: "POST", path: "/servin/secrets", body: `{"Name":"s","Data":"aGk="}`, status: 201, call: "create secret s hi", answer: `"Name":"s"`},
+	{method: "POST", path: "/servin/secrets", body: `{"Name":"s","Data":"top secret"}`, status: 400, answer: "cannot read the secret: the body must be"},
+	{method: "GET", path: "/servin/secrets/s", status: 200, call: "inspect secret s"},
+	{method: "POST", path: "/servin/secrets/s/update", body: `{"Data":"aGk="}`, status: 200, call: "update secret s hi"},
+	{method: "DELETE", path: "/servin/secrets/s?force=1", status: 204, call: "remove secret s force=true"},
+	{method: "POST", path: "/servin/secrets/unlock", body: `{"Passphrase":"p"}`, status: 204, call: "unlock p"},
+	{method: "POST", path: "/servin/secrets/lock", status: 204, call: "lock"},
+	{method: "POST", path: "/servin/secrets/rotate-key", body: `{"Passphrase":"p"}`, status: 204, call: "rekey p"},
+	{method: "GET", path: "/servin/configs", status: 200, call: "secrets config"},
+	{method: "POST", path: "/servin/configs", body: `{"Name":"c","Data":"aGk="}`, status: 201, call: "create config c hi"},
+	{method: "GET", path: "/servin/configs/c", status: 200, call: "inspect config c"},
+	{method: "POST", path: "/servin/configs/c/update", body: `{"Data":"aGk="}`, status: 200, call: "update config c hi"},
+	{method: "DELETE", path: "/servin/configs/c", status: 204, call: "remove config c force=false"},
+	{method: "POST", path: "/containers/create", body: `{"Image":"i","Labels":{"io.servin.secrets":"a,target=/x,mode=400; b"}}`, status: 201, call: `"Secrets":[{"Kind":"secret","Name":"a","Target":"/x","Mode":256},{"Kind":"secret","Name":"b"}]`},
+	{method: "POST", path: "/containers/create", body: `{"Image":"i","Labels":{"io.servin.secrets":"a,mode=9"}}`, status: 400, answer: "invalid label io.servin.secrets"},
 }
+
+func (f *fake) SecretCreate(_ context.Context, k api.SecretKind, s api.SecretSpec) (api.Secret, error) {
+	return api.Secret{Name: s.Name}, f.call("create %s %s %s", k, s.Name, s.Data)
+}
+
+func (f *fake) SecretList(_ context.Context, k api.SecretKind) ([]api.Secret, error) {
+	return nil, f.call("secrets %s", k)
+}
+
+func (f *fake) SecretInspect(_ context.Context, k api.SecretKind, ref string) (api.Secret, error) {
+	return api.Secret{}, f.call("inspect %s %s", k, ref)
+}
+
+func (f *fake) SecretUpdate(_ context.Context, k api.SecretKind, ref string, s api.SecretSpec) (api.SecretUpdated, error) {
+	return api.SecretUpdated{}, f.call("update %s %s %s", k, ref, s.Data)
+}
+
+func (f *fake) SecretRemove(_ context.Context, k api.SecretKind, ref string, force bool) error {
+	return f.call("remove %s %s force=%t", k, ref, force)
+}
+
+func (f *fake) SecretUnlock(_ context.Context, p string) error { return f.call("unlock %s", p) }
+func (f *fake) SecretLock(context.Context) error               { return f.call("lock") }
+func (f *fake) SecretRekey(_ context.Context, p string) error  { return f.call("rekey %s", p) }
 
 func (f *fake) VolumeBackup(_ context.Context, name string, o engine.CopyVolumeOptions, w io.Writer) (api.VolumeArchive, error) {
 	if o.Size != nil {

@@ -1,5 +1,7 @@
 package dockerapi
 
+import "github.com/cloudos-io/cloudos/api"
+
 // routes is the whole API. {id} holds no slash, {name} may. docs/api.md is
 // written from this table by TestRouteDocs -update.
 func routes(c Config) []route {
@@ -9,6 +11,7 @@ func routes(c Config) []route {
 	net := networksAPI{c.Networks}
 	vol := volumesAPI{c.Volumes}
 	cpy := volumeCopiesAPI{c.VolumeCopies}
+	sec, cnf := secretsAPI{c.Secrets, api.KindSecret}, secretsAPI{c.Secrets, api.KindConfig}
 	sys := systemAPI{c.System, c.Builds}
 	bld := buildsAPI{c.Builds}
 	own := servinAPI{c.Containers, c.System, c.Version, c.Problems, c.Builds}
@@ -149,6 +152,19 @@ func routes(c Config) []route {
 		{"POST", "/servin/volumes/{id}/clone", 0, cpy.clone},
 		{"GET", "/servin/alerts", 0, alerts.list},
 		{"POST", "/servin/alerts/{id}/test", 0, alerts.test},
+		{"GET", "/servin/secrets", 0, sec.list},
+		{"POST", "/servin/secrets", 0, sec.create},
+		{"POST", "/servin/secrets/unlock", 0, sec.unlock},
+		{"POST", "/servin/secrets/lock", 0, sec.lock},
+		{"POST", "/servin/secrets/rotate-key", 0, sec.rekey},
+		{"GET", "/servin/secrets/{id}", 0, sec.inspect},
+		{"POST", "/servin/secrets/{id}/update", 0, sec.update},
+		{"DELETE", "/servin/secrets/{id}", 0, sec.remove},
+		{"GET", "/servin/configs", 0, cnf.list},
+		{"POST", "/servin/configs", 0, cnf.create},
+		{"GET", "/servin/configs/{id}", 0, cnf.inspect},
+		{"POST", "/servin/configs/{id}/update", 0, cnf.update},
+		{"DELETE", "/servin/configs/{id}", 0, cnf.remove},
 		{"GET", "/metrics", 0, own.metrics},
 	}
 }

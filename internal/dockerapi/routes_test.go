@@ -366,6 +366,8 @@ Our own routes (types in package ` + "`api`" + `):
 | ` + "`GET /servin/volumes/{name}/export`" + `, ` + "`POST …/import`" + ` | the same with a plain tar |
 | ` + "`POST /servin/volumes/{name}/clone`" + ` | ` + "`VolumeClone`" + ` to a volume |
 | ` + "`GET /servin/alerts`" + `, ` + "`POST /servin/alerts/{rule or action}/test`" + ` | ` + "`Alerts`" + `; carries actions out and tells how that went, a list of ` + "`AlertTest`" + ` |
+| ` + "`GET`, `POST /servin/secrets`" + `, ` + "`GET`, `DELETE …/{name}`, `POST …/{name}/update`" + ` | ` + "`SecretSpec`" + ` to ` + "`Secret`" + `; a value that was stored is never answered. The same below ` + "`/servin/configs`" + `, where the value of one is |
+| ` + "`POST /servin/secrets/unlock`, `…/lock`, `…/rotate-key`" + ` | ` + "`SecretKey`" + `; the passphrase that secrets are encrypted with |
 | ` + "`GET /metrics`" + ` | Prometheus text; on the unix socket and over TLS alone |
 
 Listeners: a unix socket of mode 0660; tcp with TLS and client certificates; plain tcp on a loopback address with

@@ -24,6 +24,7 @@ type Config struct {
 	Volumes    Volumes
 	// VolumeCopies serves backups and the like of volumes.
 	VolumeCopies VolumeCopies
+	Secrets      Secrets
 	System       System
 	// Builds builds images; nil is an engine that cannot.
 	Builds Builds

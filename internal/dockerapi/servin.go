@@ -59,6 +59,7 @@ func (a servinAPI) run(w *response, r *request) error {
 	c.Extra.RestartUnhealthy = c.Extra.RestartUnhealthy || body.Extra.RestartUnhealthy
 	c.Extra.PublishThrough = c.Extra.PublishThrough || body.Extra.PublishThrough
 	c.Extra.UsernsAuto = c.Extra.UsernsAuto || body.Extra.UsernsAuto
+	c.Extra.Secrets = append(c.Extra.Secrets, body.Extra.Secrets...)
 
 	run, err := a.containers.ContainerRun(r.Context(), c.CreateRequest, AttachRequest{
 		Stdin: body.Stdin, Stdout: body.Stdout, Stderr: body.Stderr, Stream: true, DetachKeys: body.DetachKeys,

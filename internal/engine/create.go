@@ -102,6 +102,8 @@ func (e *Engine) create(ctx context.Context, req CreateRequest) (u *unit, warnin
 			return nil, nil, err
 		}
 	}
+	// Before the image's labels come in: it is not for an image to ask for these.
+	readLabels(&req.Extra, cfg.Labels)
 	if err := oci.Merge(cfg, img); err != nil {
 		return nil, nil, err
 	}
@@ -109,7 +111,6 @@ func (e *Engine) create(ctx context.Context, req CreateRequest) (u *unit, warnin
 	if hc.OomKillDisable == nil && !e.cfg.CgroupV2 {
 		hc.OomKillDisable = new(bool) // unset means that there is no such switch
 	}
-	readLabels(&req.Extra, cfg.Labels)
 	if hc.UsernsMode == "auto" || req.Extra.UsernsAuto {
 		hc.UsernsMode, req.Extra.UsernsAuto = "auto", true
 	}
@@ -172,6 +173,9 @@ func (e *Engine) create(ctx context.Context, req CreateRequest) (u *unit, warnin
 		return nil, nil, fmt.Errorf("cannot make the container's directory: %w", err)
 	}
 	back.add(func(context.Context) { _ = os.RemoveAll(made.dir) })
+	if err := e.createSecrets(r); err != nil {
+		return nil, nil, err
+	}
 	w, err := e.createMounts(ctx, r, img.Chain, &back)
 	if err != nil {
 		return nil, nil, err

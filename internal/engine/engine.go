@@ -50,7 +50,9 @@ type Config struct {
 	Networks       Networks
 	Volumes        *volume.Store
 	IDMaps         IDMaps
-	Bus            *event.Bus
+	// Secrets keeps secrets and configs; nil is none.
+	Secrets Secrets
+	Bus     *event.Bus
 	// Durable and Ephemeral hold the records.
 	Durable, Ephemeral *store.DB
 	Host               oci.Host

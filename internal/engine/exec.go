@@ -325,7 +325,7 @@ func (e *Engine) initProcess(ctx context.Context, u *unit, t runtime.Task, r *co
 	}
 	defer root.Close()
 	bare := r.Clone()
-	bare.Mounts = nil // only the process is wanted
+	bare.Mounts, bare.Extra.Secrets = nil, nil // only the process is wanted
 	hc := *r.HostConfig
 	if hc.IpcMode.IsShareable() {
 		hc.IpcMode = mcontainer.IPCModePrivate

@@ -183,7 +183,7 @@ func (e *Engine) teardown(u *unit, r *container.Record, t runtime.Task, network 
 		}
 	}
 	e.releaseMounts(ctx, r)
-	if r.HostConfig.IpcMode.IsShareable() || len(r.Mounts) > 0 {
+	if r.HostConfig.IpcMode.IsShareable() || len(r.Mounts) > 0 || len(r.Extra.Secrets) > 0 {
 		e.dropHostMounts(u)
 	}
 	e.dropExecs(u)

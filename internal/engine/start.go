@@ -314,6 +314,9 @@ func (e *Engine) specInput(ctx context.Context, u *unit, r *container.Record, ro
 	if err := e.ownMounts(ctx, u, r, in.Mounts, in.User, in.MountLabel, back); err != nil {
 		return in, err
 	}
+	if in.Mounts, err = e.secretMounts(u, r, in.Mounts, back); err != nil {
+		return in, err
+	}
 	if in.LinkEnv, err = e.linkEnv(r); err != nil {
 		return in, err
 	}

@@ -46,6 +46,7 @@ import (
 	"github.com/cloudos-io/cloudos/internal/rootless"
 	"github.com/cloudos-io/cloudos/internal/runtime/command"
 	"github.com/cloudos-io/cloudos/internal/runtime/native"
+	"github.com/cloudos-io/cloudos/internal/secret"
 	"github.com/cloudos-io/cloudos/internal/shim"
 	"github.com/cloudos-io/cloudos/internal/snapshot/overlay"
 	"github.com/cloudos-io/cloudos/internal/store"
@@ -193,6 +194,12 @@ func New(ctx context.Context, c *config.Config, inside rootless.State, log *slog
 		return nil, err
 	}
 	s.onClose(ids.Close)
+	secrets, err := secret.New(secret.Config{
+		Dir: filepath.Join(c.Root, "secrets"), KeyFile: c.Secrets.KeyFile, PassphraseFile: c.Secrets.PassphraseFile, Logger: log,
+	})
+	if err != nil {
+		return nil, err
+	}
 	runtimes, err := otherRuntimes(c, instance, log)
 	if err != nil {
 		return nil, err
@@ -219,7 +226,7 @@ func New(ctx context.Context, c *config.Config, inside rootless.State, log *slog
 	// The engine and its edges.
 	s.Engine, err = engine.New(engine.Config{
 		Root: c.Root, RunRoot: c.RunRoot, Version: api.Version, Driver: driver, Runtimes: runtimes, DefaultRuntime: c.DefaultRuntime,
-		Snapshots: layers, Images: images, Networks: networks, Volumes: volumes, IDMaps: ids, Bus: event.NewBus(event.Config{}),
+		Snapshots: layers, Images: images, Networks: networks, Volumes: volumes, IDMaps: ids, Secrets: secrets, Bus: event.NewBus(event.Config{}),
 		Durable: durable, Ephemeral: ephemeral, Host: host, Profiles: oci.NewProfiles(seccomp), AppArmorProfile: profile,
 		CgroupParent: c.CgroupParent, CgroupV2: v2, NoCgroups: inside.Active && !v2, CgroupDriver: c.CgroupDriver, Rootless: inside.Active, Defaults: defaults,
 		LogDriver: c.Logs.Driver, LogOptions: c.Logs.Options, LogShipper: shipper, LogMaxSize: logSize, LogMaxFiles: c.Logs.MaxFiles, NoNewPrivileges: c.NoNewPrivileges, Init: c.Init,
@@ -250,7 +257,8 @@ func New(ctx context.Context, c *config.Config, inside rootless.State, log *slog
 	s.Handler = dockerapi.New(dockerapi.Config{
 		Builds:     builder,
 		Containers: s.Engine, Images: images, Networks: s.Engine.NetworkService(), Volumes: s.Engine.VolumeService(), VolumeCopies: s.Engine.VolumeService(),
-		System: s.Engine.SystemService(), Logger: log, Version: api.Version,
+		Secrets: s.Engine.SecretService(),
+		System:  s.Engine.SystemService(), Logger: log, Version: api.Version,
 		Problems: images.LazyTrouble, Alerts: alerts, Tracer: tracer.Tracer(),
 	})
 	return s, nil

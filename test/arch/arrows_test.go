@@ -42,6 +42,8 @@ var arrows = map[string][]string{
 	"internal/oci":       {"internal/fault", "internal/snapshot", "internal/image", "internal/seccomp", "internal/apparmor"},
 	"internal/plugin":    {"internal/fault"},
 	"internal/quota":     {},
+	"internal/secret":    {"internal/fault", "api"}, // ADR 27
+	"internal/caller":    {},
 	"internal/volume":    {"internal/fault", "internal/snapshot", "internal/plugin", "internal/quota"}, // ADR 26
 	"internal/network":   {"internal/fault"},
 	"internal/image":     {"internal/fault", "internal/snapshot", "internal/hello"},
