@@ -75,13 +75,3 @@ func (a *App) mode() []*command.Command {
 				return errNeedsVM
 			}}}
 }
-
-func (a *App) cmdBuild() *command.Command {
-	return &command.Command{Name: "build", Args: "PATH|URL|-", Short: "Build an image from a Dockerfile", Raw: true, Max: -1,
-		Run: func(ctx context.Context, args []string) error {
-			if p := a.findPlugin("build"); p != "" {
-				return a.execProgram(ctx, p, args)
-			}
-			return errors.New("cannot build: builds come with servin-buildd, which this release does not have yet; until then build elsewhere and 'servin load' or 'servin pull' the image, or make one with 'servin commit' or 'servin import'")
-		}}
-}

@@ -71,6 +71,7 @@ func (a *App) commands() []*command.Command {
 		listing("images", "Images; alone, list them", []string{"image"}, a.images),
 		listing("volumes", "Volumes", []string{"volume"}, a.volumes),
 		listing("networks", "Networks", []string{"network"}, a.networks),
+		group("builder", "Builds and their cache", nil, a.builder),
 		listing("secrets", "Secrets that containers get as files", []string{"secret"}, func() []*command.Command { return a.secrets(api.KindSecret) }),
 		listing("configs", "Configs that containers get as files", []string{"config"}, func() []*command.Command { return a.secrets(api.KindConfig) }),
 		group("system", "The engine and its host", nil, a.system),

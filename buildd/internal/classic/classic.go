@@ -157,13 +157,12 @@ func (b *Builder) inWords(ctx context.Context, c *client.Client, o *options, tre
 	}
 	ch := make(chan *client.SolveStatus)
 	told := make(chan struct{})
+	n := narrator{out: out, quiet: o.quiet}
 	go func() {
 		defer close(told)
-		n := narrator{out: out, quiet: o.quiet}
 		for s := range ch {
 			n.tell(s)
 		}
-		n.flush()
 	}()
 	res, err := c.Solve(ctx, nil, so, ch)
 	<-told
@@ -171,7 +170,7 @@ func (b *Builder) inWords(ctx context.Context, c *client.Client, o *options, tre
 		if ctx.Err() != nil {
 			err = ctx.Err()
 		}
-		out.fail(err)
+		out.fail(err, n.failed)
 		return
 	}
 	id := res.ExporterResponse[exptypes.ExporterImageConfigDigestKey]
@@ -187,6 +186,12 @@ func (b *Builder) inWords(ctx context.Context, c *client.Client, o *options, tre
 	for _, t := range o.tags {
 		out.stream("Successfully tagged " + t.familiar + "\n")
 	}
+}
+
+// isExit tells whether a step ended the build by its exit code.
+func isExit(err error) bool {
+	var e *gateway.ExitError
+	return errors.As(err, &e)
 }
 
 // exitCode is that of the step that ended the build, or 1.

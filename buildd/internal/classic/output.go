@@ -49,13 +49,33 @@ func (o *output) aux(id string, v any) {
 	o.line(m)
 }
 
-// fail ends the stream with an error.
-func (o *output) fail(err error) {
+// fail ends the stream with an error. Step is the instruction that failed, "" if
+// it is not known.
+func (o *output) fail(err error, step string) {
 	msg := err.Error()
+	if cmd, ok := strings.CutPrefix(step, "RUN "); ok && isExit(err) {
+		msg = fmt.Sprintf("The command '%s' returned a non-zero code: %d", commandOf(cmd), exitCode(err))
+	}
 	if errors.Is(err, context.Canceled) {
 		msg = "build cancelled"
 	}
 	o.line(map[string]any{"errorDetail": map[string]any{"code": exitCode(err), "message": msg}, "error": msg})
+}
+
+// commandOf is a RUN instruction's command as the classic builder named it.
+func commandOf(run string) string {
+	for strings.HasPrefix(run, "--") { // flags
+		_, rest, ok := strings.Cut(run, " ")
+		if !ok {
+			break
+		}
+		run = strings.TrimLeft(rest, " ")
+	}
+	var words []string
+	if json.Unmarshal([]byte(run), &words) == nil {
+		return strings.Join(words, " ")
+	}
+	return "/bin/sh -c " + run
 }
 
 // narrator tells the status of a build in the classic builder's words.
@@ -63,6 +83,8 @@ type narrator struct {
 	out   *output
 	quiet bool
 	told  map[digest.Digest]*told
+	// failed is the instruction that ended with an error, "" if none did.
+	failed string
 }
 
 type told struct {
@@ -93,6 +115,9 @@ func (n *narrator) tell(s *client.SolveStatus) {
 		}
 		if v.Completed != nil && !t.done {
 			t.done = true
+			if m != nil && v.Error != "" && n.failed == "" {
+				n.failed = m[3]
+			}
 			if t.step && v.Error == "" {
 				if v.Cached {
 					n.say(" ---> Using cache\n")
@@ -108,8 +133,6 @@ func (n *narrator) tell(s *client.SolveStatus) {
 		n.say("[Warning] " + string(w.Short) + "\n")
 	}
 }
-
-func (n *narrator) flush() {}
 
 func (n *narrator) say(s string) {
 	if !n.quiet && s != "" {

@@ -29,13 +29,13 @@ func (b *Builder) traced(ctx context.Context, c *client.Client, o *options, tree
 	if tree != nil {
 		own, err := b.ownSession(ctx, o, tree)
 		if err != nil {
-			out.fail(err)
+			out.fail(err, "")
 			return
 		}
 		defer own.Close()
 		sess = own.ID()
 	} else if sess == "" {
-		out.fail(errors.New("no session given for the build"))
+		out.fail(errors.New("no session given for the build"), "")
 		return
 	}
 	req := &controlapi.SolveRequest{
@@ -75,7 +75,7 @@ func (b *Builder) traced(ctx context.Context, c *client.Client, o *options, tree
 	if err != nil {
 		stop()
 		<-told
-		out.fail(grpcerrors.FromGRPC(err))
+		out.fail(grpcerrors.FromGRPC(err), "")
 		return
 	}
 	<-told

@@ -19,12 +19,12 @@ import (
 	"path"
 	"slices"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/klauspost/compress/zstd"
 	"github.com/therootcompany/xz"
 	"github.com/tonistiigi/fsutil/types"
-	"golang.org/x/sys/unix"
 )
 
 // Limits of one upload.
@@ -62,11 +62,10 @@ type node struct {
 // Read takes a tar, compressed or not. The spool file is made in dir and has no
 // name there.
 func Read(ctx context.Context, r io.Reader, dir string) (_ *Tree, err error) {
-	fd, err := unix.Open(dir, unix.O_TMPFILE|unix.O_RDWR|unix.O_CLOEXEC, 0o600)
+	t, err := Empty(dir)
 	if err != nil {
-		return nil, &os.PathError{Op: "make a file without a name in", Path: dir, Err: err}
+		return nil, err
 	}
-	t := &Tree{spool: os.NewFile(uintptr(fd), "context"), root: &node{mode: fs.ModeDir | 0o755, children: map[string]*node{}}}
 	defer func() {
 		if err != nil {
 			_ = t.Close()
@@ -93,6 +92,25 @@ func Read(ctx context.Context, r io.Reader, dir string) (_ *Tree, err error) {
 			return nil, fmt.Errorf("cannot use the build context: %w", err)
 		}
 	}
+}
+
+// Empty is a tree without entries.
+func Empty(dir string) (*Tree, error) {
+	f, err := nameless(dir)
+	if err != nil {
+		return nil, fmt.Errorf("cannot make room for the build context: %w", err)
+	}
+	return &Tree{spool: f, root: &node{mode: fs.ModeDir | 0o755, children: map[string]*node{}}}, nil
+}
+
+// IsArchive tells by its first bytes whether a stream is a tar, compressed or not.
+func IsArchive(head []byte) bool {
+	for _, magic := range []string{"\x1f\x8b", "BZh", "\xfd7zXZ\x00", "\x28\xb5\x2f\xfd"} {
+		if bytes.HasPrefix(head, []byte(magic)) {
+			return true
+		}
+	}
+	return len(head) >= 263 && bytes.Equal(head[257:262], []byte("ustar"))
 }
 
 // Close lets the contents go.
@@ -242,13 +260,12 @@ func (t *Tree) room(want int64) error {
 	if want < checkEvery && t.size/checkEvery == (t.size+want)/checkEvery {
 		return nil
 	}
-	var st unix.Statfs_t
-	if err := unix.Fstatfs(int(t.spool.Fd()), &st); err != nil {
-		return os.NewSyscallError("fstatfs", err)
+	free, err := freeSpace(t.spool)
+	if err != nil {
+		return err
 	}
-	free := int64(st.Bavail) * int64(st.Bsize)
 	if want > free-keepFree {
-		return fmt.Errorf("it needs %d bytes more and the disk has %d free: %w", want, free, unix.ENOSPC)
+		return fmt.Errorf("it needs %d bytes more and the disk has %d free: %w", want, free, syscall.ENOSPC)
 	}
 	return nil
 }
