@@ -1,14 +1,35 @@
 /* servin-shim: the monitor of one container, the launcher of the OCI command line, the
- * relay of an engine, and the entries of rootless mode. */
+ * relay of an engine, the entries of rootless mode, and the pause of a pod. */
+#include <signal.h>
 #include <string.h>
+#include <sys/wait.h>
 
 #include "launch.h"
 #include "relay.h"
 #include "rootless.h"
 #include "shim.h"
 
+/* The init of a pod whose containers share processes: reaps what they orphan. It
+ * has no right and no file, and is started with an empty root. */
+static int pause_main(void)
+{
+	sigset_t set;
+	int sig;
+
+	sigfillset(&set);
+	sigprocmask(SIG_BLOCK, &set, NULL);
+	for (;;) {
+		while (waitpid(-1, NULL, WNOHANG) > 0)
+			;
+		if (sigwait(&set, &sig) == 0 && (sig == SIGTERM || sig == SIGINT))
+			return 0;
+	}
+}
+
 int main(int argc, char **argv)
 {
+	if (argc == 2 && strcmp(argv[1], "pause") == 0)
+		return pause_main();
 	if (argc == 2 && strcmp(argv[1], "monitor") == 0)
 		return monitor_main();
 	if (argc == 2 && strcmp(argv[1], "launch") == 0)

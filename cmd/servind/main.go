@@ -46,9 +46,6 @@ func run(ctx context.Context, args []string) error {
 	if err != nil {
 		return err
 	}
-	if c.CRI != "" {
-		return errors.New("cannot serve a kubelet at " + c.CRI + ": this build has no CRI; leave --cri out")
-	}
 	if rootless.Needed() {
 		return enterRootless(c)
 	}

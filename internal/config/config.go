@@ -38,6 +38,8 @@ type Config struct {
 	Listen []string `yaml:"listen"`
 	// CRI is the socket for a kubelet, unix:///path; empty is off.
 	CRI string `yaml:"cri"`
+	// CRITCP serves the CRI on a loopback address too, with mutual TLS.
+	CRITCP CRITCP `yaml:"criTCP"`
 	// InsecureTCP permits a tcp listener without TLS on a loopback address.
 	InsecureTCP bool `yaml:"insecureTCP"`
 	TLS         TLS  `yaml:"tls"`
@@ -106,6 +108,13 @@ type TLS struct {
 	Cert string `yaml:"cert"`
 	Key  string `yaml:"key"`
 	CA   string `yaml:"ca"`
+}
+
+// CRITCP is the CRI's tcp listener; it needs all of its files.
+type CRITCP struct {
+	// Listen is a loopback address and port, such as 127.0.0.1:10010; empty is off.
+	Listen string `yaml:"listen"`
+	TLS    `yaml:",inline"`
 }
 
 // Runtime is the command of an OCI runtime.
@@ -312,6 +321,20 @@ func (c *Config) Check() error {
 		"root": c.Root, "runRoot": c.RunRoot, "seccompProfile": c.SeccompProfile, "alerts": c.Alerts, "cni.confDir": c.CNI.ConfDir, "cni.binDir": c.CNI.BinDir} {
 		if p != "" && !filepath.IsAbs(p) {
 			return bad("%s must be an absolute path, not %q", name, p)
+		}
+	}
+	if c.CRI != "" {
+		if rest, ok := strings.CutPrefix(c.CRI, "unix://"); !ok || !filepath.IsAbs(rest) {
+			return bad("cannot serve the CRI at %q: write unix:///absolute/path", c.CRI)
+		}
+	}
+	if t := c.CRITCP; t.Listen != "" {
+		ap, err := netip.ParseAddrPort(t.Listen)
+		if err != nil || !ap.Addr().IsLoopback() {
+			return bad("criTCP.listen must be a loopback address and port, such as 127.0.0.1:10010, not %q", t.Listen)
+		}
+		if c.CRI == "" || t.Cert == "" || t.Key == "" || t.CA == "" {
+			return bad("criTCP needs cri, and cert, key and ca: whoever speaks the CRI is root on this host")
 		}
 	}
 	if r := c.Tracing.Ratio; r < 0 || r > 1 {

@@ -53,6 +53,8 @@ type Record struct {
 	Ephemeral bool `json:",omitempty"`
 	// SizeLimit bounds the writable layer, bytes; 0 is none.
 	SizeLimit int64 `json:",omitempty"`
+	// Pod is set where the container belongs to a pod of Kubernetes.
+	Pod *Member `json:",omitempty"`
 
 	State        State
 	RestartCount int `json:",omitempty"`

@@ -80,7 +80,13 @@ func (e *Engine) create(ctx context.Context, req CreateRequest) (u *unit, warnin
 	if hc == nil {
 		hc = &mcontainer.HostConfig{}
 	}
-	if warnings, err = oci.Validate(cfg, hc, e.cfg.Host); err != nil {
+	asked := hc
+	if req.member != nil { // Kubernetes' limits may be smaller than Docker's least ones
+		c := *hc
+		c.Resources = mcontainer.Resources{CgroupParent: hc.CgroupParent}
+		asked = &c
+	}
+	if warnings, err = oci.Validate(cfg, asked, e.cfg.Host); err != nil {
 		return nil, nil, err
 	}
 	name := ""
@@ -107,7 +113,11 @@ func (e *Engine) create(ctx context.Context, req CreateRequest) (u *unit, warnin
 	if err := oci.Merge(cfg, img); err != nil {
 		return nil, nil, err
 	}
+	swap := hc.MemorySwap
 	oci.ApplyDefaults(hc, e.cfg.Host, e.cfg.Defaults)
+	if req.member != nil {
+		hc.MemorySwap = swap // the kubelet says what there is of it
+	}
 	if hc.OomKillDisable == nil && !e.cfg.CgroupV2 {
 		hc.OomKillDisable = new(bool) // unset means that there is no such switch
 	}
@@ -142,7 +152,7 @@ func (e *Engine) create(ctx context.Context, req CreateRequest) (u *unit, warnin
 		Version: container.RecordVersion, ID: id, Name: name, Created: time.Now().UTC(),
 		Config: cfg, HostConfig: hc, Extra: req.Extra, Endpoints: endpoints,
 		Image:     container.Image{ID: img.ID.String(), Ref: cfg.Image, Manifest: img.Manifest, Platform: img.Platform},
-		Ephemeral: hc.AutoRemove, SizeLimit: size,
+		Ephemeral: hc.AutoRemove, SizeLimit: size, Pod: req.member,
 		State: container.State{Status: mcontainer.StateCreated},
 	}
 	argv, err := oci.Args(cfg)
@@ -181,6 +191,9 @@ func (e *Engine) create(ctx context.Context, req CreateRequest) (u *unit, warnin
 		return nil, nil, err
 	}
 	warnings = append(warnings, w...)
+	if r.Pod != nil {
+		memberMounts(r, &req)
+	}
 
 	e.mu.Lock()
 	e.units[id] = made
@@ -226,7 +239,7 @@ func readLabels(x *api.CreateExtra, labels map[string]string) {
 // whose network it shares, or the beginning of its id.
 func (e *Engine) hostname(r *container.Record) error {
 	hc := r.HostConfig
-	if hc.NetworkMode.IsContainer() {
+	if hc.NetworkMode.IsContainer() && r.Pod == nil {
 		o, err := e.lookup(hc.NetworkMode.ConnectedContainer())
 		if fault.Is(err, fault.NotFound) {
 			// It may come; the start asks again.
@@ -250,7 +263,7 @@ func (e *Engine) hostname(r *container.Record) error {
 	if r.Config.Hostname != "" {
 		return nil
 	}
-	if hc.UTSMode.IsHost() || hc.NetworkMode.IsHost() {
+	if hc.UTSMode.IsHost() || hc.NetworkMode.IsHost() || r.Pod != nil { // such a pod has the host's
 		h, err := os.Hostname()
 		if err != nil {
 			return fmt.Errorf("cannot read the host's name: %w", err)
@@ -265,6 +278,13 @@ func (e *Engine) hostname(r *container.Record) error {
 // userNS allots a range of host ids, or takes that of the container whose
 // namespaces are joined.
 func (e *Engine) userNS(ctx context.Context, r *container.Record, back *undo) error {
+	if r.Pod != nil {
+		_, p, err := e.podOf(r)
+		if err == nil {
+			r.UserNS = p.UserNS
+		}
+		return err
+	}
 	for _, mode := range []string{string(r.HostConfig.NetworkMode), string(r.HostConfig.IpcMode), string(r.HostConfig.PidMode)} {
 		name, ok := strings.CutPrefix(mode, "container:")
 		if !ok {

@@ -85,6 +85,10 @@ type Config struct {
 	PublishThrough bool
 	// Resolver is written to resolv.conf instead of the host's.
 	Resolver Resolver
+	// PodNetwork gives pods their network; nil runs none. Pause opens the program
+	// that is init in pods whose containers share processes.
+	PodNetwork PodNetwork
+	Pause      func() (*os.File, error)
 	// Tracer makes spans of use cases; nil makes none.
 	Tracer trace.Tracer
 	// Pool is how many sandboxes the driver parks, for info.
@@ -121,6 +125,7 @@ type Engine struct {
 	tearing map[string]*unit
 
 	execs execTable
+	pods  pods
 
 	// ctx ends with the engine: background work stops at its next step.
 	ctx    context.Context
@@ -166,7 +171,7 @@ func New(c Config) (*Engine, error) {
 	e := &Engine{
 		cfg: c, log: c.Logger, names: store.NewNames(), bootID: boot, start: time.Now(), logs: logs.NewWatcher(),
 		units: map[string]*unit{}, tearing: map[string]*unit{}, slots: make(chan struct{}, 8),
-		execs: execTable{m: map[string]*execution{}},
+		execs: execTable{m: map[string]*execution{}}, pods: pods{m: map[string]*pod{}, walks: make(chan struct{}, 1)},
 	}
 	e.ctx, e.cancel = context.WithCancel(context.Background())
 	if err := e.checkLogConfig(&mcontainer.LogConfig{}); err != nil {

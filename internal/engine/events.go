@@ -13,6 +13,9 @@ func (e *Engine) publish(u *unit, a events.Action, attrs map[string]string) {
 	maps.Copy(m, r.Config.Labels)
 	maps.Copy(m, attrs)
 	m["image"], m["name"] = r.Config.Image, r.Name
+	if r.Pod != nil {
+		m[attrPod] = r.Pod.Pod
+	}
 	e.emit(events.ContainerEventType, a, r.ID, m)
 }
 

@@ -346,6 +346,9 @@ func (e *Engine) initProcess(ctx context.Context, u *unit, t runtime.Task, r *co
 	if err != nil {
 		return nil, err
 	}
+	if r.Pod != nil {
+		finishMember(r, spec)
+	}
 	u.mu.Lock()
 	u.process = spec.Process
 	u.mu.Unlock()

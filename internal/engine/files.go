@@ -25,6 +25,12 @@ const (
 // filePaths tells where a container's generated files lie; one that shares
 // another's network shares its files.
 func (e *Engine) filePaths(u *unit, r *container.Record) oci.Files {
+	if r.Pod != nil {
+		if p, _, err := e.podOf(r); err == nil {
+			return podFilePaths(p)
+		}
+		return oci.Files{}
+	}
 	dir := u.dir
 	if r.HostConfig.NetworkMode.IsContainer() {
 		if o, err := e.lookup(r.HostConfig.NetworkMode.ConnectedContainer()); err == nil {

@@ -89,6 +89,7 @@ type listFilter struct {
 	before, since *container.Record
 	task          bool
 	isTask        bool
+	filters       Filters
 }
 
 type portRange struct {
@@ -121,11 +122,11 @@ func (p portRange) has(port network.Port) bool {
 
 func (e *Engine) listFilter(o ListOptions) (*listFilter, error) {
 	f := o.Filters
-	l := &listFilter{all: o.All || o.Limit > 0, e: e}
+	l := &listFilter{all: o.All || o.Limit > 0, e: e, filters: f}
 	if len(f) == 0 {
 		return l, nil
 	}
-	if err := checkFilters(f, "ancestor", "annotation", "before", "exited", "expose", "health", "id", "isolation", "is-task", "label", "name", "network", "publish", "since", "status", "volume"); err != nil {
+	if err := checkFilters(f, "ancestor", "annotation", "before", "exited", "expose", "health", "id", "isolation", "is-task", "label", "name", "namespace", "network", "publish", "since", "status", "volume"); err != nil {
 		return nil, err
 	}
 	l.ids, l.labels, l.volumes, l.networks = values(f, "id"), values(f, "label"), values(f, "volume"), values(f, "network")
@@ -187,6 +188,9 @@ func (e *Engine) listFilter(o ListOptions) (*listFilter, error) {
 }
 
 func (l *listFilter) match(r *container.Record) bool {
+	if !inNamespace(l.filters, r.Pod != nil) {
+		return false
+	}
 	st := r.State
 	any := func(n int, fn func(i int) bool) bool {
 		for i := range n {

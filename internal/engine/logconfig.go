@@ -113,6 +113,9 @@ func (e *Engine) logEnded(r *container.Record) {
 
 // dropLog removes a container's log, once it is sent.
 func (e *Engine) dropLog(u *unit, r *container.Record) error {
+	if r.Pod != nil {
+		return nil // the kubelet keeps the logs of pods
+	}
 	if e.remoteLog(r) {
 		return e.cfg.LogShipper.Retire(r.ID)
 	}

@@ -27,6 +27,9 @@ import (
 // policies are applied. It returns when every container's state is right;
 // restarts and removals go on behind it.
 func (e *Engine) Recover(ctx context.Context) error {
+	if err := e.loadPods(); err != nil {
+		return err
+	}
 	for _, db := range []*store.DB{e.cfg.Durable, e.cfg.Ephemeral} {
 		bad, err := db.Load(Bucket, e.load)
 		if err != nil {
@@ -44,7 +47,7 @@ func (e *Engine) Recover(ctx context.Context) error {
 		}
 	}
 
-	live := e.restoreTasks(ctx)
+	live := append(e.restoreTasks(ctx), e.restorePods(ctx)...)
 	e.letAllGo(ctx)
 	e.killOrphans(ctx)
 	if err := e.cfg.Networks.Restore(ctx, live); err != nil {
@@ -57,6 +60,7 @@ func (e *Engine) Recover(ctx context.Context) error {
 		e.log.Warn("cannot unmount unused volumes", "cause", err)
 	}
 	e.dropUnknown(ctx)
+	e.settlePods(ctx)
 	e.resume()
 	return nil
 }
@@ -218,7 +222,7 @@ func (e *Engine) killOrphans(ctx context.Context) {
 			continue
 		}
 		for _, id := range ids {
-			if e.units[id] != nil {
+			if e.units[id] != nil || e.isPause(id) {
 				continue
 			}
 			wg.Go(func() {

@@ -141,6 +141,7 @@ func (e *Engine) erase(ctx context.Context, u *unit, r *container.Record, volume
 		}
 	}
 	e.cfg.Driver.Release(r.ID)
+	e.forgetLayer(r.ID)
 	e.dropHostMounts(u)
 	if err := os.RemoveAll(u.dir); err != nil {
 		return err
@@ -185,7 +186,7 @@ func (e *Engine) ContainerPrune(ctx context.Context, f Filters) (mcontainer.Prun
 	}
 	for _, u := range e.all() {
 		r := u.rec.Load()
-		if r.State.Running() || r.State.Status == mcontainer.StateRestarting || !match(r.Created, r.Config.Labels) {
+		if r.Pod != nil || r.State.Running() || r.State.Status == mcontainer.StateRestarting || !match(r.Created, r.Config.Labels) {
 			continue
 		}
 		if err := ctx.Err(); err != nil {

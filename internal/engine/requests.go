@@ -4,10 +4,11 @@ import (
 	"io"
 	"time"
 
-	"github.com/moby/moby/api/types/container"
+	mcontainer "github.com/moby/moby/api/types/container"
 	"github.com/moby/moby/api/types/network"
 
 	"github.com/cloudos-io/cloudos/api"
+	"github.com/cloudos-io/cloudos/internal/container"
 )
 
 // Filters are Docker's filters parameter: key to set of values.
@@ -18,11 +19,15 @@ type CreateRequest struct {
 	Name       string
 	Platform   string
 	APIVersion string
-	Config     *container.Config
-	HostConfig *container.HostConfig
+	Config     *mcontainer.Config
+	HostConfig *mcontainer.HostConfig
 	Networking *network.NetworkingConfig
 	// Extra carries what Docker's request lacks (header or /servin routes).
 	Extra api.CreateExtra
+
+	// member is set for a pod's container; idmapped and relabel are of PodContainer.
+	member            *container.Member
+	idmapped, relabel []string
 }
 
 // StartOptions of a start call.
@@ -41,7 +46,7 @@ type CommitOptions struct {
 	Container, Ref, Comment, Author string
 	Pause                           bool
 	Changes                         []string
-	Config                          *container.Config
+	Config                          *mcontainer.Config
 }
 
 // AttachRequest tells which streams a client wants.
@@ -70,7 +75,7 @@ type RunningContainer struct {
 	ID       string
 	Warnings []string
 	Streams  Attached
-	Wait     <-chan container.WaitResponse
+	Wait     <-chan mcontainer.WaitResponse
 }
 
 // LogOptions of GET /containers/{id}/logs.

@@ -46,7 +46,7 @@ func (e *Engine) endAll(ctx context.Context) error {
 	wg.Wait()
 	tctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
-	errs = append(errs, e.waitTearing(tctx, nil))
+	errs = append(errs, e.waitTearing(tctx, nil), e.endPods(tctx))
 	for _, d := range e.drivers() {
 		errs = append(errs, d.Close(), d.Drained(tctx, false))
 	}

@@ -72,6 +72,8 @@ type launch struct {
 	create bool
 	// warnings, if set, is told what the container does not get.
 	warnings *[]string
+	// user is who a pod's container runs as, once it was found out.
+	user *container.MemberUser
 }
 
 // restricted tells what a container does not get of what was asked for: to who
@@ -184,6 +186,11 @@ func (e *Engine) launch(ctx context.Context, u *unit, o launch) (p store.Pending
 			n.State.Health = &mcontainer.Health{Status: mcontainer.Starting, Log: []*mcontainer.HealthcheckResult{}}
 		}
 		n.Attached, n.Ports, n.DNS = att.endpoints, att.ports, att.dns
+		if n.Pod != nil {
+			m := *n.Pod
+			m.User = o.user
+			n.Pod = &m
+		}
 		if o.restart {
 			n.RestartCount++
 		} else {
@@ -253,7 +260,7 @@ func (e *Engine) prepare(ctx context.Context, u *unit, r *container.Record, o *l
 		if e.cfg.CDI == nil {
 			return req, g, fault.New(fault.Unsupported, "cannot add devices: this engine has no CDI")
 		}
-		without := *hc
+		without := *in.HostConfig
 		without.Devices = plain
 		in.HostConfig = &without
 	}
@@ -263,6 +270,9 @@ func (e *Engine) prepare(ctx context.Context, u *unit, r *container.Record, o *l
 	}
 	if err != nil {
 		return req, g, err
+	}
+	if r.Pod != nil {
+		o.user = finishMember(r, spec)
 	}
 	e.restricted(u, warnings, o)
 	keep = true
@@ -329,7 +339,11 @@ func (e *Engine) specInput(ctx context.Context, u *unit, r *container.Record, ro
 		}
 		back.add(func(context.Context) { e.dropHostMounts(u) })
 	}
-	err = e.join(r, &in, back)
+	if r.Pod != nil {
+		err = e.joinPod(r, &in, back)
+	} else {
+		err = e.join(r, &in, back)
+	}
 	return in, err
 }
 

@@ -88,6 +88,9 @@ func (s *SystemService) Info(ctx context.Context) (*system.Info, error) {
 	}
 	out.OperatingSystem, out.OSVersion = osRelease()
 	for _, u := range e.all() {
+		if u.rec.Load().Pod != nil {
+			continue
+		}
 		out.Containers++
 		switch u.rec.Load().State.Status {
 		case mcontainer.StateRunning, mcontainer.StateRestarting:
@@ -328,14 +331,12 @@ func (s *SystemService) Fix(ctx context.Context, req api.FixRequest) (api.FixRep
 	return api.FixReport{Done: done}, err
 }
 
-// ImageInUse tells which containers use an image id: container id to whether it runs.
+// ImageInUse tells which containers use an image id: container id to whether it
+// runs. Kubernetes counts as one that does not.
 func (s *SystemService) ImageInUse(id string) map[string]bool {
-	m := map[string]bool{}
-	for _, u := range s.e.all() {
-		r := u.rec.Load()
-		if r.Image.ID == id {
-			m[r.ID] = r.State.Running() || r.State.Status == mcontainer.StateRestarting
-		}
+	m := s.e.ImageUsers(id)
+	if len(m) == 0 && s.e.PodImage(id) {
+		m[NamespaceKubernetes] = false
 	}
 	return m
 }
@@ -437,7 +438,7 @@ func (s *SystemService) Events(ctx context.Context, since, until time.Time, f Fi
 
 // eventFilter makes the test for Docker's event filters.
 func eventFilter(f Filters) (func(events.Message) bool, error) {
-	if err := checkFilters(f, "config", "container", "daemon", "event", "image", "label", "network", "node", "plugin", "scope", "secret", "service", "type", "volume", "builder"); err != nil {
+	if err := checkFilters(f, "config", "container", "daemon", "event", "image", "label", "namespace", "network", "node", "plugin", "scope", "secret", "service", "type", "volume", "builder"); err != nil {
 		return nil, err
 	}
 	has := func(key, v string) bool { l := f[key]; return len(l) == 0 || l[v] }
@@ -465,7 +466,7 @@ func eventFilter(f Filters) (func(events.Message) bool, error) {
 		if !has("event", string(m.Action)) && !has("event", action) || !has("type", string(m.Type)) || !has("scope", m.Scope) {
 			return false
 		}
-		if !labelsMatch(m.Actor.Attributes, labels) {
+		if !labelsMatch(m.Actor.Attributes, labels) || !inNamespace(f, m.Actor.Attributes[attrPod] != "") {
 			return false
 		}
 		// Filters of one key are alternatives; those of several objects, too.

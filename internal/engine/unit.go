@@ -63,6 +63,8 @@ func (e *Engine) newUnit(r *container.Record) *unit {
 // logPath is where a container's monitor writes its log.
 func (e *Engine) logPath(r *container.Record) string {
 	switch {
+	case r.Pod != nil:
+		return r.Pod.Log
 	case e.remoteLog(r):
 		return e.cfg.LogShipper.Path(r.ID)
 	case r.Ephemeral:

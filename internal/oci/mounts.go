@@ -48,13 +48,13 @@ func (g *generator) defaultMounts() []specs.Mount {
 	// A rootless engine owns its own namespaces and those of its containers, all
 	// but the one with the host's processes.
 	owner := g.in.Rootless && !g.userNS
-	if !g.newNet && !owner {
+	if !g.newNet && !owner && !(g.in.Join.Owned && g.in.Join.Network != "") {
 		bind("/sys", true)
 	}
-	if !g.newPID && (!owner || g.in.HostConfig.PidMode.IsHost()) {
+	if !g.newPID && (!owner || g.in.HostConfig.PidMode.IsHost()) && !(g.in.Join.Owned && g.in.Join.PID != "") {
 		bind("/proc", false)
 	}
-	if !g.newIPC && !owner {
+	if !g.newIPC && !owner && !(g.in.Join.Owned && g.in.Join.IPC != "") {
 		bind("/dev/mqueue", false)
 	}
 	if g.in.CgroupPath == "" && g.in.Join.Cgroup == "" && !g.in.HostConfig.CgroupnsMode.IsPrivate() {

@@ -99,7 +99,12 @@ type Mount struct {
 type Files struct{ Hosts, Hostname, ResolvConf string }
 
 // Join holds paths of namespaces to join instead of making new ones.
-type Join struct{ Network, IPC, PID, UTS, User, Cgroup, Time string }
+type Join struct {
+	Network, IPC, PID, UTS, User, Cgroup, Time string
+	// Owned: the user namespace joined owns the others, so that file systems of
+	// theirs can be mounted anew.
+	Owned bool
+}
 
 // Generate makes the runtime spec. Warnings are for the user. Errors carry fault.Invalid.
 func Generate(in Input) (*specs.Spec, []string, error) {

@@ -30,6 +30,7 @@ import (
 	"github.com/cloudos-io/cloudos/internal/apparmor"
 	"github.com/cloudos-io/cloudos/internal/cdi"
 	"github.com/cloudos-io/cloudos/internal/config"
+	"github.com/cloudos-io/cloudos/internal/criapi"
 	"github.com/cloudos-io/cloudos/internal/dockerapi"
 	"github.com/cloudos-io/cloudos/internal/doctor"
 	"github.com/cloudos-io/cloudos/internal/engine"
@@ -59,6 +60,8 @@ type System struct {
 	Engine  *engine.Engine
 	Images  *image.Service
 	Handler http.Handler
+	// CRI is nil unless the configuration says where it listens.
+	CRI *criapi.Server
 	// parts run as long as the system does.
 	parts  []part
 	closes []func() error
@@ -102,7 +105,7 @@ func New(ctx context.Context, c *config.Config, inside rootless.State, log *slog
 	s.onClose(tracer.Close)
 
 	// Records first: whoever holds them is the one engine of this root.
-	durable, err := store.Open(store.Config{Path: filepath.Join(c.Root, "servin.db"), Buckets: []string{engine.Bucket}})
+	durable, err := store.Open(store.Config{Path: filepath.Join(c.Root, "servin.db"), Buckets: []string{engine.Bucket, engine.PodBucket, engine.ImageBucket}})
 	if err != nil {
 		return nil, err
 	}
@@ -223,6 +226,13 @@ func New(ctx context.Context, c *config.Config, inside rootless.State, log *slog
 	}
 	s.part("remote logs", shipper.Run)
 
+	podNetwork, err := network.NewPodPlugins(network.PodPluginsConfig{
+		Service: plugins, Bridge: network.NewPodBridge(networks, ""), Root: filepath.Join(c.Root, "cni"),
+	})
+	if err != nil {
+		return nil, err
+	}
+
 	// The engine and its edges.
 	s.Engine, err = engine.New(engine.Config{
 		Root: c.Root, RunRoot: c.RunRoot, Version: api.Version, Driver: driver, Runtimes: runtimes, DefaultRuntime: c.DefaultRuntime,
@@ -232,6 +242,7 @@ func New(ctx context.Context, c *config.Config, inside rootless.State, log *slog
 		LogDriver: c.Logs.Driver, LogOptions: c.Logs.Options, LogShipper: shipper, LogMaxSize: logSize, LogMaxFiles: c.Logs.MaxFiles, NoNewPrivileges: c.NoNewPrivileges, Init: c.Init,
 		ShutdownTimeout: time.Duration(c.ShutdownTimeout), Labels: c.Labels, RegistryConfig: registryInfo(c), Pool: *c.Pool,
 		CDI: cdi.New(c.CDISpecDirs), PublishThrough: c.Network.PublishThrough, Tracer: tracer.Tracer(), Logger: log,
+		PodNetwork: podNetwork, Pause: shim.Open,
 		Resolver: engine.Resolver{Servers: addresses(c.Network.DNS), Search: c.Network.Search, Options: c.Network.Options},
 		Checks: func(ctx context.Context) []api.Finding {
 			return doctor.Judge(doctor.Gather(ctx, doctor.Config{
@@ -243,6 +254,12 @@ func New(ctx context.Context, c *config.Config, inside rootless.State, log *slog
 		return nil, err
 	}
 	s.onClose(s.Engine.Close)
+	if c.CRI != "" {
+		s.CRI = criapi.New(criapi.Config{
+			Engine: s.Engine, Images: images, Socket: c.CRI, TCP: c.CRITCP.Listen, Cert: c.CRITCP.Cert, Key: c.CRITCP.Key, CA: c.CRITCP.CA,
+			Version: api.Version, Logger: log,
+		})
+	}
 	builder := newBuilder(c, inside, instance, profile, images, networks, log)
 	s.part("builder", builder.Run)
 	var alerts dockerapi.Alerts
@@ -300,7 +317,7 @@ func (s *System) Run(ctx context.Context, serve func(ctx context.Context) error)
 		if err := s.Images.EnsureEmbedded(bg); err != nil && bg.Err() == nil {
 			s.log.Warn("cannot load the built-in image", "cause", err)
 		}
-		err = serve(ctx)
+		err = s.serve(ctx, bg, serve)
 	}
 	cancel()
 	patience := time.After(10 * time.Second)
@@ -312,6 +329,22 @@ func (s *System) Run(ctx context.Context, serve func(ctx context.Context) error)
 		}
 	}
 	return errors.Join(err, s.close())
+}
+
+// serve serves the CRI, where it is wanted, beside what serve serves.
+func (s *System) serve(ctx, bg context.Context, serve func(ctx context.Context) error) error {
+	if s.CRI == nil {
+		return serve(ctx)
+	}
+	if err := s.CRI.Listen(); err != nil {
+		return err
+	}
+	bg, cancel := context.WithCancel(bg)
+	done := make(chan error, 1)
+	go func() { done <- s.CRI.Serve(bg) }()
+	err := serve(ctx)
+	cancel()
+	return errors.Join(err, <-done)
 }
 
 // instanceID tells engines on one host apart by their roots.

@@ -52,9 +52,11 @@ var arrows = map[string][]string{
 	"internal/runtime":   {"internal/fault", "internal/shim", "internal/plan", "internal/seccomp", "internal/snapshot", "internal/apparmor"},
 	"internal/engine": {"internal/fault", "internal/container", "internal/event", "internal/oci", "internal/image", "internal/snapshot",
 		"internal/network", "internal/volume", "internal/runtime", "internal/store", "internal/logs", "internal/idmap", "internal/cdi",
-		"internal/doctor", "internal/apparmor", "internal/config", "api"},
+		"internal/doctor", "internal/apparmor", "internal/config", "api", "internal/namespace"},
 	"internal/dockerapi": {"internal/fault", "internal/image", "internal/engine", "api"},
-	"internal/build":     {"internal/fault", "internal/image", "internal/network"}, // ADR 18
+	"internal/build":     {"internal/fault", "internal/image", "internal/network"},                      // ADR 18
+	"internal/criapi":    {"internal/fault", "internal/image", "internal/engine", "internal/container"}, // ADR 10
+	"internal/namespace": {"internal/fault"},                                                            // ADR 10
 	"internal/cli":       {"client", "api"},
 	"internal/rootless":  {"internal/fault", "internal/idmap", "internal/snapshot"},
 	"cmd/servin-compose": {"internal/compose", "internal/cli", "api"},                            // ADR 21
