@@ -259,10 +259,19 @@ func (a imagesAPI) remove(w *response, r *request) error {
 		return fault.New(fault.Invalid, "image name cannot be blank")
 	}
 	if r.version >= 50 && len(r.query["platforms"]) > 0 {
-		if _, err := parsePlatformsJSON(r.query["platforms"]); err != nil {
+		only, err := parsePlatformsJSON(r.query["platforms"])
+		if err != nil {
 			return err
 		}
-		return fault.New(fault.Unsupported, "cannot remove single platforms of an image: remove the image, or pull it for one platform")
+		p, ok := a.b.(PlatformRemover)
+		if !ok {
+			return fault.New(fault.Unsupported, "cannot remove single platforms of an image: remove the image, or pull it for one platform")
+		}
+		l, err := p.RemovePlatforms(r.Context(), r.name, only, image.RemoveOptions{Force: r.flag("force"), NoPrune: r.flag("noprune"), InUse: a.inUse})
+		if err != nil {
+			return err
+		}
+		return w.json(http.StatusOK, nonNil(l))
 	}
 	l, err := a.b.Remove(r.Context(), r.name, image.RemoveOptions{
 		Force: r.flag("force"), NoPrune: r.flag("noprune"), InUse: a.inUse,

@@ -34,6 +34,11 @@ type Searcher interface {
 	Search(ctx context.Context, term string, limit int, f Filters, auth *registry.AuthConfig) ([]registry.SearchResult, error)
 }
 
+// PlatformRemover is the optional ability behind DELETE /images/{name}?platforms=.
+type PlatformRemover interface {
+	RemovePlatforms(ctx context.Context, ref string, only []ocispec.Platform, o image.RemoveOptions) ([]mimage.DeleteResponse, error)
+}
+
 // Attester is the optional ability behind GET /images/{name}/attestations.
 type Attester interface {
 	Attestations(ctx context.Context, ref, platform string, predicateTypes []string, statements bool) ([]mimage.AttestationStatement, error)

@@ -82,6 +82,11 @@ func (s *Service) Inspect(ctx context.Context, ref, platform string, manifests b
 		out.Metadata.LastTagTime = e.updated
 	}
 	d := f.target
+	if platform != "" {
+		p := v.platform
+		d = v.manifest
+		d.Platform = &p
+	}
 	out.Descriptor = &d
 	if manifests {
 		t, err := s.target(ctx, f.target)

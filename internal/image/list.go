@@ -377,7 +377,7 @@ func (s *Service) manifestSummaries(ctx context.Context, t *target, sizes *layer
 		}
 		if isAttestation(d) {
 			m.Kind = mimage.ManifestKindAttestation
-			m.AttestationData = &mimage.AttestationProperties{For: digest.Digest(d.Annotations["vnd.docker.reference.digest"])}
+			m.AttestationData = &mimage.AttestationProperties{For: digest.Digest(d.Annotations[attestedDigest])}
 			m.Size.Content, m.Size.Total = d.Size, d.Size
 		}
 		for i := range t.variants {

@@ -211,7 +211,7 @@ func (p *puller) target(ctx context.Context, desc ocispec.Descriptor) (*variant,
 		return nil, err
 	}
 	for _, m := range idx.Manifests {
-		if isAttestation(m) && m.Annotations["vnd.docker.reference.digest"] == child.Digest.String() {
+		if isAttestation(m) && m.Annotations[attestedDigest] == child.Digest.String() {
 			if err := p.attestation(ctx, m); err != nil {
 				p.s.log.Info("an attestation cannot be fetched", "digest", m.Digest, "cause", err)
 			}
