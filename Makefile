@@ -23,11 +23,12 @@ build: shim hello ## Build every program into bin/
 	$(GO) build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/ $(PROGRAMS:%=./cmd/%)
 	@$(MAKE) --no-print-directory buildd
 
-# A Go module of its own: BuildKit's dependencies stay out of the engine's go.mod.
+# A Go module of its own: BuildKit's dependencies stay out of the engine's go.mod. -mod=mod: it follows
+# the engine's requirements without being told.
 BUILDKIT := v0.33.1
 buildd: ## Build the builder of images, servin-buildd
 	@mkdir -p $(BIN)
-	cd buildd && $(GO) build -trimpath -ldflags '$(LDFLAGS) -X github.com/moby/buildkit/version.Version=$(BUILDKIT)' -o ../$(BIN)/ ./cmd/...
+	cd buildd && $(GO) build -mod=mod -trimpath -ldflags '$(LDFLAGS) -X github.com/moby/buildkit/version.Version=$(BUILDKIT)' -o ../$(BIN)/ ./cmd/...
 
 shim: ## Build the static C program that the engine embeds
 	@$(MAKE) --no-print-directory -C shim GOARCH=$(GOARCH)

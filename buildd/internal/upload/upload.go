@@ -33,6 +33,7 @@ const (
 	maxDepth   = 256
 	maxPath    = 4096
 	maxLink    = 4096
+	maxTail    = 64 << 20 // behind the tar's end
 	// keepFree is how much of the disk an upload leaves alone.
 	keepFree = 512 << 20
 	// checkEvery is how many bytes are written between looks at the disk.
@@ -83,6 +84,12 @@ func Read(ctx context.Context, r io.Reader, dir string) (_ *Tree, err error) {
 		}
 		h, err := tr.Next()
 		if errors.Is(err, io.EOF) {
+			// To the end, not only the tar's: an HTTP server sees a client leave only
+			// once the request is read.
+			_, err := io.CopyN(io.Discard, r, maxTail)
+			if err != nil && !errors.Is(err, io.EOF) {
+				return nil, fmt.Errorf("cannot read the build context: %w", err)
+			}
 			return t, nil
 		}
 		if err != nil {
