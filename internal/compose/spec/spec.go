@@ -243,7 +243,8 @@ func restartPolicy(s *types.ServiceConfig) container.RestartPolicy {
 	if s.Deploy != nil && s.Deploy.RestartPolicy != nil {
 		r := s.Deploy.RestartPolicy
 		out := container.RestartPolicy{Name: restartMode(r.Condition)}
-		if r.MaxAttempts != nil {
+		// Only this one counts attempts; a swarm would with all.
+		if r.MaxAttempts != nil && out.Name == container.RestartPolicyOnFailure {
 			out.MaximumRetryCount = int(*r.MaxAttempts)
 		}
 		return out
