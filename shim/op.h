@@ -57,6 +57,7 @@ enum op {
 	OP_GATE = 43,           /* slot:h; answer, then wait for a byte in the pipe */
 	OP_CLOSE = 44,          /* keep:h; close what the rest of the plan has no use for */
 	OP_SOURCE = 45,         /* slot:h path:s flags:i set:q clear:q propagation:q; open_tree(2) of the host's path in the slot's place */
+	OP_ROOT_AT = 46,        /* slot:h path:s; ROOT, at a path of the host's, which becomes the working directory */
 };
 
 #define F_MOUNT_NO_SYMLINKS 0x1
@@ -75,6 +76,7 @@ enum op {
 #define F_SOURCE_ATTR_TREE 0x1
 #define F_SOURCE_PROP_TREE 0x2
 #define F_CONSOLE_DEV 0x1
+#define F_CONSOLE_PLAIN 0x2
 #define F_OP_OPTIONAL 0x8000
 
 #endif

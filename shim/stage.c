@@ -274,7 +274,7 @@ static handler *const handlers[] = {
 	[OP_EXEC] = op_exec, [OP_LOOKUP] = op_lookup, [OP_BECOME_ROOT] = op_become_root,
 	[OP_AFFINITY] = op_affinity, [OP_MEMPOLICY] = op_mempolicy,
 	[OP_PREPARE] = op_prepare, [OP_GATE] = op_gate,
-	[OP_CLOSE] = op_close, [OP_SOURCE] = op_source,
+	[OP_CLOSE] = op_close, [OP_SOURCE] = op_source, [OP_ROOT_AT] = op_root_at,
 };
 
 #define PLAN_HEADER 12

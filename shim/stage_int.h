@@ -86,6 +86,7 @@ int op_base(struct stage *s, struct rd *r, uint16_t flags);
 int op_root(struct stage *s, struct rd *r, uint16_t flags);
 int op_mount(struct stage *s, struct rd *r, uint16_t flags);
 int op_prepare(struct stage *s, struct rd *r, uint16_t flags);
+int op_root_at(struct stage *s, struct rd *r, uint16_t flags);
 int op_source(struct stage *s, struct rd *r, uint16_t flags);
 int op_move(struct stage *s, struct rd *r, uint16_t flags);
 int op_attr(struct stage *s, struct rd *r, uint16_t flags);

@@ -278,6 +278,21 @@ int op_root(struct stage *s, struct rd *r, uint16_t flags)
 	return e;
 }
 
+int op_root_at(struct stage *s, struct rd *r, uint16_t flags)
+{
+	(void)flags;
+	int fd = slot_fd(s, rd16(r));
+	const char *path = rd_str(r);
+	if (!rd_end(r))
+		return -EPROTO;
+	int e = fd < 0 ? fd : (int)SYS(SYS_move_mount, fd, "", AT_FDCWD, path, F_EMPTY_PATH);
+	if (!e)
+		e = (int)SYS(SYS_fchdir, fd);
+	if (!e)
+		s->root = fd;
+	return e;
+}
+
 /* Reads "source:s attr:q [..] params" and makes the file system of it. */
 static int make_fs(const char *type, const char *source, uint64_t attr, struct rd *params)
 {

@@ -13,6 +13,7 @@
 #include <sys/sysmacros.h>
 #include <sys/syscall.h>
 #include <sys/vfs.h>
+#include <termios.h>
 
 #define IN_ROOT_ONLY (0x10 | 0x02) /* IN_ROOT, NO_MAGICLINKS */
 #define DEVPTS_MAGIC 0x1cd1
@@ -209,6 +210,13 @@ int op_console(struct stage *s, struct rd *r, uint16_t flags)
 		e = peer = (int)SYS(SYS_ioctl, master, TIOCGPTPEER, O_RDWR | O_NOCTTY | O_CLOEXEC);
 	if (peer >= 0 && (size.row || size.col))
 		e = (int)SYS(SYS_ioctl, peer, TIOCSWINSZ, &size);
+	if (e >= 0 && flags & F_CONSOLE_PLAIN) {
+		struct termios t;
+		e = (int)SYS(SYS_ioctl, peer, TCGETS, &t);
+		t.c_oflag &= ~(tcflag_t)ONLCR;
+		if (!e)
+			e = (int)SYS(SYS_ioctl, peer, TCSETS, &t);
+	}
 	if (e >= 0 && uid)
 		e = (int)SYS(SYS_fchown, peer, uid, -1);
 	if (e >= 0)

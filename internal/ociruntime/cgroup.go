@@ -219,16 +219,17 @@ func (m *membership) close() {
 // openMembership opens the container's directory, on v1 one in each hierarchy.
 func openMembership(dirs map[string]string) (*membership, error) {
 	m := &membership{dir: -1}
-	if p, ok := dirs[""]; ok {
-		fd, err := unix.Open(p, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
-		if err != nil {
-			return nil, &os.PathError{Op: "open", Path: p, Err: err}
-		}
-		m.dir = fd
-		return m, nil
-	}
 	m.tasks = map[string]int{}
 	for h, p := range dirs {
+		if h == "" {
+			fd, err := unix.Open(p, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+			if err != nil {
+				m.close()
+				return nil, &os.PathError{Op: "open", Path: p, Err: err}
+			}
+			m.dir = fd
+			continue
+		}
 		fd, err := unix.Open(p+"/tasks", unix.O_WRONLY|unix.O_CLOEXEC, 0)
 		if err != nil {
 			m.close()
@@ -253,7 +254,13 @@ func byHierarchy(paths map[string]string) (map[string]string, []string, error) {
 	var names []string
 	for line := range strings.Lines(string(b)) {
 		f := strings.SplitN(line, ":", 3)
-		if len(f) != 3 || f[1] == "" {
+		if len(f) != 3 {
+			continue
+		}
+		if f[1] == "" {
+			if p := paths[""]; p != "" {
+				dirs[""] = p // hybrid: no controllers, but membership counts
+			}
 			continue
 		}
 		for _, c := range strings.Split(f[1], ",") {
@@ -271,7 +278,7 @@ func killAll(m cgroups.Manager, sig unix.Signal) error {
 	if !m.Exists() {
 		return errNoCgroup
 	}
-	if p := m.Path(""); p != "" && sig == unix.SIGKILL {
+	if p := m.Path(""); p != "" && sig == unix.SIGKILL && cgroups.IsCgroup2UnifiedMode() {
 		if err := os.WriteFile(p+"/cgroup.kill", []byte("1"), 0); err == nil {
 			return nil
 		}

@@ -119,8 +119,7 @@ func (a *app) launchContainer(f *flags, hold bool) (status int, err error) {
 		return 0, err
 	}
 	defer b.io.close()
-	b.io.giveTo(spec.Process, spec.Linux.UIDMappings)
-	b.opts.PreserveFDs = len(b.io.extra)
+	b.opts.PreserveFDs, b.opts.PlainOutput = len(b.io.extra), b.io.host != nil
 	if n := b.io.listen; n > 0 {
 		spec.Process.Env = append(spec.Process.Env, fmt.Sprintf("LISTEN_FDS=%d", n), "LISTEN_PID=1")
 	}
@@ -135,11 +134,13 @@ func (a *app) launchContainer(f *flags, hold bool) (status int, err error) {
 		defer fg.stop()
 	}
 	if err := b.launch(); err != nil {
+		if b.proc != nil {
+			b.proc.kill()
+			b.io.drain() // what a hook inside had to say
+		}
 		return 0, fmt.Errorf("unable to start container process: %w", err)
 	}
-	if err := b.io.connect(b.proc); err != nil {
-		return 0, err
-	}
+	b.io.connect()
 	if s := *f.str["pidfd-socket"]; s != "" {
 		if err := sendDescriptor(s, b.proc.pidfd, "standard"); err != nil {
 			return 0, fmt.Errorf("failed to setup pidfd: %w", err)
@@ -256,7 +257,7 @@ func (b *birth) prepare(keepKeyring bool) error {
 	b.opts = plan.Options{
 		ID: b.id, CgroupV2: cgroups.IsCgroup2UnifiedMode(), V1Controllers: names, CgroupPaths: b.dirs, CgroupEntered: cfg.Systemd,
 		AppArmor: hasAppArmor(), SELinux: hasSELinux(), BindDevices: inUserNamespace(), KeepGroups: setgroupsDenied(spec),
-		Joined: true, SharedMounts: true, Unprivileged: unprivileged(), Lookup: true, Gate: b.hold,
+		Joined: true, SharedMounts: true, Unprivileged: unprivileged(), Lookup: true, Gate: b.hold, AllCPUs: true,
 	}
 	if keepKeyring {
 		b.opts.ID = ""

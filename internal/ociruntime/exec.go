@@ -93,13 +93,11 @@ func (a *app) execProcess(f *flags) (int, error) {
 	if err := x.launch(); err != nil {
 		if x.proc != nil {
 			x.proc.kill()
+			x.io.drain()
 		}
 		return 0, fmt.Errorf("unable to start container process: %w", err)
 	}
-	if err := x.io.connect(x.proc); err != nil {
-		x.proc.kill()
-		return 0, err
-	}
+	x.io.connect()
 	if s := *f.str["pidfd-socket"]; s != "" {
 		if err := sendDescriptor(s, x.proc.pidfd, "setns"); err != nil {
 			x.proc.kill()
@@ -271,7 +269,7 @@ func (x *execution) launch() error {
 	opts := plan.Options{
 		ID: x.id, CgroupV2: cgroups.IsCgroup2UnifiedMode(), AppArmor: hasAppArmor(), SELinux: hasSELinux(),
 		KeepGroups: x.groupsKept(), UserNS: differs&unix.CLONE_NEWUSER != 0, Namespaces: joins | differs&unix.CLONE_NEWUSER,
-		PreserveFDs: len(x.io.extra), Lookup: true, Joined: joins == 0 && differs&unix.CLONE_NEWUSER == 0,
+		PreserveFDs: len(x.io.extra), Lookup: true, AllCPUs: true, PlainOutput: x.io.host != nil, Joined: joins == 0 && differs&unix.CLONE_NEWUSER == 0,
 	}
 	if x.rec.Config.NoNewKeyring {
 		opts.ID = ""
@@ -293,6 +291,10 @@ func (x *execution) launch() error {
 		return err
 	}
 	defer exe.Close()
+	x.app.log.Debugf("nsexec container setup: join namespaces %#x", differs)
+	if a := x.p.ExecCPUAffinity; a != nil && a.Initial != "" {
+		x.app.log.Debugf("nsexec container setup: affinity: %#x", plan.CPUMask(a.Initial))
+	}
 	r := shim.LaunchRequest{Cgroup: -1, PIDNS: -1, UserNS: -1, Stdio: x.io.inside}
 	if differs&unix.CLONE_NEWPID != 0 {
 		// What init's children are born in is what it is in itself.
@@ -357,25 +359,26 @@ func (x *execution) enterPlan(o *plan.Options) error {
 	if err != nil {
 		return err
 	}
+	every, toAll := x.sub[""]
 	for h := range dirs {
 		if dirs[h] == "" {
 			delete(dirs, h)
 			continue
 		}
+		sub, ok := every, toAll
 		for _, c := range strings.Split(h, ",") {
-			if sub, ok := x.sub[c]; ok {
-				if dirs[h], err = below(dirs[h], sub); err != nil {
-					return err
-				}
-				break
+			if s, named := x.sub[c]; named && c != "" {
+				sub, ok = s, true
+			}
+		}
+		if ok {
+			if dirs[h], err = below(dirs[h], sub); err != nil {
+				return err
 			}
 		}
 	}
 	for c := range x.sub {
-		if !slices.ContainsFunc(names, func(h string) bool { return slices.Contains(strings.Split(h, ","), c) }) && (c != "" || !o.CgroupV2) {
-			if c == "" {
-				return errors.New("unknown controller  in SubCgroupPaths: cgroup v1 needs <controller>:<path>")
-			}
+		if c != "" && !slices.ContainsFunc(names, func(h string) bool { return slices.Contains(strings.Split(h, ","), c) }) {
 			return fmt.Errorf("unknown controller %s in SubCgroupPaths", c)
 		}
 	}
@@ -467,6 +470,7 @@ func (x *execution) carryOut(init int, member *membership) error {
 		return err
 	}
 	x.app.log.Debugf("child process in init(): plan of %d operations", len(x.plan.Ops))
+	x.app.log.Debugf("setns_init: about to exec")
 	if err := x.proc.stage.Run(shim.Plan{Code: code, Slots: fds}); err != nil {
 		return err
 	}

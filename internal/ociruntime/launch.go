@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"os"
 	osexec "os/exec"
 	"path/filepath"
@@ -123,7 +124,11 @@ var namespaces = []struct {
 // compile makes the plan; pid is what startContainer hooks are told.
 func (b *birth) compile(pid int) error {
 	var err error
-	b.hookAt = nil
+	b.hookAt, b.opts.RootPath = nil, ""
+	//nolint:staticcheck // prestart is deprecated, not gone
+	if h := b.hooks(); len(h.Prestart)+len(h.CreateRuntime)+len(h.CreateContainer) > 0 {
+		b.opts.RootPath = b.spec.Root.Path
+	}
 	if h := b.hooks().StartContainer; len(h) > 0 {
 		b.opts.StartHooks = h
 		if b.opts.StartState, err = json.Marshal(b.ociState(specs.StateCreated, pid)); err != nil {
@@ -146,6 +151,13 @@ func (b *birth) compile(pid int) error {
 func (b *birth) clone() error {
 	pid := 1
 	pidPath, ownPID := findNamespace(b.spec, specs.PIDNamespace)
+	userPath, _ := findNamespace(b.spec, specs.UserNamespace)
+	joined := userPath != "" && len(b.spec.Linux.UIDMappings)+len(b.spec.Linux.GIDMappings) == 0
+	if joined {
+		// Its mappings can be read once there is a process inside.
+		any := []specs.LinuxIDMapping{{Size: math.MaxUint32}}
+		b.spec.Linux.UIDMappings, b.spec.Linux.GIDMappings = any, any
+	}
 	if err := b.compile(pid); err != nil {
 		return err
 	}
@@ -204,10 +216,42 @@ func (b *birth) clone() error {
 	if _, b.proc.start, err = processStat(st.PID); err != nil {
 		return err
 	}
+	again := joined
+	if joined {
+		l := b.spec.Linux
+		if l.UIDMappings, err = readMappings(st.PID, "uid_map"); err != nil {
+			return err
+		}
+		if l.GIDMappings, err = readMappings(st.PID, "gid_map"); err != nil {
+			return err
+		}
+		b.rec.Config.UIDMappings, b.rec.Config.GIDMappings = idMaps(l.UIDMappings), idMaps(l.GIDMappings)
+	}
+	b.io.giveTo(b.spec.Process, b.spec.Linux.UIDMappings)
 	if (!ownPID || pidPath != "") && len(b.opts.StartHooks) > 0 {
-		return b.compile(pidInside(st.PID)) // it is not 1 there
+		pid, again = pidInside(st.PID), true // it is not 1 there
+	}
+	if again {
+		return b.compile(pid)
 	}
 	return nil
+}
+
+// readMappings reads the mapping of ids that a process lives with.
+func readMappings(pid int, file string) ([]specs.LinuxIDMapping, error) {
+	data, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/" + file)
+	if err != nil {
+		return nil, err
+	}
+	var out []specs.LinuxIDMapping
+	for line := range strings.Lines(string(data)) {
+		var m specs.LinuxIDMapping
+		if _, err := fmt.Sscan(line, &m.ContainerID, &m.HostID, &m.Size); err != nil {
+			return nil, fmt.Errorf("cannot parse %s: %w", file, err)
+		}
+		out = append(out, m)
+	}
+	return out, nil
 }
 
 func flagOf(t specs.LinuxNamespaceType) uint64 {
@@ -266,11 +310,11 @@ func raiseLimits(pid int, p *specs.Process) error {
 		if !ok {
 			return fmt.Errorf("invalid rlimit type: %s", l.Type)
 		}
-		if n == unix.RLIMIT_NOFILE {
-			// It would bind the stage itself, which sets the soft one at the end.
-			l.Soft = max(l.Soft, min(l.Hard, 1024))
+		var now unix.Rlimit
+		if err := unix.Prlimit(pid, n, nil, &now); err != nil || l.Hard <= now.Max {
+			continue // lowering takes no privilege, and would bind the stage too early
 		}
-		if err := unix.Prlimit(pid, n, &unix.Rlimit{Cur: l.Soft, Max: l.Hard}, nil); err != nil && !unprivileged() {
+		if err := unix.Prlimit(pid, n, &unix.Rlimit{Cur: max(l.Soft, now.Cur), Max: l.Hard}, nil); err != nil && !unprivileged() {
 			return fmt.Errorf("error setting rlimit type %d: %w", n, err)
 		}
 	}

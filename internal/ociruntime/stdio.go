@@ -127,11 +127,18 @@ func (s *streams) terminal(fd int) error {
 		return err
 	}
 	s.master = os.NewFile(uintptr(fd), "/dev/ptmx")
+	if err := s.host.raw(); err != nil {
+		return fmt.Errorf("failed to set the terminal from the stdin: %w", err)
+	}
+	s.resize()
+	go func() { _, _ = io.Copy(s.master, os.Stdin) }()
+	s.copying.Go(func() { _, _ = io.Copy(os.Stdout, s.master) })
 	return nil
 }
 
-// connect begins to carry data between our streams and the process's.
-func (s *streams) connect(*process) error {
+// connect lets go of what the process has, and begins to carry data between our
+// streams and its.
+func (s *streams) connect() {
 	for _, fd := range s.opened {
 		unix.Close(fd)
 	}
@@ -139,15 +146,6 @@ func (s *streams) connect(*process) error {
 	if s.console != nil {
 		s.console.Close()
 		s.console = nil
-	}
-	if s.master != nil {
-		if err := s.host.raw(); err != nil {
-			return fmt.Errorf("failed to set the terminal from the stdin: %w", err)
-		}
-		s.resize()
-		go func() { _, _ = io.Copy(s.master, os.Stdin) }()
-		s.copying.Go(func() { _, _ = io.Copy(os.Stdout, s.master) })
-		return nil
 	}
 	if s.in != nil {
 		go func() {
@@ -166,7 +164,6 @@ func (s *streams) connect(*process) error {
 		})
 	}
 	s.out = nil
-	return nil
 }
 
 // resize gives the process's terminal the size of ours.

@@ -69,7 +69,11 @@ func (b *builder) setns(slot uint16, flags uint64, what string) {
 	b.op(OpSetns, 0, "enter "+what, new(enc).u16(slot).u64(flags))
 }
 
-func (b *builder) root(slot uint16, shared bool) {
+func (b *builder) root(slot uint16, shared bool, at string) {
+	if at != "" && !shared {
+		b.op(OpRootAt, 0, "attach root file system", new(enc).u16(slot).str(at))
+		return
+	}
 	var flags uint16
 	if shared {
 		flags = FlagShared

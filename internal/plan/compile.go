@@ -64,7 +64,7 @@ func Compile(spec *specs.Spec, o Options) (*Plan, error) {
 	b.joinNamespaces()
 	b.timeOffsets(spec)
 	b.priorities(spec.Process)
-	b.root(rootSlot, !ownMounts)
+	b.root(rootSlot, !ownMounts, o.RootPath)
 	b.mounts(spec, o)
 	b.devices(spec, o)
 	b.p.pivot = len(b.p.Ops)
@@ -285,6 +285,9 @@ func (b *builder) enterCgroups(o Options) {
 // isolate is what Park does beforehand, as this spec wants it.
 func (b *builder) isolate(spec *specs.Spec, o Options) {
 	b.enterCgroups(o)
+	if o.AllCPUs {
+		b.allCPUs()
+	}
 	if _, ok := b.namespaces[specs.UserNamespace]; ok {
 		b.becomeRoot()
 	}
@@ -359,7 +362,7 @@ func specDevice(d *specs.LinuxDevice) (device, error) {
 	if p == "/proc" || strings.HasPrefix(p, "/proc/") || p == "/sys" || strings.HasPrefix(p, "/sys/") {
 		return device{}, fault.New(fault.Invalid, "device %.64q cannot lie there", d.Path)
 	}
-	dev := device{path: p, mode: 0o600}
+	dev := device{path: p, mode: 0o666}
 	switch d.Type {
 	case "c", "u":
 		dev.mode |= unix.S_IFCHR

@@ -41,7 +41,7 @@ func header() []byte {
 		{"CREDS_HAS_CAPS", FlagHasCaps}, {"CREDS_KEEP_GROUPS", FlagKeepGroups}, {"CWD_CREATE", FlagCreate},
 		{"EXEC_INIT", FlagInit}, {"HOOK_HOME", FlagHookHome}, {"ROOT_SHARED", FlagShared}, {"PIVOT_CHROOT", FlagChroot},
 		{"SOURCE_ATTR_TREE", FlagAttrTree}, {"SOURCE_PROP_TREE", FlagPropTree},
-		{"CONSOLE_DEV", FlagDevConsole}, {"OP_OPTIONAL", FlagOptional},
+		{"CONSOLE_DEV", FlagDevConsole}, {"CONSOLE_PLAIN", FlagPlainOutput}, {"OP_OPTIONAL", FlagOptional},
 	} {
 		fmt.Fprintf(&b, "#define F_%s %#x\n", f.name, f.v)
 	}

@@ -1,6 +1,7 @@
 package plan
 
 import (
+	"bytes"
 	"encoding/binary"
 	"strconv"
 	"strings"
@@ -124,6 +125,19 @@ func (b *builder) affinity(list string) {
 		return
 	}
 	b.op(OpAffinity, 0, "set CPU affinity", new(enc).bytes(mask))
+}
+
+func (b *builder) allCPUs() {
+	b.op(OpAffinity, FlagOptional, "run on all CPUs", new(enc).bytes(bytes.Repeat([]byte{0xff}, 1024)))
+}
+
+// CPUMask gives the first 64 bits of a CPU list, 0 for a malformed one.
+func CPUMask(list string) uint64 {
+	mask, err := bitmap(list, 8192)
+	if err != nil || len(mask) < 8 {
+		return 0
+	}
+	return binary.LittleEndian.Uint64(mask)
 }
 
 func (b *builder) memoryPolicy(spec *specs.Spec) {

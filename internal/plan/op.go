@@ -63,6 +63,7 @@ const (
 	OpGate        Kind = 43
 	OpClose       Kind = 44
 	OpSource      Kind = 45
+	OpRootAt      Kind = 46
 )
 
 // Flags, by kind.
@@ -91,7 +92,8 @@ const (
 
 	FlagHookHome uint16 = 1 << 0 // HOOK: with what HOME found out
 
-	FlagDevConsole uint16 = 1 << 0 // CONSOLE: bind the terminal onto /dev/console
+	FlagDevConsole  uint16 = 1 << 0 // CONSOLE: bind the terminal onto /dev/console
+	FlagPlainOutput uint16 = 1 << 1 // CONSOLE: no carriage returns before line feeds
 
 	FlagOptional uint16 = 1 << 15 // any: failure is not an error
 )
@@ -156,6 +158,7 @@ func layouts() []layout {
 		{OpGate, "GATE", "slot:h", "answer, then wait for a byte in the pipe"},
 		{OpClose, "CLOSE", "keep:h", "close what the rest of the plan has no use for"},
 		{OpSource, "SOURCE", "slot:h path:s flags:i set:q clear:q propagation:q", "open_tree(2) of the host's path in the slot's place"},
+		{OpRootAt, "ROOT_AT", "slot:h path:s", "ROOT, at a path of the host's, which becomes the working directory"},
 	}
 }
 

@@ -143,6 +143,15 @@ type Options struct {
 	Unprivileged bool
 	// CgroupEntered: the child is put into its cgroup by other means.
 	CgroupEntered bool
+	// AllCPUs has the process run on every processor that its cgroup permits,
+	// whatever whoever clones it is bound to, unless ExecCPUAffinity says otherwise.
+	AllCPUs bool
+	// RootPath is where on the host the root is to lie until it is entered, "" for
+	// on top of everything. Hooks of the creation look for it there.
+	RootPath string
+	// PlainOutput has the terminal pass line feeds on as they are: whoever copies
+	// its output has a terminal that adds the carriage returns.
+	PlainOutput bool
 	// Lookup has the program looked up before anything irrevocable is said.
 	Lookup bool
 	// Gate has the process answer and wait before it runs.

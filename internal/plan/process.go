@@ -31,6 +31,8 @@ func Exec(process *specs.Process, o Options) (*Plan, error) {
 	b.enterCgroups(o)
 	if a := process.ExecCPUAffinity; a != nil {
 		b.affinity(a.Final)
+	} else if o.AllCPUs {
+		b.allCPUs()
 	}
 	// Labels and limits take the host's own /proc and capabilities.
 	b.priorities(process)
@@ -107,6 +109,9 @@ func (b *builder) process(spec *specs.Spec, o Options, exec bool) {
 		if !exec {
 			flags |= FlagDevConsole
 		}
+		if o.PlainOutput {
+			flags |= FlagPlainOutput
+		}
 		b.op(OpConsole, flags, "open terminal", new(enc).u16(uint16(w)).u16(uint16(h)).u32(p.User.UID))
 	} else {
 		b.stdio()
@@ -115,7 +120,7 @@ func (b *builder) process(spec *specs.Spec, o Options, exec bool) {
 		b.finishRoot(spec)
 	}
 	b.workdir(p, exec)
-	if !slices.ContainsFunc(p.Env, func(e string) bool { return strings.HasPrefix(e, "HOME=") }) {
+	if home(p.Env) == "" {
 		b.op(OpHome, 0, "look up home directory", new(enc).u32(p.User.UID))
 	}
 	if p.User.Umask != nil {
@@ -344,11 +349,24 @@ func (b *builder) exec(p *specs.Process, o Options) {
 		at[name] = len(env)
 		env = append(env, v)
 	}
+	if i, ok := at["HOME"]; ok && env[i] == "HOME=" {
+		env = slices.Delete(env, i, i+1) // the one that was looked up takes its place
+	}
 	var flags uint16
 	if o.Init {
 		flags |= FlagInit
 	}
 	b.op(OpExec, flags, "exec "+p.Args[0], new(enc).strs(candidates(p)).longs(p.Args).longs(env))
+}
+
+// home is the home directory that the environment says, "" if none.
+func home(env []string) (dir string) {
+	for _, e := range env {
+		if v, ok := strings.CutPrefix(e, "HOME="); ok {
+			dir = v
+		}
+	}
+	return dir
 }
 
 // candidates are the paths that execvpe would try.

@@ -89,7 +89,7 @@ func TestProcessAttributes(t *testing.T) {
 				}
 			}
 		}},
-		"device": {"stat -c '%F %t:%T %a %u:%g' /dev/x/fuse /dev/pipe", "character special file a:e5 666 3:4\nfifo 0:0 600 0:0\n", func(s *specs.Spec, _ *Options) {
+		"device": {"stat -c '%F %t:%T %a %u:%g' /dev/x/fuse /dev/pipe", "character special file a:e5 666 3:4\nfifo 0:0 666 0:0\n", func(s *specs.Spec, _ *Options) {
 			s.Linux.Devices = []specs.LinuxDevice{
 				{Path: "/dev/x/fuse", Type: "c", Major: 10, Minor: 229, FileMode: ptr(os.FileMode(0o666)), UID: ptr(uint32(3)), GID: ptr(uint32(4))},
 				{Path: "/dev/pipe", Type: "p"}}
