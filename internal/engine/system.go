@@ -69,7 +69,7 @@ func (s *SystemService) Info(ctx context.Context) (*system.Info, error) {
 		ServerVersion: e.cfg.Version, DefaultRuntime: nativeRuntime, LiveRestoreEnabled: true, InitBinary: "servin-init",
 		Swarm: swarm.Info{LocalNodeState: swarm.LocalNodeStateInactive}, CDISpecDirs: s.cdiDirs(),
 		Runtimes: map[string]system.RuntimeWithStatus{nativeRuntime: {Runtime: system.Runtime{Path: "servin-shim"}}},
-		Plugins: system.PluginsInfo{Volume: e.cfg.Volumes.Drivers(ctx), Network: []string{"bridge", "host", "macvlan", "null"},
+		Plugins: system.PluginsInfo{Volume: e.cfg.Volumes.Drivers(ctx), Network: []string{"bridge", "host", "ipvlan", "macvlan", "null"},
 			Log: e.logDrivers()},
 		FirewallBackend: &system.FirewallInfo{Driver: "nftables"},
 		SecurityOptions: e.securityOptions(), HTTPProxy: os.Getenv("HTTP_PROXY"), HTTPSProxy: os.Getenv("HTTPS_PROXY"), NoProxy: os.Getenv("NO_PROXY"),

@@ -2,6 +2,7 @@ package network
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"maps"
 	"net/netip"
@@ -34,7 +35,7 @@ func (m *Manager) Attach(ctx context.Context, req AttachRequest) (Attachment, er
 	if n.rec.ConfigOnly {
 		return Attachment{}, fault.New(fault.Forbidden, "cannot connect container to network %s: it only holds configuration for others", n.rec.Name)
 	}
-	wired := n.rec.Driver == "bridge" || n.rec.Driver == "macvlan"
+	wired := n.rec.wired()
 	if wired && m.broken != nil {
 		return Attachment{}, m.broken
 	}
@@ -109,6 +110,9 @@ func (m *Manager) Attach(ctx context.Context, req AttachRequest) (Attachment, er
 		e.Bits6 = bitsOf(n.pool6, e.IPv6)
 	}
 
+	if err := m.serve(n, e); err != nil {
+		return fail(err)
+	}
 	b, err := m.enter(n, e, req)
 	if err != nil {
 		return fail(err)
@@ -143,6 +147,9 @@ func (m *Manager) Attach(ctx context.Context, req AttachRequest) (Attachment, er
 			return fail(err)
 		}
 		if err := m.serveNames(b); err != nil {
+			return fail(err)
+		}
+		if err := m.spread(b); err != nil {
 			return fail(err)
 		}
 	}
@@ -189,7 +196,10 @@ func checkSettings(n *netw, set *network.EndpointSettings, req AttachRequest) er
 	if len(set.Aliases) > 0 && n.rec.Name == network.NetworkBridge {
 		return fault.New(fault.Invalid, "network-scoped aliases are only supported for user-defined networks")
 	}
-	if fixed && n.rec.Driver != "bridge" && n.rec.Driver != "macvlan" {
+	if _, err := parseBandwidth(shaping{}, set.DriverOpts); err != nil {
+		return err
+	}
+	if fixed && !n.rec.wired() {
 		return fault.New(fault.Invalid, "cannot use a fixed address on network %s: it gives out none", n.rec.Name)
 	}
 	if !fixed {
@@ -226,7 +236,7 @@ func (m *Manager) enter(n *netw, e *endpoint, req AttachRequest) (*box, error) {
 		}
 		return nil, fault.New(fault.Conflict, "container %s is being attached to network %s already", req.ContainerName, n.rec.Name)
 	}
-	if e.IfName == "" && req.NetNS != nil && (n.rec.Driver == "bridge" || n.rec.Driver == "macvlan" || n.rec.Driver == driverCNI) {
+	if e.IfName == "" && req.NetNS != nil && (n.rec.wired() || n.rec.Driver == driverCNI) {
 		switch {
 		case req.IfName != "":
 			e.IfName = req.IfName
@@ -284,8 +294,14 @@ func (m *Manager) leave(n *netw, b *box, e *endpoint) {
 func (m *Manager) wire(n *netw, b *box, e *endpoint, ns *os.File, use *parked, prepared bool) error {
 	switch n.rec.Driver {
 	case "bridge":
-	case "macvlan":
-		return m.wireMacvlan(n, e, ns)
+	case "macvlan", "ipvlan":
+		if err := m.wireLAN(n, e, ns); err != nil {
+			return err
+		}
+		if err := m.shape(n, e, ns); err != nil {
+			return errors.Join(err, bridge.DeleteInside(ns, e.IfName))
+		}
+		return nil
 	case "null":
 		return bridge.LoopbackUp(ns)
 	default:
@@ -299,7 +315,7 @@ func (m *Manager) wire(n *netw, b *box, e *endpoint, ns *os.File, use *parked, p
 			return err
 		}
 		m.settle(n)
-		return nil
+		return m.shape(n, e, ns)
 	}
 	in := bridge.Interface{Name: e.IfName, MAC: e.MAC, MTU: n.rec.MTU, Addrs: e.prefixes()}
 	if len(m.endpointsOf(b)) == 1 {
@@ -327,7 +343,7 @@ func (m *Manager) wire(n *netw, b *box, e *endpoint, ns *os.File, use *parked, p
 	}
 	m.links.Settle(e.Outer)
 	m.settle(n)
-	return nil
+	return m.shape(n, e, ns)
 }
 
 // settle makes a bridge ready to send when it has just got its first port:

@@ -95,12 +95,12 @@ func (m *Manager) create(ctx context.Context, req network.CreateRequest, link st
 	}
 	switch r.Driver {
 	case "bridge", "host", "null":
-	case "macvlan":
+	case "macvlan", "ipvlan":
 		r.Parent = opts.parent
 	default:
-		return nil, fault.New(fault.NotFound, "cannot create network %s: network driver %q not found; there are bridge and macvlan", r.Name, r.Driver)
+		return nil, fault.New(fault.NotFound, "cannot create network %s: network driver %q not found; there are bridge, macvlan and ipvlan", r.Name, r.Driver)
 	}
-	wired := r.Driver == "bridge" || r.Driver == "macvlan"
+	wired := r.wired()
 	if wired && !r.ConfigOnly {
 		if m.broken != nil && !predefined(r.Name) {
 			return nil, m.broken
@@ -151,13 +151,13 @@ func (m *Manager) create(ctx context.Context, req network.CreateRequest, link st
 			return nil, fault.New(fault.Invalid, "cannot create network %s: subnet %s has no address left for containers", r.Name, p.Subnet())
 		}
 	}
-	if r.Driver == "macvlan" && !r.ConfigOnly {
+	if r.lan() && !r.ConfigOnly {
 		if err := m.checkParent(n); err != nil {
 			return nil, err
 		}
 	}
 	if err := m.disk.saveNetwork(r); err != nil {
-		return nil, err
+		return nil, errors.Join(err, m.fellParent(r))
 	}
 	if r.Driver == "bridge" && !r.ConfigOnly && m.broken == nil {
 		if err := m.raise(n); err != nil {
@@ -309,7 +309,7 @@ func (m *Manager) address(r *netRecord, req network.CreateRequest, opts options)
 func (m *Manager) gateways(r *netRecord, opts options) error {
 	for i := range r.IPAM.Config {
 		c := &r.IPAM.Config[i]
-		if c.Gateway.IsValid() || r.Driver == "macvlan" && r.Internal {
+		if c.Gateway.IsValid() || r.lan() && r.Internal {
 			continue
 		}
 		four := c.Subnet.Addr().Is4()
@@ -434,6 +434,9 @@ func (m *Manager) Remove(ctx context.Context, nameOrID string) error {
 		if err := m.fell(n); err != nil {
 			return back(err)
 		}
+	}
+	if err := m.fellParent(n.rec); err != nil {
+		return back(err)
 	}
 	if err := m.disk.dropNetwork(n.rec.ID); err != nil {
 		return back(err)

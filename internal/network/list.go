@@ -61,6 +61,7 @@ func (m *Manager) inspectLocked(n *netw) network.Inspect {
 	if in.IPAM.Config == nil {
 		in.IPAM.Config = []network.IPAMConfig{}
 	}
+	in.Services = n.balance()
 	for id, e := range n.eps {
 		if !e.HasNS {
 			continue

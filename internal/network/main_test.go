@@ -125,7 +125,10 @@ func attach(t testing.TB, m *Manager, ns *os.File, name, netw string, edit func(
 }
 
 // echo serves "who are you" inside ns: every connection is told its source.
-func echo(t testing.TB, ns *os.File, addr string) {
+func echo(t testing.TB, ns *os.File, addr string) { serve(t, ns, addr, "") }
+
+// serve says something to every connection inside ns, or its source.
+func serve(t testing.TB, ns *os.File, addr, say string) {
 	t.Helper()
 	var ln net.Listener
 	var pc net.PacketConn
@@ -137,13 +140,19 @@ func echo(t testing.TB, ns *os.File, addr string) {
 		return err
 	})
 	t.Cleanup(func() { ln.Close(); pc.Close() })
+	answer := func(from string) []byte {
+		if say != "" {
+			return []byte(say)
+		}
+		return []byte(netip.MustParseAddrPort(from).Addr().Unmap().String())
+	}
 	go func() {
 		for {
 			c, err := ln.Accept()
 			if err != nil {
 				return
 			}
-			c.Write([]byte(netip.MustParseAddrPort(c.RemoteAddr().String()).Addr().Unmap().String()))
+			c.Write(answer(c.RemoteAddr().String()))
 			c.Close()
 		}
 	}()
@@ -154,7 +163,7 @@ func echo(t testing.TB, ns *os.File, addr string) {
 			if err != nil {
 				return
 			}
-			pc.WriteTo([]byte(netip.MustParseAddrPort(from.String()).Addr().Unmap().String()), from)
+			pc.WriteTo(answer(from.String()), from)
 		}
 	}()
 }

@@ -79,6 +79,11 @@ type Manager struct {
 
 	serial atomic.Uint64
 	kick   chan struct{} // wakes Run's reaper
+	// balance wakes who tells containers which others serve; touched are the
+	// networks where that changed.
+	balance   chan struct{}
+	touched   map[string]bool
+	serviceMu sync.Mutex // one service address is given at a time
 
 	cniSeen uint64 // generation of the CNI configuration that the books follow
 
@@ -118,7 +123,13 @@ type box struct {
 	// gw4 and gw6 are the networks that the default routes lead to.
 	gw4, gw6 string
 	resolver *resolver
-	busy     sync.Mutex // one change of routes or names at a time
+	// services translates service addresses in the namespace; seen is what it
+	// was told.
+	serviceMu sync.Mutex
+	services  *nft.Services
+	seen      []nft.Service
+	spreadSet bool
+	busy      sync.Mutex // one change of routes or names at a time
 }
 
 // parked is a link that was prepared and not yet used.
@@ -138,6 +149,8 @@ type corpse struct {
 	addrs []netip.Addr
 	udp   bool
 	tries int
+	// shaped: a device beside the link goes, too.
+	shaped bool
 }
 
 var instanceName = regexp.MustCompile(`^[A-Za-z0-9_-]{1,64}$`)
@@ -162,7 +175,7 @@ func New(ctx context.Context, cfg Config) (*Manager, error) {
 		cfg.Logger = slog.New(slog.DiscardHandler)
 	}
 	m := &Manager{
-		cfg: cfg, log: cfg.Logger, tag: tagOf(cfg.Instance), kick: make(chan struct{}, 1),
+		cfg: cfg, log: cfg.Logger, tag: tagOf(cfg.Instance), kick: make(chan struct{}, 1), balance: make(chan struct{}, 1),
 		nets: map[string]*netw{}, names: map[string]*netw{}, containers: map[string]*box{}, parked: map[string]*parked{},
 		ports: newReservations(cfg.HostPorts),
 	}
@@ -257,6 +270,11 @@ func (m *Manager) setUp(ctx context.Context) error {
 		m.log.Warn("published ports need --publish-through", "cause", err)
 	}
 	for _, n := range m.nets {
+		if n.rec.lan() {
+			if err := m.raiseParent(n.rec); err != nil {
+				m.log.Error("a network could not be brought up", "network", n.rec.Name, "cause", err)
+			}
+		}
 		if n.rec.Driver != "bridge" || n.rec.ConfigOnly {
 			continue
 		}
@@ -426,6 +444,13 @@ func newNetw(r *netRecord) (*netw, error) {
 			n.pool6 = append(n.pool6, p)
 		}
 	}
+	for _, s := range r.Services {
+		for _, a := range []netip.Addr{s.IPv4, s.IPv6} {
+			if a.IsValid() {
+				_ = n.take(a)
+			}
+		}
+	}
 	return n, nil
 }
 
@@ -505,6 +530,12 @@ func (b *box) close() {
 		b.resolver.close()
 		b.resolver = nil
 	}
+	b.serviceMu.Lock()
+	if b.services != nil {
+		b.services.Close()
+		b.services, b.seen, b.spreadSet = nil, nil, false
+	}
+	b.serviceMu.Unlock()
 	if b.netns != nil {
 		b.netns.Close()
 		b.netns = nil

@@ -24,7 +24,7 @@ var resolverAddr = netip.AddrFrom4([4]byte{127, 0, 0, 11})
 // named tells whether containers know one another by name on the network: on
 // all but the default ones.
 func (n *netw) named() bool {
-	return !predefined(n.rec.Name) && (n.rec.Driver == "bridge" || n.rec.Driver == "macvlan")
+	return !predefined(n.rec.Name) && n.rec.wired()
 }
 
 // names are those under which an endpoint is known on its network; the first
@@ -40,6 +40,11 @@ func (e *endpoint) names(n *netw) []string {
 	var out []string
 	for _, s := range append(append([]string{e.ContainerName}, e.Aliases...), short, e.Hostname) {
 		if s != "" && !slices.Contains(out, s) {
+			out = append(out, s)
+		}
+	}
+	for _, s := range n.services(e) {
+		if !slices.ContainsFunc(out, func(o string) bool { return strings.EqualFold(o, s) }) {
 			out = append(out, s)
 		}
 	}
@@ -59,6 +64,7 @@ func (m *Manager) register(n *netw, b *box, e *endpoint) {
 			n.addrs[a] = e
 		}
 	}
+	m.touch(n)
 }
 
 func (m *Manager) unregister(n *netw, b *box, e *endpoint) {
@@ -81,6 +87,7 @@ func (m *Manager) unregister(n *netw, b *box, e *endpoint) {
 			delete(n.addrs, a)
 		}
 	}
+	m.touch(n)
 }
 
 // Rename follows a container's new name in DNS.
@@ -109,6 +116,13 @@ func (m *Manager) Rename(ctx context.Context, id, name string) error {
 func (m *Manager) SetHealthy(id string, healthy bool) {
 	m.mu.Lock()
 	if b := m.containers[id]; b != nil {
+		if b.unhealthy == healthy {
+			for id := range b.eps {
+				if n := m.nets[id]; n != nil {
+					m.touch(n)
+				}
+			}
+		}
 		b.unhealthy = !healthy
 	}
 	m.mu.Unlock()
@@ -178,6 +192,9 @@ func (r *resolver) Lookup(name string, six bool) ([]netip.Addr, bool) {
 		n := r.m.nets[id]
 		if n == nil || !n.named() {
 			continue
+		}
+		if as, ok := n.vip(name, six); ok {
+			return as, true
 		}
 		es := n.dns[name]
 		if short, ok := strings.CutSuffix(name, "."+strings.ToLower(n.rec.Name)); ok && len(es) == 0 {

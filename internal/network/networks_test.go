@@ -481,7 +481,7 @@ func TestMacvlan(t *testing.T) {
 	ctx := context.Background()
 	req := mnetwork.CreateRequest{Name: "mv", Driver: "macvlan", Options: map[string]string{optParent: "wire0"}, IPAM: &mnetwork.IPAM{
 		Config: []mnetwork.IPAMConfig{{Subnet: netip.MustParsePrefix("198.51.100.0/24"), IPRange: netip.MustParsePrefix("198.51.100.128/25"), Gateway: netip.MustParseAddr(host4)}}}}
-	for _, bad := range []map[string]string{nil, {optParent: "nosuch"}, {optParent: "wire0", optMacvlan: "x"}} {
+	for _, bad := range []map[string]string{{optParent: "nosuch"}, {optParent: "wire0", optMacvlan: "x"}} {
 		r := req
 		r.Options = bad
 		if _, err := m.Create(ctx, r); !fault.Is(err, fault.Invalid) {

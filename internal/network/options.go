@@ -21,6 +21,8 @@ const (
 	optIfName     = "com.docker.network.endpoint.ifname"
 	optParent     = "parent"
 	optMacvlan    = "macvlan_mode"
+	optIPvlan     = "ipvlan_mode"
+	optIPvlanFlag = "ipvlan_flag"
 )
 
 type gatewayMode uint8
@@ -44,6 +46,9 @@ type options struct {
 	mtu                    int
 	prefix                 string
 	parent, macvlan        string
+	ipvlan, ipvlanFlag     string
+	bandwidth              shaping
+	vip, sticky            bool // aliases have service addresses
 }
 
 func parseOptions(o map[string]string, internal bool) (options, error) {
@@ -102,9 +107,25 @@ func parseOptions(o map[string]string, internal bool) (options, error) {
 			out.parent = v
 		case optMacvlan:
 			out.macvlan = v
+		case optIPvlan:
+			out.ipvlan = v
+		case optIPvlanFlag:
+			out.ipvlanFlag = v
+		case optVIP:
+			if out.sticky = v == "sticky"; out.sticky {
+				out.vip = true
+				continue
+			}
+			b, err := strconv.ParseBool(v)
+			if err != nil {
+				return out, bad(k, v, "true, false or sticky is wanted")
+			}
+			out.vip = b
 		}
 	}
-	return out, nil
+	var err error
+	out.bandwidth, err = parseBandwidth(shaping{}, o)
+	return out, err
 }
 
 // validIfName tells whether the kernel takes s as the name of a link.

@@ -29,7 +29,15 @@ type netRecord struct {
 	MTU     int              `json:",omitempty"`
 	MAC     net.HardwareAddr `json:",omitempty"`
 	Parent  string           `json:",omitempty"`
+	// OwnParent: the parent link was made for the network and goes with it.
+	OwnParent bool `json:",omitempty"`
+	// Services are service addresses by lower-case alias.
+	Services map[string]serviceRecord `json:",omitempty"`
 }
+
+// wired tells whether containers get a link, addresses and names on a network
+// from us.
+func (r *netRecord) wired() bool { return r.Driver == "bridge" || r.lan() }
 
 // endpoint is one container's place on one network, in memory and on disk.
 type endpoint struct {
@@ -55,6 +63,8 @@ type endpoint struct {
 	Ports         []published                 `json:",omitempty"`
 	HasNS         bool                        `json:",omitempty"`
 	Ephemeral     bool                        `json:",omitempty"`
+	// Shaped: a device beside the link limits what the container sends.
+	Shaped bool `json:",omitempty"`
 	// What CNI plugins gave.
 	Gateway4  netip.Addr `json:",omitzero"`
 	Gateway6  netip.Addr `json:",omitzero"`

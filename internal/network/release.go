@@ -85,7 +85,7 @@ func (m *Manager) DropLink(ctx context.Context, l *Link) error {
 // its namespace, and then its addresses, which must not be given to another
 // while the old link still answers for them.
 func (m *Manager) bury(n *netw, e *endpoint) {
-	c := &corpse{outer: e.Outer, index: e.Index, net: n}
+	c := &corpse{outer: e.Outer, index: e.Index, net: n, shaped: e.Shaped}
 	for _, a := range []netip.Addr{e.IPv4, e.IPv6} {
 		if a.IsValid() {
 			c.addrs = append(c.addrs, a)
@@ -131,6 +131,11 @@ func (m *Manager) finish(cs []*corpse) {
 		// By name: the index may be another link's by now.
 		if c.outer != "" {
 			if i := m.links.Index(c.outer); i != 0 {
+				gone = append(gone, i)
+			}
+		}
+		if c.shaped {
+			if i := m.links.Index(m.ifbOf(c.outer)); i != 0 {
 				gone = append(gone, i)
 			}
 		}
@@ -216,10 +221,13 @@ func (m *Manager) Detach(ctx context.Context, id, nameOrID string) error {
 		if i := m.links.Index(e.Outer); i != 0 {
 			err = errors.Join(err, m.links.Delete(i))
 		}
+		if e.Shaped {
+			err = errors.Join(err, m.unshape(e.Outer))
+		}
 	} else if n.rec.Driver == driverCNI {
 		m.unplug(ctx, e)
 	} else if e.HasNS && e.IfName != "" && b.netns != nil {
-		err = errors.Join(err, bridge.DeleteInside(b.netns, e.IfName))
+		err = errors.Join(err, bridge.DeleteInside(b.netns, e.IfName), bridge.DeleteInside(b.netns, ifbInside(e.IfName)))
 	}
 	m.mu.Lock()
 	m.unregister(n, b, e)

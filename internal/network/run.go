@@ -18,6 +18,7 @@ import (
 func (m *Manager) Run(ctx context.Context) error {
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return m.reap(ctx) })
+	g.Go(func() error { return m.rebalance(ctx) })
 	if m.broken == nil {
 		g.Go(func() error {
 			if err := m.reallow(ctx, false); err != nil {
@@ -84,7 +85,7 @@ func (m *Manager) forgetDead(b *box) error {
 		}
 		n := m.nets[id]
 		m.unregister(n, b, e)
-		dead = append(dead, &corpse{outer: e.Outer, net: n, addrs: addrsOf(e), udp: hasUDP(e)})
+		dead = append(dead, &corpse{outer: e.Outer, shaped: e.Shaped, net: n, addrs: addrsOf(e), udp: hasUDP(e)})
 		m.mu.Unlock()
 		err = errors.Join(err, m.unpublish(e))
 		m.mu.Lock()
@@ -153,7 +154,7 @@ func (m *Manager) readopt(b *box, ns *os.File) error {
 	// Which routes the namespace has is not in the books: setting them anew
 	// does no harm.
 	b.gw4, b.gw6 = "", ""
-	return errors.Join(errs, m.regate(b), m.serveNames(b))
+	return errors.Join(errs, m.regate(b), m.serveNames(b), m.spread(b))
 }
 
 // sweep removes links that bear this engine's mark and belong to nobody.
@@ -163,13 +164,16 @@ func (m *Manager) sweep() error {
 	for _, b := range m.containers {
 		for _, e := range b.eps {
 			owned[e.Outer] = true
+			if e.Shaped {
+				owned[m.ifbOf(e.Outer)] = true
+			}
 		}
 	}
 	for outer := range m.parked {
 		owned[outer] = true
 	}
 	for _, c := range m.dying {
-		owned[c.outer] = true
+		owned[c.outer], owned[m.ifbOf(c.outer)] = true, true
 	}
 	for _, n := range m.nets {
 		owned[n.rec.Link] = true
@@ -202,6 +206,9 @@ func (m *Manager) Destroy(ctx context.Context) error {
 	for _, n := range m.nets {
 		if n.rec.Link != "" && !n.rec.Foreign {
 			own = append(own, n.rec.Link)
+		}
+		if n.rec.OwnParent {
+			own = append(own, n.rec.Parent)
 		}
 	}
 	m.mu.Unlock()
