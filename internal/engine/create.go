@@ -84,6 +84,7 @@ func (e *Engine) create(ctx context.Context, req CreateRequest) (u *unit, warnin
 	if req.member != nil { // Kubernetes' limits may be smaller than Docker's least ones
 		c := *hc
 		c.Resources = mcontainer.Resources{CgroupParent: hc.CgroupParent}
+		c.NetworkMode = network.NetworkNone // a pod's, which goes with a name of its own
 		asked = &c
 	}
 	if warnings, err = oci.Validate(cfg, asked, e.cfg.Host); err != nil {
