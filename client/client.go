@@ -48,6 +48,9 @@ type Config struct {
 	UserAgent string
 	// Headers are sent with each request.
 	Headers map[string]string
+	// APIVersion of the requests, for engines that are older than this package;
+	// empty means the package's own.
+	APIVersion string
 }
 
 // TLS names the material of a TLS connection, as files in PEM format.
@@ -68,6 +71,7 @@ type Client struct {
 	authority string // the Host header
 	agent     string
 	headers   map[string]string
+	version   string
 	tls       *TLS
 
 	mu     sync.Mutex
@@ -87,7 +91,7 @@ func New(cfg Config) (*Client, error) {
 	if err != nil {
 		return nil, err
 	}
-	c := &Client{host: host, network: network, addr: addr, authority: "servin", agent: cfg.UserAgent, headers: cfg.Headers, tls: cfg.TLS}
+	c := &Client{host: host, network: network, addr: addr, authority: "servin", agent: cfg.UserAgent, headers: cfg.Headers, version: cfg.APIVersion, tls: cfg.TLS}
 	if network == "tcp" {
 		c.authority = addr
 	} else if cfg.TLS != nil {
@@ -95,6 +99,9 @@ func New(cfg Config) (*Client, error) {
 	}
 	if c.agent == "" {
 		c.agent = "servin-client"
+	}
+	if c.version == "" {
+		c.version = APIVersion
 	}
 	return c, nil
 }

@@ -54,6 +54,8 @@ type request struct {
 	contentType string
 	// upgrade asks for a raw stream.
 	upgrade bool
+	// bare: the path has no version before it.
+	bare bool
 }
 
 // head renders the request line and header.
@@ -61,8 +63,8 @@ func (c *Client) head(r *request, bodyLen int) []byte {
 	b := make([]byte, 0, 512)
 	b = append(b, r.method...)
 	b = append(b, ' ')
-	if !strings.HasPrefix(r.path, "/servin/") {
-		b = append(b, "/v"+APIVersion...)
+	if !r.bare && !strings.HasPrefix(r.path, "/servin/") {
+		b = append(append(b, "/v"...), c.version...)
 	}
 	b = append(b, r.path...)
 	if len(r.query) > 0 {

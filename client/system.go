@@ -3,6 +3,8 @@ package client
 import (
 	"context"
 	"encoding/json"
+	"errors"
+	"fmt"
 	"net"
 	"net/url"
 	"strconv"
@@ -17,6 +19,39 @@ import (
 // Ping reports whether the engine answers.
 func (c *Client) Ping(ctx context.Context) error {
 	return c.do(ctx, &request{method: "GET", path: "/_ping"}, nil)
+}
+
+// Negotiate returns a client that speaks the newest API version which it and the
+// engine both know. Engines of other makes may be older than this package.
+func Negotiate(ctx context.Context, cfg Config) (*Client, error) {
+	c, err := New(cfg)
+	if err != nil {
+		return nil, err
+	}
+	resp, err := c.send(ctx, &request{method: "GET", path: "/_ping", bare: true})
+	if err != nil {
+		return nil, errors.Join(err, c.Close())
+	}
+	theirs := resp.header["api-version"]
+	if err := resp.body.Close(); err != nil {
+		return nil, errors.Join(err, c.Close())
+	}
+	if older(theirs, c.version) {
+		c.version = theirs
+	}
+	return c, nil
+}
+
+// older compares versions such as 1.41; what is none is not older.
+func older(a, b string) bool {
+	var x, y [2]int
+	if _, err := fmt.Sscanf(a, "%d.%d", &x[0], &x[1]); err != nil {
+		return false
+	}
+	if _, err := fmt.Sscanf(b, "%d.%d", &y[0], &y[1]); err != nil {
+		return false
+	}
+	return x[0] < y[0] || x[0] == y[0] && x[1] < y[1]
 }
 
 // Info tells about the engine and its host; raw is what the engine sent.

@@ -84,6 +84,8 @@ type RestoreOptions struct {
 	Replace bool
 	// Devices permits device nodes in the archive.
 	Devices bool
+	// Labels of the volume that VolumeImport makes; those of an archive stay.
+	Labels map[string]string
 }
 
 // VolumeRestore makes a volume, or replaces its content, of an archive of
@@ -97,8 +99,16 @@ func (c *Client) VolumeRestore(ctx context.Context, name string, o RestoreOption
 
 // VolumeImport makes a volume, or replaces its content, of a tar.
 func (c *Client) VolumeImport(ctx context.Context, name string, o RestoreOptions, r io.Reader) error {
+	labels := ""
+	if len(o.Labels) > 0 {
+		b, err := json.Marshal(o.Labels)
+		if err != nil {
+			return err
+		}
+		labels = string(b)
+	}
 	return c.do(ctx, &request{method: "POST", path: api.Root + "/volumes/" + url.PathEscape(name) + "/import",
-		query: values("replace", flag(o.Replace), "devices", flag(o.Devices)), body: r, contentType: "application/x-tar"}, nil)
+		query: values("replace", flag(o.Replace), "devices", flag(o.Devices), "labels", labels), body: r, contentType: "application/x-tar"}, nil)
 }
 
 // VolumeClone makes a volume with the content of another one.

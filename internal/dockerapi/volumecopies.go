@@ -2,6 +2,7 @@ package dockerapi
 
 import (
 	"context"
+	"encoding/json"
 	"io"
 	"net/http"
 	"strconv"
@@ -10,6 +11,7 @@ import (
 
 	"github.com/cloudos-io/cloudos/api"
 	"github.com/cloudos-io/cloudos/internal/engine"
+	"github.com/cloudos-io/cloudos/internal/fault"
 )
 
 // VolumeCopies is implemented by the engine.
@@ -58,7 +60,13 @@ func (a volumeCopiesAPI) restore(w *response, r *request) error {
 }
 
 func (a volumeCopiesAPI) imports(w *response, r *request) error {
-	if err := a.b.VolumeImport(r.Context(), r.name, engine.RestoreOptions{Replace: r.flag("replace"), Devices: r.flag("devices")}, r.Body); err != nil {
+	o := engine.RestoreOptions{Replace: r.flag("replace"), Devices: r.flag("devices")}
+	if q := r.query.Get("labels"); q != "" {
+		if err := json.Unmarshal([]byte(q), &o.Labels); err != nil {
+			return fault.New(fault.Invalid, "cannot read the labels: %w", err)
+		}
+	}
+	if err := a.b.VolumeImport(r.Context(), r.name, o, r.Body); err != nil {
 		return err
 	}
 	return w.noContent()

@@ -161,6 +161,8 @@ type RestoreOptions struct {
 	Replace bool
 	// Devices permits device nodes in the archive.
 	Devices bool
+	// Labels of the volume that an import makes.
+	Labels map[string]string
 }
 
 // VolumeRestore makes a volume, or replaces its content, of an archive that
@@ -204,7 +206,7 @@ func (s *VolumeService) VolumeImport(ctx context.Context, name string, o Restore
 		return err
 	}
 	defer z.Close()
-	g, err := s.e.cfg.Volumes.Stage(ctx, volume.CreateRequest{Name: name}, o.Replace)
+	g, err := s.e.cfg.Volumes.Stage(ctx, volume.CreateRequest{Name: name, Labels: o.Labels}, o.Replace)
 	if err != nil {
 		return err
 	}

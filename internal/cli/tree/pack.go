@@ -21,10 +21,39 @@ func Pack(w io.Writer, src, name string, warn func(string)) error {
 	return p.tw.Close()
 }
 
+// PackAll is Pack with extended attributes (capabilities of programs, access
+// lists, user attributes), as far as the system tells them.
+func PackAll(w io.Writer, src, name string, warn func(string)) error {
+	p := &packer{tw: tar.NewWriter(w), warn: warn, links: map[inode]string{}, attrs: true}
+	if err := p.add(src, name); err != nil {
+		return err
+	}
+	return p.tw.Close()
+}
+
 type packer struct {
 	tw    *tar.Writer
 	warn  func(string)
 	links map[inode]string
+	attrs bool
+}
+
+// complete adds to a header what PackAll has and Pack has not.
+func (p *packer) complete(src string, h *tar.Header) error {
+	if !p.attrs {
+		return nil
+	}
+	attrs, err := xattrs(src)
+	if err != nil {
+		return fmt.Errorf("cannot read the attributes of %s: %w", src, err)
+	}
+	for k, v := range attrs {
+		if h.PAXRecords == nil {
+			h.PAXRecords = map[string]string{}
+		}
+		h.PAXRecords["SCHILY.xattr."+k] = v
+	}
+	return nil
 }
 
 func (p *packer) add(src, name string) error {
@@ -80,6 +109,9 @@ func (p *packer) dir(src, name string, fi fs.FileInfo) error {
 	if err != nil {
 		return err
 	}
+	if err := p.complete(src, h); err != nil {
+		return err
+	}
 	if err := p.tw.WriteHeader(h); err != nil {
 		return err
 	}
@@ -102,6 +134,9 @@ func (p *packer) dir(src, name string, fi fs.FileInfo) error {
 func (p *packer) file(src, name string, fi fs.FileInfo) error {
 	h, err := header(fi, "", name)
 	if err != nil {
+		return err
+	}
+	if err := p.complete(src, h); err != nil {
 		return err
 	}
 	if id, many := inodeOf(fi); many {

@@ -1,0 +1,5 @@
+//go:build !linux
+
+package tree
+
+func xattrs(string) (map[string]string, error) { return nil, nil }
