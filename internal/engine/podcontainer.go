@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strings"
 
 	mcontainer "github.com/moby/moby/api/types/container"
 	"github.com/moby/moby/api/types/mount"
@@ -155,6 +156,29 @@ func (e *Engine) podOf(r *container.Record) (*pod, *container.Pod, error) {
 		return nil, nil, err
 	}
 	return p, p.rec.Load(), nil
+}
+
+// lookupUser finds a container's user. In a pod, the groups that the image gives
+// the user are added even where its primary group is named, unless the pod says
+// Strict; with Docker, naming the group leaves them out.
+func lookupUser(root *os.File, r *container.Record) (u specs.User, home string, err error) {
+	if u, home, err = oci.LookupUser(root, r.Config.User, r.HostConfig.GroupAdd); err != nil || r.Pod == nil || r.Pod.Strict {
+		return u, home, err
+	}
+	name, _, named := strings.Cut(r.Config.User, ":")
+	if !named {
+		return u, home, nil
+	}
+	own, _, err := oci.LookupUser(root, name, nil)
+	if err != nil {
+		return u, home, err
+	}
+	for _, g := range own.AdditionalGids[1:] { // the first is the user's primary group, which the pod replaces
+		if !slices.Contains(u.AdditionalGids, g) {
+			u.AdditionalGids = append(u.AdditionalGids, g)
+		}
+	}
+	return u, home, nil
 }
 
 // joinPod has a container join its pod's namespaces.

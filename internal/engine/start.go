@@ -301,7 +301,7 @@ func (e *Engine) specInput(ctx context.Context, u *unit, r *container.Record, ro
 		// Runtimes of some age refuse specs that use these.
 		in.Host.TimeNamespace, in.Host.RecursiveReadonly = false, false
 	}
-	if in.User, in.Home, err = oci.LookupUser(root, r.Config.User, hc.GroupAdd); err != nil {
+	if in.User, in.Home, err = lookupUser(root, r); err != nil {
 		return in, err
 	}
 	if in.Mounts, err = e.startMounts(ctx, u, r, back); err != nil {
