@@ -242,6 +242,9 @@ func (e *Engine) hostname(r *container.Record) error {
 	hc := r.HostConfig
 	if hc.NetworkMode.IsContainer() && r.Pod == nil {
 		o, err := e.lookup(hc.NetworkMode.ConnectedContainer())
+		if hc.NetworkMode.ConnectedContainer() == r.Name {
+			return fault.New(fault.Invalid, "cannot join own network namespace")
+		}
 		if fault.Is(err, fault.NotFound) {
 			// It may come; the start asks again.
 			if r.Config.Hostname == "" {
@@ -253,7 +256,7 @@ func (e *Engine) hostname(r *container.Record) error {
 			return err
 		}
 		if o.id == r.ID {
-			return fault.New(fault.Invalid, "cannot join the container's own network namespace")
+			return fault.New(fault.Invalid, "cannot join own network namespace")
 		}
 		oc := o.rec.Load().Config
 		// Names may be taken over by others: the id is what is meant.

@@ -22,15 +22,15 @@ import (
 // execution is one exec of a container. It lives in memory: with the daemon it
 // is forgotten, though its process goes on.
 type execution struct {
-	id  string
-	u   *unit
-	req mcontainer.ExecCreateRequest
+	id   string
+	u    *unit
+	task runtime.Task // the run of the container that it belongs to
+	req  mcontainer.ExecCreateRequest
 
 	mu      sync.Mutex
 	started bool
 	proc    runtime.Exec
 	failed  *int // exit code of one that could not be started
-	stale   bool // the run of the container that it belonged to is over
 	doneAt  time.Time
 	size    [2]uint // height, width asked for before the start
 }
@@ -102,7 +102,6 @@ func (e *Engine) dropExecs(u *unit) {
 	for id := range ids {
 		if x, err := e.execs.get(id); err == nil {
 			x.mu.Lock()
-			x.stale = true
 			if x.doneAt.IsZero() {
 				x.doneAt = now
 			}
@@ -143,13 +142,14 @@ func (e *Engine) ExecCreate(_ context.Context, name string, req mcontainer.ExecC
 	if len(req.Cmd) == 0 || req.Cmd[0] == "" {
 		return "", fault.New(fault.Invalid, "No exec command specified")
 	}
-	if _, err := u.needTask(); err != nil {
+	t, err := u.needTask()
+	if err != nil {
 		return "", err
 	}
 	if err := e.executable(u, strings.TrimPrefix(name, "/")); err != nil {
 		return "", err
 	}
-	x := &execution{id: newID(), u: u, req: req}
+	x := &execution{id: newID(), u: u, task: t, req: req}
 	if req.ConsoleSize != nil {
 		x.size = *req.ConsoleSize
 	}
@@ -190,9 +190,9 @@ func (e *Engine) ExecStart(ctx context.Context, id string, req mcontainer.ExecSt
 	}
 	u := x.u
 	x.mu.Lock()
-	stale := x.stale && !x.started
+	over := !x.started && u.running() != x.task
 	x.mu.Unlock()
-	if stale {
+	if over { // it was for a run that has ended
 		return Attached{}, noExec(id)
 	}
 	t, err := u.needTask()

@@ -98,6 +98,8 @@ func (e *Engine) exited(u *unit, t runtime.Task) {
 		e.publish(u, events.ActionOOM, nil)
 	}
 	e.publishExit(u, n, x)
+	e.publishEndpoints(r, r.Attached, events.ActionDisconnect)
+	e.publishMounts(r, events.ActionUnmount)
 	e.notify(u, false)
 	close(ended)
 	e.spawn(func() {
@@ -137,6 +139,8 @@ func (e *Engine) ephemeralEnded(u *unit, r, n *container.Record, t runtime.Task,
 		e.publish(u, events.ActionOOM, nil)
 	}
 	e.publishExit(u, n, x)
+	e.publishEndpoints(r, r.Attached, events.ActionDisconnect)
+	e.publishMounts(r, events.ActionUnmount)
 	e.notify(u, true)
 	close(ended)
 	e.spawn(func() {

@@ -155,6 +155,9 @@ func (e *Engine) hosts(r *container.Record, eps map[string]*network.EndpointSett
 		}
 	}
 	own := r.Config.Hostname
+	if first, _, dotted := strings.Cut(own, "."); dotted {
+		own += " " + first
+	}
 	if d := r.Config.Domainname; d != "" {
 		own = r.Config.Hostname + "." + d + " " + r.Config.Hostname
 	}

@@ -116,10 +116,6 @@ func parsePortRange(s string) (portRange, error) {
 	return portRange{a, b, proto}, nil
 }
 
-func (p portRange) has(port network.Port) bool {
-	return string(port.Proto()) == p.proto && port.Num() >= p.lo && port.Num() <= p.hi
-}
-
 func (e *Engine) listFilter(o ListOptions) (*listFilter, error) {
 	f := o.Filters
 	l := &listFilter{all: o.All || o.Limit > 0, e: e, filters: f}
@@ -155,7 +151,7 @@ func (e *Engine) listFilter(o ListOptions) (*listFilter, error) {
 		if err != nil {
 			return nil, badFilter("exited", x)
 		}
-		l.exited, l.all = append(l.exited, n), true
+		l.exited = append(l.exited, n)
 	}
 	for key, to := range map[string]*[]portRange{"publish": &l.publish, "expose": &l.expose} {
 		for _, v := range values(f, key) {
@@ -172,8 +168,7 @@ func (e *Engine) listFilter(o ListOptions) (*listFilter, error) {
 			if err != nil {
 				return nil, err
 			}
-			r := u.rec.Load()
-			*to, l.all = r, true
+			*to = u.rec.Load()
 		}
 	}
 	l.images = values(f, "ancestor")
@@ -229,17 +224,22 @@ func (l *listFilter) match(r *container.Record) bool {
 		return false
 	case !any(len(l.networks), func(i int) bool { return hasNetwork(r, l.networks[i]) }):
 		return false
-	case !any(len(l.publish), func(i int) bool { return hasPort(r.Ports, l.publish[i]) }):
+	case !any(len(l.publish), func(i int) bool { return hasPort(r, l.publish[i], true) }):
 		return false
-	case !any(len(l.expose), func(i int) bool { return hasPort(r.Config.ExposedPorts, l.expose[i]) }):
+	case !any(len(l.expose), func(i int) bool { return hasPort(r, l.expose[i], false) }):
 		return false
 	}
 	return true
 }
 
-func hasPort[V any](m map[network.Port]V, want portRange) bool {
-	for p := range m {
-		if want.has(p) {
+// hasPort looks among the ports that a list shows: of the host, or of the container.
+func hasPort(r *container.Record, want portRange, public bool) bool {
+	for _, p := range portSummary(r) {
+		n := p.PrivatePort
+		if public {
+			n = p.PublicPort
+		}
+		if n != 0 && p.Type == want.proto && n >= want.lo && n <= want.hi {
 			return true
 		}
 	}

@@ -180,7 +180,10 @@ func (e *Engine) probeOnce(ctx context.Context, u *unit, t runtime.Task, check c
 		return res
 	case <-tm.C:
 		_ = p.Signal(context.WithoutCancel(ctx), int(unix.SIGKILL))
-		text := fmt.Sprintf("Health check exceeded timeout (%s): %s", check.Timeout, out.String()) // Docker's words, shown by inspect
+		text := fmt.Sprintf("Health check exceeded timeout (%s)", check.Timeout) // Docker's words, shown by inspect
+		if o := out.String(); o != "" {
+			text += ": " + o
+		}
 		return failed(errors.New(text))
 	case <-ctx.Done():
 		_ = p.Signal(context.WithoutCancel(ctx), int(unix.SIGKILL))

@@ -56,6 +56,9 @@ func (e *Engine) links(r *container.Record) ([]link, error) {
 		name, alias := cutLink(l)
 		u, err := e.lookup(name)
 		if err != nil {
+			if !legacyLinks(r) {
+				continue // on networks of the user's it may come later
+			}
 			return nil, err
 		}
 		out = append(out, link{u, alias})

@@ -8,6 +8,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/containerd/platforms"
 	mcontainer "github.com/moby/moby/api/types/container"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
@@ -32,6 +33,7 @@ func (e *Engine) ContainerList(ctx context.Context, o ListOptions) ([]mcontainer
 	})
 	linked := e.linkNames(records)
 	now := time.Now()
+	named := imageNames{images: e.cfg.Images}
 	out := make([]mcontainer.Summary, 0, len(records))
 	for _, r := range records {
 		if o.Limit > 0 && len(out) == o.Limit {
@@ -41,6 +43,7 @@ func (e *Engine) ContainerList(ctx context.Context, o ListOptions) ([]mcontainer
 			continue
 		}
 		s := summary(r, now)
+		s.Image = named.name(ctx, r)
 		s.Names = append(s.Names, linked[r.ID]...)
 		if o.Size {
 			s.SizeRw, s.SizeRootFs = e.sizes(ctx, r)
@@ -60,9 +63,6 @@ func summary(r *container.Record, now time.Time) mcontainer.Summary {
 	s.HostConfig.Annotations = r.HostConfig.Annotations
 	if s.Labels == nil {
 		s.Labels = map[string]string{}
-	}
-	if s.Image == "" {
-		s.Image = r.Image.ID
 	}
 	h := mcontainer.HealthSummary{Status: mcontainer.NoHealthcheck}
 	if r.State.Health != nil {
@@ -126,3 +126,40 @@ func portSummary(r *container.Record) []mcontainer.PortSummary {
 }
 
 func compareAddr(a, b netip.Addr) int { return a.Compare(b) }
+
+// imageNames tells what the images of containers are called: as they were asked
+// for, unless that name is by now another image's. It asks once for each name.
+type imageNames struct {
+	images Images
+	ids    map[string]string
+}
+
+func (n *imageNames) name(ctx context.Context, r *container.Record) string {
+	ref, id := r.Image.Ref, r.Image.ID
+	if ref == "" || ref == id {
+		return id
+	}
+	k, ok := n.images.(interface {
+		IDOf(ctx context.Context, ref, platform string) string
+	})
+	if !ok {
+		return ref
+	}
+	p := ""
+	if r.Image.Platform.OS != "" {
+		p = platforms.Format(r.Image.Platform)
+	}
+	key := p + " " + ref
+	now, known := n.ids[key]
+	if !known {
+		now = k.IDOf(ctx, ref, p)
+		if n.ids == nil {
+			n.ids = map[string]string{}
+		}
+		n.ids[key] = now
+	}
+	if now != id {
+		return id
+	}
+	return ref
+}

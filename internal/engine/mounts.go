@@ -12,6 +12,7 @@ import (
 
 	"github.com/docker/go-units"
 	mcontainer "github.com/moby/moby/api/types/container"
+	"github.com/moby/moby/api/types/events"
 	"github.com/moby/moby/api/types/mount"
 	"github.com/moby/moby/api/types/volume"
 	"golang.org/x/sys/unix"
@@ -37,6 +38,7 @@ func (e *Engine) createMounts(ctx context.Context, r *container.Record, chain sn
 		return nil, err
 	}
 	made, fill := false, []*vol.Point{}
+	var fresh []*vol.Point // volumes that were not there before
 	for i := range points {
 		p := &points[i]
 		switch p.Type {
@@ -46,6 +48,10 @@ func (e *Engine) createMounts(ctx context.Context, r *container.Record, chain sn
 			}
 		case mount.TypeVolume:
 			anonymous := p.Name == ""
+			_, ierr := e.cfg.Volumes.Inspect(ctx, p.Name)
+			if anonymous || ierr != nil {
+				fresh = append(fresh, p)
+			}
 			v, err := e.cfg.Volumes.Create(ctx, volume.CreateRequest{Name: p.Name, Driver: p.Driver, DriverOpts: p.DriverOpts, Labels: p.Labels},
 				vol.CreateOptions{For: r.ID, Ephemeral: r.Ephemeral && anonymous})
 			if err != nil {
@@ -90,6 +96,9 @@ func (e *Engine) createMounts(ctx context.Context, r *container.Record, chain sn
 		}
 	}
 	r.Mounts = points
+	for _, p := range fresh {
+		e.publishVolume(p.Name, p.Driver, events.ActionCreate)
+	}
 	return nil, nil
 }
 
@@ -267,12 +276,30 @@ func (e *Engine) dropVolumes(ctx context.Context, r *container.Record, anonymous
 			continue
 		}
 		e.cfg.Volumes.Unreference(p.Name, r.ID)
-		if anonymous && slices.Contains(r.Anonymous, p.Name) {
-			if err := e.cfg.Volumes.Remove(ctx, p.Name, true); err != nil && !fault.Is(err, fault.Conflict) {
-				e.log.Warn("cannot remove an anonymous volume", "volume", p.Name, "container", r.ID, "cause", err)
-			}
+		if !anonymous || !slices.Contains(r.Anonymous, p.Name) && !e.inheritedAnonymous(ctx, &p) {
+			continue
+		}
+		switch err := e.cfg.Volumes.Remove(ctx, p.Name, true); {
+		case err == nil:
+			e.publishVolume(p.Name, p.Driver, events.ActionDestroy)
+		case !fault.Is(err, fault.Conflict) && !fault.Is(err, fault.NotFound):
+			e.log.Warn("cannot remove an anonymous volume", "volume", p.Name, "container", r.ID, "cause", err)
 		}
 	}
+}
+
+// inheritedAnonymous tells a volume that nobody named and that came with
+// --volumes-from: the last container that has it takes it along.
+func (e *Engine) inheritedAnonymous(ctx context.Context, p *vol.Point) bool {
+	if !p.Inherited {
+		return false
+	}
+	v, err := e.cfg.Volumes.Inspect(ctx, p.Name)
+	if err != nil {
+		return false
+	}
+	_, ok := v.Labels[vol.AnonymousLabel]
+	return ok
 }
 
 // openIn opens name below root as if root were the file system's root: neither

@@ -207,6 +207,8 @@ func (e *Engine) launch(ctx context.Context, u *unit, o launch) (p store.Pending
 			e.publish(u, events.ActionAttach, nil)
 		}
 	}
+	e.publishMounts(r, events.ActionMount)
+	e.publishEndpoints(r, att.endpoints, events.ActionConnect)
 	e.publish(u, events.ActionStart, nil)
 	e.logStarted(r)
 	e.meters.started(time.Since(begin))

@@ -451,10 +451,7 @@ func eventFilter(f Filters) (func(events.Message) bool, error) {
 			return false
 		}
 		for v, on := range l {
-			if on && (m.Actor.ID == v || m.Actor.Attributes["name"] == v || len(v) >= 4 && strings.HasPrefix(m.Actor.ID, v)) {
-				return true
-			}
-			if on && key == "image" && (strings.HasPrefix(m.Actor.ID, v+":") || strings.HasPrefix(m.Actor.Attributes["image"], v)) {
+			if on && (strings.HasPrefix(m.Actor.ID, v) || strings.HasPrefix(m.Actor.Attributes["name"], v)) {
 				return true
 			}
 		}
@@ -474,9 +471,31 @@ func eventFilter(f Filters) (func(events.Message) bool, error) {
 		for _, k := range []string{"container", "image", "network", "volume", "daemon", "plugin", "builder"} {
 			if len(f[k]) > 0 {
 				some = true
-				any = any || object(k, m) || k == "image" && f[k][m.Actor.Attributes["image"]]
+				any = any || k == "image" && ofImage(f[k], m) || k != "image" && object(k, m)
 			}
 		}
 		return !some || any
 	}, nil
+}
+
+// ofImage tells an event of an image, or of a container made of it.
+func ofImage(want map[string]bool, m events.Message) bool {
+	name := m.Actor.Attributes["image"]
+	if m.Type == events.ImageEventType {
+		name = m.Actor.Attributes["name"]
+	}
+	for _, s := range []string{m.Actor.ID, name} {
+		if want[s] || want[withoutTag(s)] {
+			return true
+		}
+	}
+	return false
+}
+
+func withoutTag(ref string) string {
+	n, err := reference.ParseNormalizedNamed(ref)
+	if err != nil {
+		return ref
+	}
+	return reference.FamiliarName(n)
 }

@@ -105,7 +105,7 @@ func (e *Engine) ContainerUpdate(ctx context.Context, name string, req mcontaine
 // mergeResources takes over what an update sets; zero leaves a limit alone.
 func mergeResources(have, want *mcontainer.Resources) error {
 	if want.NanoCPUs > 0 && (have.CPUPeriod > 0 || have.CPUQuota > 0) {
-		return fault.New(fault.Conflict, "conflicting options: Nano CPUs cannot be updated as CPU Period or Quota has already been set")
+		return fault.New(fault.Conflict, "Conflicting options: Nano CPUs cannot be updated as CPU Period or CPU Quota has already been set")
 	}
 	set := func(to *int64, v int64) {
 		if v != 0 {
@@ -116,7 +116,11 @@ func mergeResources(have, want *mcontainer.Resources) error {
 		have.NanoCPUs, have.CPUPeriod, have.CPUQuota = want.NanoCPUs, 0, 0
 	}
 	if (want.CPUPeriod != 0 || want.CPUQuota != 0) && have.NanoCPUs > 0 && want.NanoCPUs == 0 {
-		return fault.New(fault.Conflict, "conflicting options: CPU Period or Quota cannot be updated as NanoCPUs has already been set")
+		what := "CPU Period"
+		if want.CPUQuota != 0 {
+			what = "CPU Quota"
+		}
+		return fault.New(fault.Conflict, "Conflicting options: %s cannot be updated as NanoCPUs has already been set", what)
 	}
 	set(&have.CPUShares, want.CPUShares)
 	set(&have.CPUPeriod, want.CPUPeriod)

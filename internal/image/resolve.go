@@ -277,3 +277,17 @@ func (s *Service) layerSize(ctx context.Context, name string) (size int64, paren
 	}
 	return u.Size, info.Parent, nil
 }
+
+// IDOf tells which image a reference names now, "" where it names none. It reads
+// what is in memory and does not look whether the image's content is whole.
+func (s *Service) IDOf(ctx context.Context, ref, platform string) string {
+	f, err := s.find(ctx, ref)
+	if err != nil {
+		return ""
+	}
+	v, err := s.pick(ctx, ref, f, platform)
+	if err != nil {
+		return ""
+	}
+	return v.id.String()
+}

@@ -154,11 +154,11 @@ func DevicesAt(path string) ([]specs.LinuxDevice, error) {
 		return []specs.LinuxDevice{d}, nil
 	}
 	if st.Mode&unix.S_IFMT != unix.S_IFDIR {
-		return nil, fault.New(fault.Invalid, "%s is not a device node", path)
+		return nil, fault.New(fault.Invalid, "%q: not a device node", path)
 	}
 	devs, err := devicesBelow(resolved, path, nil)
 	if err == nil && len(devs) == 0 {
-		err = fault.New(fault.Invalid, "%s holds no device node", path)
+		err = fault.New(fault.Invalid, "%q: not a device node", path)
 	}
 	return devs, err
 }
@@ -265,4 +265,15 @@ func kernelAtLeast(major, minor int) bool {
 		return false
 	}
 	return a > major || a == major && b >= minor
+}
+
+// memoryNodes are the NUMA nodes with memory; ok is false where the kernel does
+// not tell.
+func memoryNodes() (nodes []int, ok bool) {
+	b, err := os.ReadFile("/sys/devices/system/node/has_memory")
+	if err != nil {
+		return nil, false
+	}
+	nodes, err = CPUSet(strings.TrimSpace(string(b)))
+	return nodes, err == nil && len(nodes) > 0
 }

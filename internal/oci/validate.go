@@ -207,7 +207,7 @@ func validHost(_ *container.Config, hc *container.HostConfig, h Host) error {
 		return invalid("SHM size can not be less than 0")
 	}
 	if hc.OomScoreAdj < -1000 || hc.OomScoreAdj > 1000 {
-		return invalid("Invalid value %d, range for oom score adj is [-1000, 1000]", hc.OomScoreAdj)
+		return invalid("Invalid value %d, range for oom score adj is [-1000, 1000].", hc.OomScoreAdj)
 	}
 	if hc.Umask != nil && *hc.Umask > 0o777 {
 		return invalid("invalid umask %o: it must be at most 0777", *hc.Umask)
@@ -410,8 +410,12 @@ func ValidateResources(r *container.Resources, h Host, update bool) (warnings []
 	if len(cpus) > 0 && slices.Max(cpus) >= h.CPULimit {
 		return nil, invalid("Requested CPUs are not available - requested %s, available: %s", r.CpusetCpus, fmt.Sprintf("0-%d", h.CPULimit-1))
 	}
-	if _, err := CPUSet(r.CpusetMems); err != nil {
+	mems, err := CPUSet(r.CpusetMems)
+	if err != nil {
 		return nil, invalid("Invalid value %s for cpuset mems: %w", r.CpusetMems, err)
+	}
+	if have, ok := memoryNodes(); ok && len(mems) > 0 && slices.ContainsFunc(mems, func(n int) bool { return !slices.Contains(have, n) }) {
+		return nil, invalid("Requested memory nodes are not available - requested %s, available: %s", r.CpusetMems, strings.Trim(fmt.Sprint(have), "[]"))
 	}
 	for _, d := range r.BlkioWeightDevice {
 		if d == nil || d.Weight < 10 || d.Weight > 1000 {
