@@ -90,7 +90,7 @@ struct clone3_args {
 };
 
 void child_setup(int sync);
-pid_t spawn(uint64_t ns, int cgroup, int userns, bool foreign, int *sync, int *pidfd);
+pid_t spawn(uint64_t ns, int cgroup, int userns, int pidns, int *sync, int *pidfd);
 pid_t run_command(const char *b, size_t n, const int *std, int *sync);
 
 /* request.c */

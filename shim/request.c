@@ -41,7 +41,7 @@ static bool plan_ok(const char *b, size_t n)
 void on_clone(int c, uint32_t cookie, const char *b, size_t n, struct fds *f)
 {
 	struct ctl_clone cl;
-	int cgroup = -1, userns = -1, k = 0, pidfd, err;
+	int cgroup = -1, userns = -1, pidns = -1, k = 0, pidfd, err;
 
 	if (n != sizeof cl || M.state != STATE_EMPTY) {
 		ctl_fail(c, cookie, EINVAL, "clone");
@@ -50,21 +50,30 @@ void on_clone(int c, uint32_t cookie, const char *b, size_t n, struct fds *f)
 	memcpy(&cl, b, sizeof cl);
 	if (cl.flags & CLONE_HAS_CGROUP)
 		cgroup = k < f->n ? f->v[k++] : -1;
-	if (cl.flags & CLONE_HAS_PIDNS) {
-		if (k >= f->n || setns(f->v[k++], CLONE_NEWPID) < 0) {
-			ctl_fail(c, cookie, errno, "join pid namespace");
-			return;
-		}
-		M.pidns_entered = true;
-	}
+	if (cl.flags & CLONE_HAS_PIDNS)
+		pidns = k < f->n ? f->v[k++] : -1;
 	if (cl.flags & CLONE_HAS_USERNS)
 		userns = k < f->n ? f->v[k++] : -1;
+	/* Where a child of ours makes the stage, it must number it as we do: then
+	 * that child enters the pid namespace, and we do behind it. */
+	if (cl.flags & CLONE_HAS_PIDNS && userns < 0 && setns(pidns, CLONE_NEWPID) < 0) {
+		ctl_fail(c, cookie, errno, "join pid namespace");
+		return;
+	}
 	M.nice = cl.nice;
-	err = spawn(cl.ns, cgroup, userns, (cl.flags & CLONE_HAS_PIDNS) != 0, &INIT->sync, &pidfd);
+	err = spawn(cl.ns, cgroup, userns, pidns, &INIT->sync, &pidfd);
+	if (err >= 0 && pidns >= 0 && userns >= 0 && setns(pidns, CLONE_NEWPID) < 0) {
+		int e = errno;
+		kill(err, SIGKILL);
+		close(pidfd);
+		shut(&INIT->sync);
+		err = -e;
+	}
 	if (err < 0) {
 		ctl_fail(c, cookie, -err, "clone");
 		return;
 	}
+	M.pidns_entered = pidns >= 0;
 	INIT->kind = P_INIT;
 	INIT->pid = err;
 	INIT->ctl = c;
@@ -263,7 +272,7 @@ void on_exec(int c, uint32_t cookie, const char *b, size_t n, struct fds *f)
 	}
 	if (ex.flags & EXEC_HAS_CGROUP)
 		cgroup = k < f->n ? f->v[k++] : -1;
-	err = spawn(0, cgroup, -1, true, &p->sync, &pidfd);
+	err = spawn(0, cgroup, -1, 0, &p->sync, &pidfd);
 	if (err < 0) {
 		ctl_fail(c, cookie, -err, "clone");
 		return;

@@ -37,9 +37,10 @@ void child_setup(int sync)
 
 /*
  * Clones a child that runs the stage. The parent gets the pid, its end of the
- * sync socket and the pidfd.
+ * sync socket and the pidfd. pidns is not negative where the child is born among
+ * others' processes; with a user namespace, it is the pid namespace to enter.
  */
-pid_t spawn(uint64_t ns, int cgroup, int userns, bool foreign, int *sync, int *pidfd)
+pid_t spawn(uint64_t ns, int cgroup, int userns, int pidns, int *sync, int *pidfd)
 {
 	int sp[2], back[2] = { -1, -1 };
 	pid_t pid;
@@ -79,7 +80,8 @@ pid_t spawn(uint64_t ns, int cgroup, int userns, bool foreign, int *sync, int *p
 		}
 		a.flags = (a.flags & ~(uint64_t)CLONE_PIDFD) | CLONE_PARENT;
 		a.exit_signal = 0; /* the parent's */
-		pid = setns(userns, CLONE_NEWUSER) < 0 ? -1 : (pid_t)syscall(SYS_clone3, &a, sizeof a);
+		pid = (pidns >= 0 && setns(pidns, CLONE_NEWPID) < 0) || setns(userns, CLONE_NEWUSER) < 0 ? -1 :
+			(pid_t)syscall(SYS_clone3, &a, sizeof a);
 		if (pid != 0) {
 			int32_t r = pid < 0 ? -errno : pid;
 			_exit(write(back[1], &r, sizeof r) != sizeof r);
@@ -90,7 +92,7 @@ pid_t spawn(uint64_t ns, int cgroup, int userns, bool foreign, int *sync, int *p
 	if (pid == 0) {
 		prctl(PR_SET_PDEATHSIG, SIGKILL);
 		/* Born among the container's processes: they may not look at us. */
-		if (foreign)
+		if (pidns >= 0)
 			prctl(PR_SET_DUMPABLE, 0);
 		child_setup(sp[1]);
 		stage_main(3);

@@ -3,7 +3,9 @@ package criapi
 import (
 	"bytes"
 	"context"
+	"maps"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -71,6 +73,14 @@ func containerMetrics() []metric {
 		}},
 		counter("container_cpu_user_seconds_total", "Seconds of processor time spent in user space", func(s *sample) uint64 { return s.CPUUser / nano }),
 		gauge("container_file_descriptors", "Number of open file descriptors", func(s *sample) uint64 { return s.procs.descriptors }),
+		huge("container_hugetlb_max_usage_bytes", "The most bytes of huge pages that were ever in use", func(h engine.HugepageUse) uint64 { return h.Max }),
+		huge("container_hugetlb_usage_bytes", "Bytes of huge pages in use", func(h engine.HugepageUse) uint64 { return h.Now }),
+		stalled("container_pressure_cpu_stalled_seconds_total", "Seconds in which no task could run for want of processor time", "cpu", true),
+		stalled("container_pressure_cpu_waiting_seconds_total", "Seconds in which tasks waited for processor time", "cpu", false),
+		stalled("container_pressure_io_stalled_seconds_total", "Seconds in which no task could run for want of input and output", "io", true),
+		stalled("container_pressure_io_waiting_seconds_total", "Seconds in which tasks waited for input and output", "io", false),
+		stalled("container_pressure_memory_stalled_seconds_total", "Seconds in which no task could run for want of memory", "memory", true),
+		stalled("container_pressure_memory_waiting_seconds_total", "Seconds in which tasks waited for memory", "memory", false),
 		onDisk("container_fs_inodes_free", "Number of free inodes of the file system", true, func(s *sample) uint64 { return s.fs.IFree }),
 		onDisk("container_fs_inodes_total", "Number of inodes of the file system", true, func(s *sample) uint64 { return s.fs.Inodes }),
 		onDisk("container_fs_limit_bytes", "Bytes that the container can use of the file system", true, func(s *sample) uint64 { return s.fs.Total }),
@@ -109,6 +119,36 @@ func containerMetrics() []metric {
 			return []value{{labels: []string{"max_open_files"}, v: s.procs.descriptorLimit}}
 		}},
 	}
+}
+
+// huge is a metric of every size of huge pages.
+func huge(name, help string, of func(engine.HugepageUse) uint64) metric {
+	return metric{name: name, help: help, gauge: true, labels: []string{"pagesize"}, of: func(s *sample) (out []value) {
+		if s.Details == nil {
+			return nil
+		}
+		for _, size := range slices.Sorted(maps.Keys(s.Details.Hugepages)) {
+			out = append(out, value{labels: []string{size}, v: of(s.Details.Hugepages[size])})
+		}
+		return out
+	}}
+}
+
+// stalled is a metric of the pressure on a resource, where the kernel tells it.
+func stalled(name, help, resource string, full bool) metric {
+	return metric{name: name, help: help, of: func(s *sample) []value {
+		if s.Details == nil {
+			return nil
+		}
+		p, ok := s.Details.Pressure[resource]
+		switch {
+		case !ok:
+			return nil
+		case full:
+			return one(p.Full.Total / nano)
+		}
+		return one(p.Some.Total / nano)
+	}}
 }
 
 // netMetric is one of a pod's network.
@@ -193,7 +233,7 @@ func (s *Server) metrics(ctx context.Context) []*v1.PodSandboxMetrics {
 	}
 	ofContainer, ofPod := containerMetrics(), podMetrics()
 	var out []*v1.PodSandboxMetrics
-	for _, p := range s.cfg.Engine.PodCounters(ctx, engine.CounterOptions{Network: true, Full: true, Fresh: true}) {
+	for _, p := range s.cfg.Engine.PodCounters(ctx, engine.CounterOptions{Network: true, Full: true, Details: true, Fresh: true}) {
 		pm := &v1.PodSandboxMetrics{PodSandboxId: p.Pod.ID}
 		base := []string{p.Pod.CgroupParent, p.Pod.ID, "", "POD", p.Pod.Name, p.Pod.Namespace}
 		for name, c := range p.Interfaces {

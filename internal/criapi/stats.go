@@ -85,7 +85,18 @@ func (s *Server) containerStats(c engine.ContainerCounters) *v1.ContainerStats {
 		fs.Timestamp, fs.UsedBytes = at, u64(0)
 	}
 	out.WritableLayer = fs
+	if c.Details != nil && c.Details.Pressure != nil {
+		p := c.Details.Pressure
+		out.Cpu.Psi, out.Memory.Psi, out.Io = psi(p["cpu"]), psi(p["memory"]), &v1.IoUsage{Timestamp: at, Psi: psi(p["io"])}
+	}
 	return out
+}
+
+func psi(p engine.Pressure) *v1.PsiStats {
+	return &v1.PsiStats{
+		Full: &v1.PsiData{Total: p.Full.Total, Avg10: p.Full.Avg10, Avg60: p.Full.Avg60, Avg300: p.Full.Avg300},
+		Some: &v1.PsiData{Total: p.Some.Total, Avg10: p.Some.Avg10, Avg60: p.Some.Avg60, Avg300: p.Some.Avg300},
+	}
 }
 
 func (s *Server) cpu(id string, at time.Time, total uint64) *v1.CpuUsage {
@@ -122,6 +133,7 @@ func (s *Server) ContainerStats(ctx context.Context, req *v1.ContainerStatsReque
 
 func (s *Server) statsOf(ctx context.Context, o engine.CounterOptions) []*v1.ContainerStats {
 	var out []*v1.ContainerStats
+	o.Details = s.cfg.Engine.PodHost().CgroupV2 // pressure is there alone
 	for _, p := range s.cfg.Engine.PodCounters(ctx, o) {
 		for _, c := range p.Containers {
 			out = append(out, s.containerStats(c))
@@ -207,7 +219,7 @@ func (s *Server) PodSandboxStats(ctx context.Context, req *v1.PodSandboxStatsReq
 }
 
 func (s *Server) listPodStats(ctx context.Context, f *v1.PodSandboxStatsFilter) []*v1.PodSandboxStats {
-	o := engine.CounterOptions{Network: true}
+	o := engine.CounterOptions{Network: true, Details: s.cfg.Engine.PodHost().CgroupV2}
 	if id := f.GetId(); id != "" {
 		p, err := s.cfg.Engine.Pod(id)
 		if err != nil {

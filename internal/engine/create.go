@@ -264,6 +264,13 @@ func (e *Engine) hostname(r *container.Record) error {
 		r.Config.Hostname, r.Config.Domainname = oc.Hostname, oc.Domainname
 		return nil
 	}
+	if r.Pod != nil {
+		_, p, err := e.podOf(r)
+		if err != nil {
+			return err
+		}
+		r.Config.Hostname = p.Hostname
+	}
 	if r.Config.Hostname != "" {
 		return nil
 	}

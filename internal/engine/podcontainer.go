@@ -65,7 +65,7 @@ func (e *Engine) PodContainerCreate(ctx context.Context, podID string, c PodCont
 	if m.Log == "" {
 		hc.LogConfig = mcontainer.LogConfig{Type: "none", Config: map[string]string{}}
 	}
-	c.Config.Hostname, c.Config.Healthcheck = r.Hostname, &mcontainer.HealthConfig{Test: []string{"NONE"}}
+	c.Config.Healthcheck = &mcontainer.HealthConfig{Test: []string{"NONE"}}
 	res, err := e.ContainerCreate(ctx, CreateRequest{
 		Name: memberName(r, c.Name, c.Attempt), Config: c.Config, HostConfig: hc, member: &m, idmapped: c.IDMapped, relabel: c.Relabel,
 	})

@@ -33,6 +33,8 @@ type ContainerCounters struct {
 	Layer   int64
 	LayerAt time.Time
 	Pid     int
+	// Details are nil unless asked for, and where the runtime has none.
+	Details *run.Details
 }
 
 // CounterOptions say which counters are wanted.
@@ -44,6 +46,8 @@ type CounterOptions struct {
 	Network bool
 	// Full readings hold all there is; others processor, memory and processes.
 	Full bool
+	// Details of Full readings are wanted, too: pressure and huge pages.
+	Details bool
 	// Fresh waits for sizes of layers that are not known.
 	Fresh bool
 }
@@ -52,6 +56,17 @@ type CounterOptions struct {
 type gauge interface {
 	Gauge(ctx context.Context) (*run.Stats, error)
 }
+
+// detailed is implemented by tasks that know more.
+type detailed interface {
+	Details(ctx context.Context) (*run.Details, error)
+}
+
+// Pressure is of the details of counters.
+type Pressure = run.Pressure
+
+// HugepageUse is, too.
+type HugepageUse = run.HugepageUse
 
 // PodCounters reads the counters of pods. Containers that end meanwhile are left out.
 func (e *Engine) PodCounters(ctx context.Context, o CounterOptions) []PodCounters {
@@ -142,6 +157,11 @@ func (e *Engine) countersOf(ctx context.Context, u *unit, o CounterOptions) (c C
 		return c
 	}
 	c = ContainerCounters{Record: u.rec.Load(), Counters: s, Pid: t.Pid()}
+	if d, ok := t.(detailed); ok && o.Details {
+		if c.Details, err = d.Details(ctx); err != nil {
+			c.Details = nil
+		}
+	}
 	c.Layer, c.LayerAt = e.layerUse(ctx, u.id, o.Fresh)
 	return c
 }

@@ -217,7 +217,7 @@ func (n *node) importBusybox() {
 cd "$(mktemp -d)"; trap 'rm -rf "$PWD"' EXIT
 mkdir -p r/bin r/etc r/tmp r/proc r/sys r/dev r/root; chmod 1777 r/tmp
 cp /usr/bin/busybox r/bin/busybox
-for a in $(r/bin/busybox --list); do [ "$a" = busybox ] || ln -s busybox r/bin/$a; done
+for a in $(r/bin/busybox --list); do [ "$a" = busybox ] || ln r/bin/busybox r/bin/$a; done
 printf 'root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534::/:/bin/false\ndefault-user:x:1000:1000::/:/bin/sh\n' > r/etc/passwd
 printf 'root:x:0:\nnobody:x:65534:\ndefault-user:x:1000:\ngroup-defined-in-image:x:50000:default-user\n' > r/etc/group
 tar -C r -cf - .`
