@@ -28,7 +28,8 @@ docker)
 	;;
 podman)
 	printf '[storage]\ndriver="vfs"\ngraphroot="%s/there"\nrunroot="%s/therun"\n' "$d" "$d" >"$d/storage.conf"
-	export CONTAINERS_STORAGE_CONF=$d/storage.conf
+	printf '[network]\nnetwork_config_dir="%s/nets"\n' "$d" >"$d/containers.conf"
+	export CONTAINERS_STORAGE_CONF=$d/storage.conf CONTAINERS_CONF=$d/containers.conf
 	there="podman --cgroup-manager cgroupfs --events-backend file" from=()
 	;;
 esac
