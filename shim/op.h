@@ -58,12 +58,14 @@ enum op {
 	OP_CLOSE = 44,          /* keep:h; close what the rest of the plan has no use for */
 	OP_SOURCE = 45,         /* slot:h path:s flags:i set:q clear:q propagation:q; open_tree(2) of the host's path in the slot's place */
 	OP_ROOT_AT = 46,        /* slot:h path:s; ROOT, at a path of the host's, which becomes the working directory */
+	OP_RECEIVE = 47,        /* slot:h; ask for the slot's descriptor, now that its source is there */
 };
 
 #define F_MOUNT_NO_SYMLINKS 0x1
 #define F_MOUNT_ON_PROC 0x2
 #define F_MOUNT_IS_PROC 0x4
 #define F_MOUNT_COPY_UP 0x8
+#define F_MOUNT_KEEP_MODE 0x10
 #define F_ATTR_RECURSIVE 0x1
 #define F_SECCOMP_NOTIFY 0x1
 #define F_CREDS_HAS_CAPS 0x1

@@ -275,6 +275,7 @@ static handler *const handlers[] = {
 	[OP_AFFINITY] = op_affinity, [OP_MEMPOLICY] = op_mempolicy,
 	[OP_PREPARE] = op_prepare, [OP_GATE] = op_gate,
 	[OP_CLOSE] = op_close, [OP_SOURCE] = op_source, [OP_ROOT_AT] = op_root_at,
+	[OP_RECEIVE] = op_receive,
 };
 
 #define PLAN_HEADER 12
@@ -380,6 +381,21 @@ static long receive(int sync, uint8_t *buf, size_t cap, int *fds, uint32_t room,
 		*nfds += k;
 	}
 	return h.msg_flags & (MSG_TRUNC | MSG_CTRUNC) ? -EPROTO : n;
+}
+
+int want_fd(struct stage *s, uint16_t slot)
+{
+	struct fd_msg m = { { SYNC_VERSION, SYNC_WANT, 4 }, slot };
+	uint32_t got = 0;
+	int fd = -1;
+	long n = SYS(SYS_sendto, s->sync, &m, sizeof m, MSG_NOSIGNAL, NULL, 0);
+	if (n >= 0)
+		n = receive(s->sync, (uint8_t *)&m, sizeof m, &fd, 1, &got);
+	if (n >= 0 && (n != sizeof m || m.h.version != SYNC_VERSION || m.h.type != SYNC_MORE || m.v != 1 || got != 1)) {
+		close_fd(&fd);
+		n = -EPROTO;
+	}
+	return n < 0 ? (int)n : fd;
 }
 
 static const uint8_t *map_plan(int fd, uint32_t len)
@@ -493,5 +509,6 @@ _Noreturn void stage_main(int sync_fd)
 }
 #else
 int send_fd(int sync, uint32_t what, int fd) { (void)sync, (void)what, (void)fd; return 0; }
+int want_fd(struct stage *s, uint16_t slot) { (void)s, (void)slot; return 0; }
 void send_fail(const struct stage *s, int err) { (void)s, (void)err; }
 #endif

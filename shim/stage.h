@@ -11,6 +11,7 @@ enum sync_type {
 	SYNC_DONE = 3,  /* from stage: u32 0 */
 	SYNC_FAIL = 4,  /* from stage: u32 op_index, i32 errno, u8 name_len, name */
 	SYNC_FD = 5,    /* from stage, before DONE or the end: u32 what, one descriptor */
+	SYNC_WANT = 7,  /* from stage, while a plan is carried out: u32 slot; answered by MORE with it */
 };
 
 enum sync_fd { SYNC_FD_TERMINAL = 1, SYNC_FD_SECCOMP = 2 };

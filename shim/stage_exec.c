@@ -355,7 +355,10 @@ int op_lookup(struct stage *s, struct rd *r, uint16_t flags)
 		return -EPROTO;
 	for (; *paths; paths++) {
 		struct stat st = { 0 };
-		long a = SYS(SYS_faccessat, AT_FDCWD, *paths, X_OK);
+		/* with the rights that exec will have: capabilities count */
+		long a = SYS(SYS_faccessat2, AT_FDCWD, *paths, X_OK, 0x200 /* AT_EACCESS */);
+		if (a == -ENOSYS || a == -EPERM)
+			a = SYS(SYS_faccessat, AT_FDCWD, *paths, X_OK);
 		if (!a && !fstatat(AT_FDCWD, *paths, &st, 0)) {
 			if (!S_ISDIR(st.st_mode))
 				return 0;
@@ -443,6 +446,22 @@ int op_exec(struct stage *s, struct rd *r, uint16_t flags)
 	return not_executed(s, exec_first(paths, argv, envp));
 }
 
+/* Process 1 of a pid namespace ignores what it has no handler for; one that only
+   waits shall be as mortal as any other. exec forgets it. */
+#ifndef STAGE_HOSTED
+static void die(int sig) { _exit(128 + sig); }
+
+static void mortal(void)
+{
+	static const int sigs[] = { SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGALRM, SIGUSR1, SIGUSR2 };
+	struct sigaction sa = { .sa_handler = die };
+	for (size_t i = 0; i < sizeof sigs / sizeof *sigs; i++)
+		sigaction(sigs[i], &sa, NULL);
+}
+#else
+static void mortal(void) {}
+#endif
+
 /* Closes all but the standard descriptors, the kept ones, the way back and the one
    slot: a process that waits shall hold nothing of the host. Before the filter,
    which may not know close_range. */
@@ -472,6 +491,7 @@ int op_close(struct stage *s, struct rd *r, uint16_t flags)
 	for (uint32_t i = 0; i < s->nslots; i++)
 		if (i != slot)
 			s->slots[i] = -1;
+	mortal();
 	for (int i = 0; i < s->nprepared; i++)
 		s->prepared[i].fd = -1;
 	s->root = root;
@@ -549,7 +569,7 @@ static int run_hook(const char *path, uint32_t timeout, char **argv, char **envp
 			close_fd(&pipe[1]);
 		if (p[0].revents) {
 			SYS(SYS_wait4, pid, &st, 0, NULL);
-			e = st ? -ECHILD : 0;
+			e = st ? -(HOOK_FAILED | (st & 0xffff)) : 0;
 			break;
 		}
 	}

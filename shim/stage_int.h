@@ -16,6 +16,9 @@ struct rd {
 	bool bad;
 };
 
+/* The errno of a hook that failed, with its wait status. */
+#define HOOK_FAILED 0x10000
+
 struct bytes {
 	const void *p;
 	uint32_t len;
@@ -71,6 +74,7 @@ void *map_memory(size_t len);
 /* Carries a whole plan out; s->op and s->name tell what failed. */
 int run_plan(struct stage *s, const uint8_t *plan, uint32_t len);
 int slot_fd(const struct stage *s, uint16_t slot); /* -EBADF if there is none */
+int want_fd(struct stage *s, uint16_t slot); /* asks for a slot's descriptor anew */
 int send_fd(int sync, uint32_t what, int fd);
 void send_fail(const struct stage *s, int err);
 void close_fd(int *fd);
@@ -87,6 +91,7 @@ int op_root(struct stage *s, struct rd *r, uint16_t flags);
 int op_mount(struct stage *s, struct rd *r, uint16_t flags);
 int op_prepare(struct stage *s, struct rd *r, uint16_t flags);
 int op_root_at(struct stage *s, struct rd *r, uint16_t flags);
+int op_receive(struct stage *s, struct rd *r, uint16_t flags);
 int op_source(struct stage *s, struct rd *r, uint16_t flags);
 int op_move(struct stage *s, struct rd *r, uint16_t flags);
 int op_attr(struct stage *s, struct rd *r, uint16_t flags);

@@ -294,7 +294,7 @@ int op_root_at(struct stage *s, struct rd *r, uint16_t flags)
 }
 
 /* Reads "source:s attr:q [..] params" and makes the file system of it. */
-static int make_fs(const char *type, const char *source, uint64_t attr, struct rd *params)
+static int make_fs(const char *type, const char *source, uint64_t attr, struct rd *params, const char *mode)
 {
 	int fs = (int)SYS(SYS_fsopen, type, 1), e = 0;
 	if (fs < 0)
@@ -310,6 +310,8 @@ static int make_fs(const char *type, const char *source, uint64_t attr, struct r
 		else
 			e = (int)SYS(SYS_fsconfig, fs, 0 /* SET_FLAG */, k, NULL, 0);
 	}
+	if (!e && mode)
+		e = (int)SYS(SYS_fsconfig, fs, 1, "mode", mode, 0);
 	if (!e)
 		e = (int)SYS(SYS_fsconfig, fs, 6, NULL, NULL, 0);
 	if (!e)
@@ -358,7 +360,7 @@ int op_prepare(struct stage *s, struct rd *r, uint16_t flags)
 	if (!(p->key = map_memory(p->len)))
 		return -ENOMEM;
 	memcpy(p->key, start, p->len);
-	if ((p->fd = make_fs(type, source, attr, &params)) < 0)
+	if ((p->fd = make_fs(type, source, attr, &params, NULL)) < 0)
 		return p->fd;
 	s->nprepared++;
 	return 0;
@@ -375,14 +377,28 @@ int op_mount(struct stage *s, struct rd *r, uint16_t flags)
 	struct rd params = *r;
 	if (!skip_params(r))
 		return -EPROTO;
-	int to = target_fd(s, target, true, flags & F_MOUNT_NO_SYMLINKS ? NO_SYMLINKS : 0);
+	int root = root_fd(s), to;
+	struct stat st = { 0 };
+	char text[8], *mode = NULL;
+	uint64_t how = flags & F_MOUNT_NO_SYMLINKS ? NO_SYMLINKS : 0;
+	if (root < 0)
+		return root;
+	to = open_in(root, target, O_PATH, IN_ROOT | NO_MAGICLINKS | how);
+	if (to >= 0 && flags & F_MOUNT_KEEP_MODE && !fstat(to, &st)) {
+		mode = text;
+		for (int i = 0; i < 4; i++)
+			text[i] = (char)('0' + (st.st_mode >> (9 - 3 * i) & 7));
+		text[4] = 0;
+	} else if (to == -ENOENT)
+		to = target_fd(s, target, true, how);
 	if (to < 0)
 		return to;
 	int e = !(flags & F_MOUNT_ON_PROC) && on_proc(to) ? -EPERM : 0, mnt = -1;
 	if (!e) {
-		mnt = take_prepared(s, start, (uint32_t)(mid - start), params.p, (uint32_t)(params.end - params.p));
+		if (!mode)
+			mnt = take_prepared(s, start, (uint32_t)(mid - start), params.p, (uint32_t)(params.end - params.p));
 		if (mnt < 0)
-			mnt = make_fs(type, source, attr, &params);
+			mnt = make_fs(type, source, attr, &params, mode);
 		if (mnt < 0)
 			e = mnt;
 	}
@@ -429,6 +445,20 @@ int op_source(struct stage *s, struct rd *r, uint16_t flags)
 		close_fd(&fd);
 		return e;
 	}
+	close_fd(&s->slots[slot]);
+	s->slots[slot] = fd;
+	return 0;
+}
+
+int op_receive(struct stage *s, struct rd *r, uint16_t flags)
+{
+	(void)flags;
+	uint16_t slot = rd16(r);
+	if (!rd_end(r))
+		return -EPROTO;
+	int old = slot_fd(s, slot), fd = old < 0 ? old : want_fd(s, slot);
+	if (fd < 0)
+		return fd;
 	close_fd(&s->slots[slot]);
 	s->slots[slot] = fd;
 	return 0;
@@ -513,7 +543,7 @@ static int empty_dir(struct stage *s)
 	static const uint8_t params[] = { 2, 0, 9, 0, 'n', 'r', '_', 'b', 'l', 'o', 'c', 'k', 's', 0, 1, 0, '1', 0,
 		9, 0, 'n', 'r', '_', 'i', 'n', 'o', 'd', 'e', 's', 0, 1, 0, '1', 0 };
 	struct rd r = { params, params + sizeof params, false };
-	return make_fs("tmpfs", "tmpfs", ATTR_RDONLY, &r);
+	return make_fs("tmpfs", "tmpfs", ATTR_RDONLY, &r, NULL);
 }
 
 int op_mask(struct stage *s, struct rd *r, uint16_t flags)

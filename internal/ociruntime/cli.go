@@ -33,7 +33,7 @@ func commands() []command {
 		{name: "kill", args: id + " [signal]", usage: "kill sends the specified signal (default: SIGTERM) to the container's init process", min: 1, max: 2, flags: killFlags, run: (*app).kill},
 		{name: "list", usage: "lists containers started with the given root", flags: listFlags, run: (*app).list},
 		{name: "pause", args: id, usage: "pause suspends all processes inside the container", min: 1, max: 1, run: (*app).pause},
-		{name: "ps", args: id + " [ps options]", usage: "ps displays the processes running inside a container", min: 1, max: -1, flags: psFlags, run: (*app).ps},
+		{name: "ps", args: id + " [ps options]", usage: "ps displays the processes running inside a container", min: 1, max: -1, verbatim: true, flags: psFlags, run: (*app).ps},
 		{name: "resume", args: id, usage: "resumes all processes that have been previously paused", min: 1, max: 1, run: (*app).resume},
 		{name: "run", args: id, usage: "create and run a container", min: 1, max: 1, flags: runFlags, run: (*app).runContainer},
 		{name: "spec", usage: "create a new specification file", flags: specFlags, run: (*app).spec},

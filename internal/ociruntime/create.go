@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -46,6 +47,9 @@ func (a *app) create(f *flags) error {
 
 func (a *app) runContainer(f *flags) error {
 	status, err := a.launchContainer(f, false)
+	if code := (exitCode{}); errors.As(err, &code) {
+		return code
+	}
 	if err != nil {
 		return fmt.Errorf("%s run failed: %w", a.name, err)
 	}
@@ -137,6 +141,11 @@ func (a *app) launchContainer(f *flags, hold bool) (status int, err error) {
 		if b.proc != nil {
 			b.proc.kill()
 			b.io.drain() // what a hook inside had to say
+		}
+		if ran := (*notExecuted)(nil); errors.As(err, &ran) && !detach {
+			// The process had begun, as far as anybody else can tell.
+			fmt.Fprintln(a.stderr, ran)
+			return 0, exitCode{code: 255}
 		}
 		return 0, fmt.Errorf("unable to start container process: %w", err)
 	}
@@ -258,6 +267,7 @@ func (b *birth) prepare(keepKeyring bool) error {
 		ID: b.id, CgroupV2: cgroups.IsCgroup2UnifiedMode(), V1Controllers: names, CgroupPaths: b.dirs, CgroupEntered: cfg.Systemd,
 		AppArmor: hasAppArmor(), SELinux: hasSELinux(), BindDevices: inUserNamespace(), KeepGroups: setgroupsDenied(spec),
 		Joined: true, SharedMounts: true, Unprivileged: unprivileged(), Lookup: true, Gate: b.hold, AllCPUs: true,
+		OpenLate: !unprivileged(), HostRoot: spec.Root.Path,
 	}
 	if keepKeyring {
 		b.opts.ID = ""
@@ -288,6 +298,16 @@ func (b *birth) filter() error {
 		return nil
 	}
 	cfg := b.spec.Linux.Seccomp
+	for _, c := range cfg.Syscalls {
+		if c.Action == specs.ActNotify && slices.Contains(c.Names, "write") {
+			// The way to the agent itself needs it.
+			return errors.New("SCMP_ACT_NOTIFY cannot be used for the write syscall")
+		}
+	}
+	if cfg.DefaultAction == specs.ActNotify {
+		return errors.New("SCMP_ACT_NOTIFY cannot be used as default action")
+	}
+	b.app.log.Debugf("seccomp filter flags: %d", p.Flags|listenerFlag(p.Notify))
 	if p.Notify && cfg.ListenerPath == "" {
 		return errors.New("seccomp listenerPath is not set")
 	}
@@ -301,6 +321,13 @@ func (b *birth) filter() error {
 	}
 	b.rec.Servin.Filter = r
 	return os.WriteFile(filepath.Join(b.dir, filterName), p.Filter, 0o600)
+}
+
+func listenerFlag(notify bool) uint32 {
+	if notify {
+		return unix.SECCOMP_FILTER_FLAG_NEW_LISTENER
+	}
+	return 0
 }
 
 // describe fills the record as far as it is known before there is a process.
@@ -317,7 +344,8 @@ func (b *birth) describe(bundle string, cfg *cgroups.Cgroup, keepKeyring bool) {
 			Version: spec.Version, NoNewKeyring: keepKeyring, RootlessEUID: os.Geteuid() != 0, RootlessCgroups: cfg.Rootless,
 			Capabilities: spec.Process.Capabilities, AppArmor: spec.Process.ApparmorProfile, Label: spec.Process.SelinuxLabel,
 		},
-		Servin: own{Version: 1, Bundle: bundle, Annotations: spec.Annotations, Process: &proc, Mounts: spec.Mounts, CgroupsPath: l.CgroupsPath},
+		Servin: own{Version: 1, Bundle: bundle, Annotations: spec.Annotations, Process: &proc, Mounts: spec.Mounts, CgroupsPath: l.CgroupsPath,
+			Personality: l.Personality, MemoryPolicy: l.MemoryPolicy},
 	}
 	if b.rec.Config.Version == "" {
 		b.rec.Config.Version = specs.Version

@@ -269,7 +269,8 @@ func (x *execution) launch() error {
 	opts := plan.Options{
 		ID: x.id, CgroupV2: cgroups.IsCgroup2UnifiedMode(), AppArmor: hasAppArmor(), SELinux: hasSELinux(),
 		KeepGroups: x.groupsKept(), UserNS: differs&unix.CLONE_NEWUSER != 0, Namespaces: joins | differs&unix.CLONE_NEWUSER,
-		PreserveFDs: len(x.io.extra), Lookup: true, AllCPUs: true, PlainOutput: x.io.host != nil, Joined: joins == 0 && differs&unix.CLONE_NEWUSER == 0,
+		PreserveFDs: len(x.io.extra), Lookup: true, AllCPUs: true, PlainOutput: x.io.host != nil,
+		Personality: x.rec.Servin.Personality, MemoryPolicy: x.rec.Servin.MemoryPolicy, Joined: joins == 0 && differs&unix.CLONE_NEWUSER == 0,
 	}
 	if x.rec.Config.NoNewKeyring {
 		opts.ID = ""
@@ -476,10 +477,10 @@ func (x *execution) carryOut(init int, member *membership) error {
 	}
 	done, err := x.proc.converse(x.io, func(fd int) error {
 		return sendListener(x.rec.Servin.Filter, x.ociState(specs.StateRunning, x.rec.InitPID), x.proc.pid, fd)
-	})
+	}, nil)
 	var se *shim.StageError
 	if errors.As(err, &se) && se.Op >= 0 && se.Op < len(x.plan.Ops) {
-		return explain(se, x.plan.Ops[se.Op].Kind, x.p)
+		return explain(se, x.plan.Ops[se.Op].Kind, x.p, x.rec.Config.Cgroups.CpusetCpus)
 	}
 	if err == nil && done {
 		err = errors.New("the stage went on without its program")

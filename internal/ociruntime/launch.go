@@ -203,6 +203,7 @@ func (b *birth) clone() error {
 		return err
 	}
 	defer exe.Close()
+	b.app.log.Debugf("runc exeseal: using /proc/self/exe clone: a sealed memory file")
 	b.app.log.Debugf("nsexec container setup: clone with namespaces %#x", r.Namespaces)
 	st, err := exe.Launch(r)
 	if err != nil && r.Cgroup >= 0 && b.rec.Config.Cgroups.Rootless && errors.Is(err, unix.EACCES) {
@@ -415,13 +416,16 @@ func (b *birth) stageHooks(hooks []specs.Hook) error {
 }
 
 func hookError(err error) error {
-	if errors.Is(err, unix.ECHILD) {
-		return errors.New("it failed: exit status is not 0")
+	se := (*shim.StageError)(nil)
+	switch {
+	case !errors.As(err, &se):
+		return err
+	case se.Err == unix.ECHILD && se.Hook.Signaled():
+		return fmt.Errorf("signal: %v", se.Hook.Signal())
+	case se.Err == unix.ECHILD:
+		return fmt.Errorf("exit status %d", se.Hook.ExitStatus())
 	}
-	if se := (*shim.StageError)(nil); errors.As(err, &se) {
-		return se.Err
-	}
-	return err
+	return se.Err
 }
 
 // runPlan sends one plan and waits for what comes of it. The plan's operations are
@@ -434,7 +438,7 @@ func (b *birth) runPlan(p *plan.Plan, fds []int, from int, more bool) error {
 	if err := b.proc.stage.Run(shim.Plan{Code: code, Slots: fds}); err != nil {
 		return err
 	}
-	done, err := b.proc.converse(b.io, b.notifyAgent)
+	done, err := b.proc.converse(b.io, b.notifyAgent, b.openLate)
 	switch {
 	case err != nil:
 		return b.explain(err, from)
@@ -450,7 +454,7 @@ func (b *birth) runPlan(p *plan.Plan, fds []int, from int, more bool) error {
 
 // converse reads what the stage has to say until it is done, fails, or has become
 // the program (done is false then).
-func (p *process) converse(io_ *streams, agent func(fd int) error) (done bool, err error) {
+func (p *process) converse(io_ *streams, agent func(fd int) error, late func(slot int) (int, error)) (done bool, err error) {
 	for {
 		ev, err := p.stage.Next()
 		switch {
@@ -460,6 +464,12 @@ func (p *process) converse(io_ *streams, agent func(fd int) error) (done bool, e
 			return false, err
 		case ev.Done:
 			return true, nil
+		case ev.Want && late != nil:
+			var fd int
+			if fd, err = late(ev.Slot); err == nil {
+				err = p.stage.Give(fd)
+				unix.Close(fd)
+			}
 		case ev.What == shim.StageTerminal:
 			err = io_.terminal(ev.FD)
 		case ev.What == shim.StageSeccomp && agent != nil:
@@ -487,15 +497,24 @@ func (b *birth) explain(err error, from int) error {
 	if n, ok := b.hookAt[i]; ok {
 		return fmt.Errorf("error during container init: error running startContainer hook #%d: %w", n, hookError(err))
 	}
-	return fmt.Errorf("error during container init: %w", explain(se, b.p.Ops[i].Kind, b.spec.Process))
+	return fmt.Errorf("error during container init: %w", explain(se, b.p.Ops[i].Kind, b.spec.Process, b.rec.Config.Cgroups.CpusetCpus))
 }
 
-func explain(se *shim.StageError, kind plan.Kind, p *specs.Process) error {
+func explain(se *shim.StageError, kind plan.Kind, p *specs.Process, cpus string) error {
 	switch kind {
 	case plan.OpLookup, plan.OpExec:
 		return execError(p.Args[0], se.Err, kind == plan.OpExec)
 	case plan.OpCwd:
 		return fmt.Errorf("chdir to cwd (%q) set in config.json failed: %w", p.Cwd, se.Err)
+	case plan.OpMount, plan.OpMove, plan.OpReceive, plan.OpSource:
+		if kind == plan.OpMount && se.Err == unix.ELOOP {
+			return fmt.Errorf("error mounting: %w: it must be mounted on ordinary directory", se)
+		}
+		return fmt.Errorf("error mounting: %w", se)
+	case plan.OpScheduler:
+		if se.Err == unix.EPERM && p.Scheduler != nil && cpus != "" {
+			return fmt.Errorf("process scheduler can't be used together with AllowedCPUs: %w", se.Err)
+		}
 	case plan.OpRlimits:
 		return fmt.Errorf("error setting rlimits: %w", se.Err)
 	case plan.OpCreds:
@@ -506,10 +525,19 @@ func explain(se *shim.StageError, kind plan.Kind, p *specs.Process) error {
 	return se
 }
 
+// notExecuted: a program was found, and the kernel would not run it.
+type notExecuted struct {
+	name  string
+	errno syscall.Errno
+}
+
+func (e *notExecuted) Error() string { return "exec " + e.name + ": " + e.errno.Error() }
+func (e *notExecuted) Unwrap() error { return e.errno }
+
 func execError(name string, errno syscall.Errno, ran bool) error {
 	switch {
 	case ran:
-		return fmt.Errorf("exec %s: %w", name, errno)
+		return &notExecuted{name, errno}
 	case !strings.Contains(name, "/"):
 		return fmt.Errorf("exec: %q: %w", name, osexec.ErrNotFound)
 	case errno == unix.ENOENT || errno == unix.ENOTDIR:
@@ -556,7 +584,7 @@ func (b *birth) openSlots() (fds []int, done func(), err error) {
 			fd = m.tasks[sl.Source]
 		case plan.SlotRoot, plan.SlotMount, plan.SlotDevice:
 			switch {
-			case b.opts.Unprivileged:
+			case b.opts.Unprivileged || sl.Late:
 				fd, err = unix.Open("/dev/null", unix.O_PATH|unix.O_CLOEXEC, 0)
 			case sl.Kind == plan.SlotRoot && !ownMounts:
 				fd, err = b.sharedRoot()
@@ -564,7 +592,7 @@ func (b *birth) openSlots() (fds []int, done func(), err error) {
 				fd, err = source.Mount(sl, exe.Path())
 			}
 			if err != nil {
-				return nil, done, fmt.Errorf("error during container init: %w", err)
+				return nil, done, fmt.Errorf("error during container init: error mounting: %w", err)
 			}
 			opened = append(opened, fd)
 		}
@@ -574,6 +602,28 @@ func (b *birth) openSlots() (fds []int, done func(), err error) {
 		fds = append(fds, fd)
 	}
 	return fds, done, nil
+}
+
+// openLate opens a source that lies on one of the container's own mounts.
+func (b *birth) openLate(slot int) (int, error) {
+	if slot >= len(b.p.Slots) || !b.p.Slots[slot].Late {
+		return -1, errors.New("the stage asks for a descriptor that is none of its own")
+	}
+	ns, err := os.Open("/proc/" + strconv.Itoa(b.proc.pid) + "/ns/mnt")
+	if err != nil {
+		return -1, err
+	}
+	defer ns.Close()
+	exe, err := shim.NewExecutable()
+	if err != nil {
+		return -1, err
+	}
+	defer exe.Close()
+	fd, err := source.Late(&b.p.Slots[slot], ns, b.spec.Root.Path, b.opts.RootPath, exe.Path())
+	if err != nil {
+		return -1, fmt.Errorf("error during container init: error mounting: %w", err)
+	}
+	return fd, nil
 }
 
 // sharedRoot makes the root a mount of the host's, for a container that shares the

@@ -89,6 +89,9 @@ type own struct {
 	UserNS      bool              `json:"user_namespace,omitempty"`
 	Filter      *filterRecord     `json:"seccomp,omitempty"`
 	CgroupsPath string            `json:"cgroups_path,omitempty"`
+
+	Personality  *specs.LinuxPersonality  `json:"personality,omitempty"`
+	MemoryPolicy *specs.LinuxMemoryPolicy `json:"memory_policy,omitempty"`
 }
 
 // filterRecord tells how to load the compiled filter beside the record.

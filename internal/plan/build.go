@@ -15,6 +15,8 @@ type builder struct {
 	keepGroups bool                                // setgroups is denied in the user namespace
 	preparing  bool                                // mounts are made, not attached
 	joined     bool                                // what has a path has been entered
+	hostRoot   string                              // of the root, "" where sources are not looked for there
+	targets    []string                            // mounts made so far
 }
 
 func (b *builder) fail(format string, args ...any) {

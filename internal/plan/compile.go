@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"maps"
 	"os"
+	"path"
 	"slices"
 	"strings"
 
@@ -65,6 +66,9 @@ func Compile(spec *specs.Spec, o Options) (*Plan, error) {
 	b.timeOffsets(spec)
 	b.priorities(spec.Process)
 	b.root(rootSlot, !ownMounts, o.RootPath)
+	if o.OpenLate {
+		b.hostRoot = path.Clean(o.HostRoot)
+	}
 	b.mounts(spec, o)
 	b.devices(spec, o)
 	b.p.pivot = len(b.p.Ops)
@@ -89,7 +93,7 @@ func (b *builder) openSources() {
 	b.p.Ops = b.p.Ops[:at+1]
 	for i := range b.p.Slots {
 		s := &b.p.Slots[i]
-		if s.Kind != SlotRoot && s.Kind != SlotMount && s.Kind != SlotDevice {
+		if s.Kind != SlotRoot && s.Kind != SlotMount && s.Kind != SlotDevice || s.Late {
 			continue
 		}
 		if s.UIDMap != nil || s.GIDMap != nil {
@@ -453,7 +457,7 @@ func (b *builder) hostname(spec *specs.Spec) {
 		if n.value == "" {
 			continue
 		}
-		if !b.isNew(specs.UTSNamespace) {
+		if _, ok := b.namespaces[specs.UTSNamespace]; !b.isNew(specs.UTSNamespace) && !(ok && b.joined) {
 			b.fail("%s cannot be set without a UTS namespace of the container's own", n.what)
 		}
 		if len(n.value) > 64 {

@@ -37,7 +37,7 @@ func header() []byte {
 		v    uint16
 	}{
 		{"MOUNT_NO_SYMLINKS", FlagNoSymlinks}, {"MOUNT_ON_PROC", FlagOnProc}, {"MOUNT_IS_PROC", FlagIsProc},
-		{"MOUNT_COPY_UP", FlagCopyUp}, {"ATTR_RECURSIVE", FlagRecursive}, {"SECCOMP_NOTIFY", FlagNotify},
+		{"MOUNT_COPY_UP", FlagCopyUp}, {"MOUNT_KEEP_MODE", FlagKeepMode}, {"ATTR_RECURSIVE", FlagRecursive}, {"SECCOMP_NOTIFY", FlagNotify},
 		{"CREDS_HAS_CAPS", FlagHasCaps}, {"CREDS_KEEP_GROUPS", FlagKeepGroups}, {"CWD_CREATE", FlagCreate},
 		{"EXEC_INIT", FlagInit}, {"HOOK_HOME", FlagHookHome}, {"ROOT_SHARED", FlagShared}, {"PIVOT_CHROOT", FlagChroot},
 		{"SOURCE_ATTR_TREE", FlagAttrTree}, {"SOURCE_PROP_TREE", FlagPropTree},

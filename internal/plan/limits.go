@@ -3,6 +3,7 @@ package plan
 import (
 	"bytes"
 	"encoding/binary"
+	"math/bits"
 	"strconv"
 	"strings"
 
@@ -147,12 +148,12 @@ func (b *builder) memoryPolicy(spec *specs.Spec) {
 	}
 	mode, ok := policyModes[m.Mode]
 	if !ok {
-		b.fail("memory policy %.32q is unknown", m.Mode)
+		b.fail("invalid memory policy mode %.32q", m.Mode)
 	}
 	for _, f := range m.Flags {
 		bit, ok := policyFlags[f]
 		if !ok {
-			b.fail("memory policy flag %.32q is unknown", f)
+			b.fail("invalid memory policy flag %.32q", f)
 		}
 		mode |= bit
 	}
@@ -160,7 +161,22 @@ func (b *builder) memoryPolicy(spec *specs.Spec) {
 	if m.Nodes != "" {
 		var err error
 		if nodes, err = bitmap(m.Nodes, 1024); err != nil {
-			b.fail("malformed node list %.64q", m.Nodes)
+			b.fail("invalid memory policy node list %.64q", m.Nodes)
+		}
+	}
+	count := 0
+	for _, w := range nodes {
+		count += bits.OnesCount8(w)
+	}
+	switch m.Mode {
+	case specs.MpolDefault, specs.MpolLocal:
+		if count != 0 {
+			b.fail("memory policy mode requires 0 nodes but got %d", count)
+		}
+	case specs.MpolPreferred:
+	default:
+		if count == 0 {
+			b.fail("memory policy mode requires at least one node but got 0")
 		}
 	}
 	b.op(OpMemPolicy, 0, "set memory policy", new(enc).u32(mode).bytes(nodes))

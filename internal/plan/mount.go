@@ -149,6 +149,9 @@ func (b *builder) mounts(spec *specs.Spec, o Options) {
 		if err := b.oneMount(spec, m, o); err != nil && b.err == nil {
 			b.err = fault.New(fault.Of(err), "cannot mount %.128q: %w", m.Destination, err)
 		}
+		if t, err := cleanTarget(m.Destination); err == nil {
+			b.targets = append(b.targets, t)
+		}
 	}
 }
 
@@ -210,6 +213,9 @@ func (b *builder) oneMount(spec *specs.Spec, m *specs.Mount, o Options) error {
 		if opt.copyUp {
 			fs.flags |= FlagCopyUp
 		}
+		if !slices.ContainsFunc(opt.params, func(p [2]string) bool { return p[0] == "mode" }) {
+			fs.flags |= FlagKeepMode
+		}
 		if target == "/dev" || opt.copyUp {
 			late = fs.attr & unix.MOUNT_ATTR_RDONLY
 			fs.attr &^= late
@@ -259,6 +265,11 @@ func (b *builder) bindMount(spec *specs.Spec, m *specs.Mount, target string, opt
 			s.AttrSet, s.AttrClear = opt.recSet, opt.recClr
 		}
 	}
+	_, s.Locked = b.namespaces[specs.UserNamespace]
+	s.RecursiveID = opt.ridmap
+	if !s.RecursiveAttr && opt.set|opt.clr != 0 {
+		s.AttrReset = flagAttrs &^ (opt.set | opt.clr)
+	}
 	if len(m.UIDMappings) != 0 {
 		s.UIDMap, s.GIDMap = m.UIDMappings, m.GIDMappings
 	} else if opt.idmap {
@@ -267,11 +278,30 @@ func (b *builder) bindMount(spec *specs.Spec, m *specs.Mount, target string, opt
 		}
 		s.UIDMap, s.GIDMap = spec.Linux.UIDMappings, spec.Linux.GIDMappings
 	}
-	b.move(target, b.slot(s), flags)
+	s.Late = b.isLate(m.Source)
+	slot := b.slot(s)
+	if s.Late {
+		b.op(OpReceive, 0, "open mount source "+m.Source, new(enc).u16(slot))
+	}
+	b.move(target, slot, flags)
 	if s.RecursiveAttr && s.AttrSet == opt.recSet && s.AttrClear == opt.recClr && opt.set|opt.clr != 0 {
 		b.attr(target, opt.set, opt.clr, 0, 0)
 	}
 	return nil
+}
+
+// flagAttrs are the attributes that a bind mount with options loses unless it asks
+// for them, as mount(2) has it: all but those on access times.
+const flagAttrs = unix.MOUNT_ATTR_RDONLY | unix.MOUNT_ATTR_NOSUID | unix.MOUNT_ATTR_NODEV | unix.MOUNT_ATTR_NOEXEC | unix.MOUNT_ATTR_NOSYMFOLLOW
+
+// isLate tells whether a source lies in the root, on or below a mount made before.
+func (b *builder) isLate(source string) bool {
+	in, ok := strings.CutPrefix(path.Clean(source), b.hostRoot+"/")
+	if b.hostRoot == "" || !ok {
+		return false
+	}
+	in = "/" + in
+	return slices.ContainsFunc(b.targets, func(t string) bool { return in == t || strings.HasPrefix(in, t+"/") })
 }
 
 // inheritedPropagation is what a mount without a word on it gets: that of the

@@ -64,6 +64,7 @@ const (
 	OpClose       Kind = 44
 	OpSource      Kind = 45
 	OpRootAt      Kind = 46
+	OpReceive     Kind = 47
 )
 
 // Flags, by kind.
@@ -72,6 +73,7 @@ const (
 	FlagOnProc     uint16 = 1 << 1 // MOUNT, MOVE: the target may lie on procfs
 	FlagIsProc     uint16 = 1 << 2 // MOUNT: the container's /proc; kept for later writes
 	FlagCopyUp     uint16 = 1 << 3 // MOUNT: copy what the target holds into the new file system
+	FlagKeepMode   uint16 = 1 << 4 // MOUNT: the mode of the target, if it was there before
 
 	FlagRecursive uint16 = 1 << 0 // ATTR, READONLY: with everything below
 
@@ -159,6 +161,7 @@ func layouts() []layout {
 		{OpClose, "CLOSE", "keep:h", "close what the rest of the plan has no use for"},
 		{OpSource, "SOURCE", "slot:h path:s flags:i set:q clear:q propagation:q", "open_tree(2) of the host's path in the slot's place"},
 		{OpRootAt, "ROOT_AT", "slot:h path:s", "ROOT, at a path of the host's, which becomes the working directory"},
+		{OpReceive, "RECEIVE", "slot:h", "ask for the slot's descriptor, now that its source is there"},
 	}
 }
 

@@ -75,10 +75,20 @@ type Slot struct {
 	// Attr are mount_setattr flags to set and clear on the clone before it is sent.
 	AttrSet, AttrClear uint64
 	RecursiveAttr      bool
+	// AttrReset are attributes to clear too, where the kernel permits it: bind
+	// mounts with any option lose those that the source has and that are not asked for.
+	AttrReset uint64
+	// Locked: what the source's own mount forbids stays forbidden, and clearing it
+	// is an error: the container's user namespace must not free itself of it.
+	Locked bool
+	// Late: the source lies on a mount that the plan itself makes. A placeholder is
+	// sent with the plan, and the descriptor when the stage asks for it.
+	Late bool
 	// Propagation is an MS_* propagation flag for the clone, 0 for none.
 	Propagation uint64
 	UIDMap      []specs.LinuxIDMapping // idmapped mount, nil for none
 	GIDMap      []specs.LinuxIDMapping
+	RecursiveID bool // …with everything below
 	// Device, of a SlotDevice, is the node's type (S_IFMT) and number: it may lie
 	// elsewhere on the host than Source, its place in the container.
 	Device struct{ Type, Major, Minor uint32 }
@@ -152,6 +162,13 @@ type Options struct {
 	// PlainOutput has the terminal pass line feeds on as they are: whoever copies
 	// its output has a terminal that adds the carriage returns.
 	PlainOutput bool
+	// OpenLate: whoever sends the plan answers RECEIVE. HostRoot is where the root
+	// lies on the host, to tell sources in it from others.
+	OpenLate bool
+	HostRoot string
+	// Personality and MemoryPolicy, for Exec alone, are the container's.
+	Personality  *specs.LinuxPersonality
+	MemoryPolicy *specs.LinuxMemoryPolicy
 	// Lookup has the program looked up before anything irrevocable is said.
 	Lookup bool
 	// Gate has the process answer and wait before it runs.

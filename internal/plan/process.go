@@ -54,7 +54,7 @@ func Exec(process *specs.Process, o Options) (*Plan, error) {
 	if o.UserNS {
 		b.becomeRoot()
 	}
-	b.process(&specs.Spec{Process: process, Linux: &specs.Linux{}}, o, true)
+	b.process(&specs.Spec{Process: process, Linux: &specs.Linux{Personality: o.Personality, MemoryPolicy: o.MemoryPolicy}}, o, true)
 	return b.finish()
 }
 
@@ -97,9 +97,9 @@ func (b *builder) process(spec *specs.Spec, o Options, exec bool) {
 		b.label(p, o)
 		b.sysctls(spec)
 		b.protect(spec)
-		b.memoryPolicy(spec)
-		b.personality(spec)
 	}
+	b.memoryPolicy(spec)
+	b.personality(spec)
 	if p.Terminal {
 		var w, h uint
 		if c := p.ConsoleSize; c != nil {
@@ -228,13 +228,17 @@ func (b *builder) sysctls(spec *specs.Spec) {
 
 func (b *builder) protect(spec *specs.Spec) {
 	clean := func(list []string, f func(string)) {
+		seen := map[string]bool{}
 		for _, p := range list {
 			c, err := cleanTarget(p)
 			if err != nil || !path.IsAbs(p) || c == "/" {
 				b.fail("masked or read-only path %.128q is not a path inside the container", p)
 				continue
 			}
-			f(c)
+			if !seen[c] {
+				f(c)
+			}
+			seen[c] = true
 		}
 	}
 	clean(spec.Linux.ReadonlyPaths, b.readonly)

@@ -289,8 +289,8 @@ func TestHooks(t *testing.T) {
 		hook specs.Hook
 		want error
 	}{
-		"fails":   {specs.Hook{Path: "/bin/sh", Args: []string{"sh", "-c", "exit 3"}}, unix.ECHILD},
-		"missing": {specs.Hook{Path: "/bin/nothing"}, unix.ECHILD},
+		"fails":   {specs.Hook{Path: "/bin/sh", Args: []string{"sh", "-c", "exit 3"}}, unix.Errno(0x10000 | 3<<8)}, // its wait status
+		"missing": {specs.Hook{Path: "/bin/nothing"}, unix.Errno(0x10000 | 127<<8)},
 		"hangs":   {specs.Hook{Path: "/bin/sh", Args: []string{"sh", "-c", "sleep 60"}, Timeout: ptr(1)}, unix.ETIMEDOUT},
 	} {
 		t.Run(name, func(t *testing.T) {

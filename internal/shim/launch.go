@@ -131,6 +131,7 @@ const (
 	syncDone    = 3
 	syncFail    = 4
 	syncFD      = 5
+	syncWant    = 7
 )
 
 // What a descriptor that comes from a stage is.
@@ -146,6 +147,9 @@ type StageEvent struct {
 	// What tells what FD is; 0 and -1 where none came. FD is the caller's to close.
 	What int
 	FD   int
+	// Want: the stage waits for the descriptor of Slot (see Give).
+	Want bool
+	Slot int
 }
 
 // Next waits for the stage's next message. A failure is a *StageError, io.EOF the
@@ -163,6 +167,8 @@ func (s *Stage) Next() (StageEvent, error) {
 	switch typ := le.Uint16(b[2:]); {
 	case typ == syncDone:
 		ev.Done = true
+	case typ == syncWant && len(b) == 12:
+		ev.Want, ev.Slot = true, int(le.Uint32(b[8:]))
 	case typ == syncFail:
 		closeAll(fds)
 		return ev, decodeFailure(b[8:])
@@ -175,6 +181,14 @@ func (s *Stage) Next() (StageEvent, error) {
 	}
 	closeAll(fds)
 	return ev, nil
+}
+
+// Give answers a stage that waits for a slot's descriptor, which stays the caller's.
+func (s *Stage) Give(fd int) error {
+	b := le.AppendUint16(nil, syncVersion)
+	b = le.AppendUint16(b, syncMore)
+	b = le.AppendUint32(b, 4)
+	return s.sendmsg(le.AppendUint32(b, 1), []int{fd})
 }
 
 // Close ends the conversation; a stage that still takes plans ends by it.

@@ -128,6 +128,8 @@ type StageError struct {
 	Op   int
 	Name string
 	Err  syscall.Errno
+	// Hook is how a hook ended that failed; Err is ECHILD then.
+	Hook syscall.WaitStatus
 }
 
 func (e *StageError) Error() string { return "cannot " + e.Name + ": " + e.Err.Error() }
@@ -200,7 +202,11 @@ func decodeFailure(b []byte) error {
 		return malformed("a failure")
 	}
 	// Numbers over 4095 are no errno, and 0 would be success.
-	errno := syscall.Errno(le.Uint32(b[4:]))
+	raw := le.Uint32(b[4:])
+	if raw>>16 == 1 {
+		return &StageError{Op: int(int32(le.Uint32(b))), Name: string(b[9:]), Err: syscall.ECHILD, Hook: syscall.WaitStatus(raw & 0xffff)}
+	}
+	errno := syscall.Errno(raw)
 	if errno == 0 || errno > 4095 {
 		errno = syscall.EPROTO
 	}

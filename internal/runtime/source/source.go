@@ -36,17 +36,21 @@ func Mount(sl *plan.Slot, exe string) (int, error) {
 		}
 		return -1, &contract.StartError{Step: "open mount source " + sl.Source, Err: err}
 	}
-	if err := SetAttr(fd, sl); err != nil {
+	if err := prepare(fd, sl, exe); err != nil {
 		unix.Close(fd)
-		return -1, &contract.StartError{Step: "prepare mount source " + sl.Source, Err: err}
-	}
-	if sl.UIDMap != nil || sl.GIDMap != nil {
-		if err := idmap(fd, sl, exe); err != nil {
-			unix.Close(fd)
-			return -1, err
-		}
+		return -1, err
 	}
 	return fd, nil
+}
+
+func prepare(fd int, sl *plan.Slot, exe string) error {
+	if err := SetAttr(fd, sl); err != nil {
+		return &contract.StartError{Step: "prepare mount source " + sl.Source, Err: err}
+	}
+	if sl.UIDMap != nil || sl.GIDMap != nil {
+		return idmap(fd, sl, exe)
+	}
+	return nil
 }
 
 // devicePath finds a device node on the host: at the place that it has in the
@@ -76,7 +80,7 @@ func devicePath(sl *plan.Slot) string {
 // SetAttr gives a detached mount the attributes and the propagation that its slot
 // asks for.
 func SetAttr(fd int, sl *plan.Slot) error {
-	if sl.AttrSet|sl.AttrClear|sl.Propagation == 0 {
+	if sl.AttrSet|sl.AttrClear|sl.AttrReset|sl.Propagation == 0 {
 		return nil
 	}
 	prop := sl.Propagation
@@ -91,14 +95,46 @@ func SetAttr(fd int, sl *plan.Slot) error {
 			return err
 		}
 	}
-	if sl.AttrSet|sl.AttrClear == 0 {
+	if sl.AttrSet|sl.AttrClear|sl.AttrReset == 0 {
 		return nil
+	}
+	reset := sl.AttrReset
+	if sl.Locked {
+		have, err := restrictions(fd)
+		if err != nil {
+			return err
+		}
+		if sl.AttrClear&have != 0 {
+			return unix.EPERM
+		}
+		reset &^= have
 	}
 	flags := uint(unix.AT_EMPTY_PATH)
 	if sl.RecursiveAttr {
 		flags |= unix.AT_RECURSIVE
 	}
-	return unix.MountSetattr(fd, "", flags, &unix.MountAttr{Attr_set: sl.AttrSet, Attr_clr: sl.AttrClear})
+	err := unix.MountSetattr(fd, "", flags, &unix.MountAttr{Attr_set: sl.AttrSet, Attr_clr: sl.AttrClear | reset})
+	if err == unix.EPERM && reset != 0 {
+		// In a user namespace some are locked: what nobody asked to clear stays.
+		err = unix.MountSetattr(fd, "", flags, &unix.MountAttr{Attr_set: sl.AttrSet, Attr_clr: sl.AttrClear})
+	}
+	return err
+}
+
+// restrictions are the attributes of a mount that take something from its users.
+func restrictions(fd int) (uint64, error) {
+	var st unix.Statfs_t
+	if err := unix.Fstatfs(fd, &st); err != nil {
+		return 0, err
+	}
+	var have uint64
+	for _, f := range [][2]uint64{{unix.ST_RDONLY, unix.MOUNT_ATTR_RDONLY}, {unix.ST_NOSUID, unix.MOUNT_ATTR_NOSUID},
+		{unix.ST_NODEV, unix.MOUNT_ATTR_NODEV}, {unix.ST_NOEXEC, unix.MOUNT_ATTR_NOEXEC}} {
+		if uint64(st.Flags)&f[0] != 0 {
+			have |= f[1]
+		}
+	}
+	return have, nil
 }
 
 func idmap(fd int, sl *plan.Slot, exe string) error {
@@ -108,7 +144,7 @@ func idmap(fd int, sl *plan.Slot, exe string) error {
 	}
 	defer ns.Close()
 	flags := uint(unix.AT_EMPTY_PATH)
-	if sl.Recursive {
+	if sl.RecursiveID {
 		flags |= unix.AT_RECURSIVE
 	}
 	err = unix.MountSetattr(fd, "", flags, &unix.MountAttr{Attr_set: unix.MOUNT_ATTR_IDMAP, Userns_fd: uint64(ns.Fd())})
