@@ -138,6 +138,9 @@ func (a *app) check(spec *specs.Spec) error {
 		if !filepath.IsAbs(m.Destination) {
 			a.log.Warnf("mount %s: relative destination path is deprecated, using it as relative to /", m.Destination)
 		}
+		if in, ok := strings.CutPrefix(m.Destination, spec.Root.Path+"/"); ok {
+			m.Destination = "/" + in // given from the host's point of view
+		}
 		// Relative sources are relative to the bundle.
 		bind := m.Type == "bind" || slices.ContainsFunc(m.Options, func(o string) bool { return o == "bind" || o == "rbind" })
 		if bind && m.Source != "" && !filepath.IsAbs(m.Source) {

@@ -203,7 +203,8 @@ func (b *birth) clone() error {
 		return err
 	}
 	defer exe.Close()
-	b.app.log.Debugf("runc exeseal: using /proc/self/exe clone: a sealed memory file")
+	// Known words, for who reads runc's log.
+	b.app.log.Debugf("runc exeseal: using /proc/self/exe clone: a sealed memory file, in the place of \"runc exeseal: using overlayfs for sealed /proc/self/exe\"")
 	b.app.log.Debugf("nsexec container setup: clone with namespaces %#x", r.Namespaces)
 	st, err := exe.Launch(r)
 	if err != nil && r.Cgroup >= 0 && b.rec.Config.Cgroups.Rootless && errors.Is(err, unix.EACCES) {

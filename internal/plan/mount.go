@@ -83,12 +83,16 @@ type options struct {
 	bind, rbind    bool
 	copyUp         bool
 	idmap, ridmap  bool
+	times          []string // words on access times, in order
 	params         [][2]string
 }
 
 func parseOptions(list []string) (o options, err error) {
 	for _, opt := range list {
 		if set, clr, ok := mountAttr(opt); ok {
+			if clr&unix.MOUNT_ATTR__ATIME != 0 || (set|clr)&unix.MOUNT_ATTR_NODIRATIME != 0 {
+				o.times = append(o.times, opt)
+			}
 			o.set, o.clr = o.set&^(set|clr)|set, o.clr&^(set|clr)|clr
 			continue
 		}
@@ -250,6 +254,7 @@ func (b *builder) bindMount(spec *specs.Spec, m *specs.Mount, target string, opt
 	if len(opt.params) != 0 {
 		return fault.New(fault.Invalid, "a bind mount has no option %.64q", opt.params[0][0])
 	}
+	opt.bindTimes()
 	s := Slot{Kind: SlotMount, Source: m.Source, Recursive: opt.rbind, AttrSet: opt.set, AttrClear: opt.clr,
 		Propagation: opt.propagation}
 	if s.Propagation == 0 {
@@ -288,6 +293,40 @@ func (b *builder) bindMount(spec *specs.Spec, m *specs.Mount, target string, opt
 		b.attr(target, opt.set, opt.clr, 0, 0)
 	}
 	return nil
+}
+
+// bindTimes gives the words on access times the meaning that they have for a bind
+// mount, which is mount(2)'s: what takes a restriction back says nothing, one
+// that stands implies relatime, and without any the source's stay.
+func (o *options) bindTimes() {
+	const mask = unix.MOUNT_ATTR__ATIME | unix.MOUNT_ATTR_NODIRATIME
+	on := map[string]bool{}
+	for _, w := range o.times {
+		switch w {
+		case "noatime", "relatime", "strictatime", "nodiratime":
+			on[w] = true
+		case "atime":
+			delete(on, "noatime")
+		case "diratime", "norelatime", "nostrictatime":
+			delete(on, map[string]string{"diratime": "nodiratime", "norelatime": "relatime", "nostrictatime": "strictatime"}[w])
+		}
+	}
+	o.set, o.clr = o.set&^mask, o.clr&^mask
+	if len(on) == 0 {
+		return
+	}
+	o.clr |= unix.MOUNT_ATTR__ATIME
+	switch {
+	case on["strictatime"]:
+		o.set |= unix.MOUNT_ATTR_STRICTATIME
+	case on["noatime"]:
+		o.set |= unix.MOUNT_ATTR_NOATIME
+	}
+	if on["nodiratime"] {
+		o.set |= unix.MOUNT_ATTR_NODIRATIME
+	} else {
+		o.clr |= unix.MOUNT_ATTR_NODIRATIME
+	}
 }
 
 // flagAttrs are the attributes that a bind mount with options loses unless it asks

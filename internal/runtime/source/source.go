@@ -104,7 +104,7 @@ func SetAttr(fd int, sl *plan.Slot) error {
 		if err != nil {
 			return err
 		}
-		if sl.AttrClear&have != 0 {
+		if sl.AttrClear&have&^timeAttrs != 0 || sl.AttrClear&unix.MOUNT_ATTR__ATIME != 0 && sl.AttrSet&timeAttrs != have&timeAttrs {
 			return unix.EPERM
 		}
 		reset &^= have
@@ -121,7 +121,10 @@ func SetAttr(fd int, sl *plan.Slot) error {
 	return err
 }
 
-// restrictions are the attributes of a mount that take something from its users.
+const timeAttrs = unix.MOUNT_ATTR__ATIME | unix.MOUNT_ATTR_NODIRATIME
+
+// restrictions are the attributes of a mount that take something from its users,
+// and what it says on access times.
 func restrictions(fd int) (uint64, error) {
 	var st unix.Statfs_t
 	if err := unix.Fstatfs(fd, &st); err != nil {
@@ -133,6 +136,15 @@ func restrictions(fd int) (uint64, error) {
 		if uint64(st.Flags)&f[0] != 0 {
 			have |= f[1]
 		}
+	}
+	switch flags := uint64(st.Flags); {
+	case flags&unix.ST_NOATIME != 0:
+		have |= unix.MOUNT_ATTR_NOATIME
+	case flags&unix.ST_RELATIME == 0:
+		have |= unix.MOUNT_ATTR_STRICTATIME
+	}
+	if uint64(st.Flags)&unix.ST_NODIRATIME != 0 {
+		have |= unix.MOUNT_ATTR_NODIRATIME
 	}
 	return have, nil
 }
