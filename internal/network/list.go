@@ -142,6 +142,9 @@ func compile(f Filters, allowed ...string) (func(*netw) bool, error) {
 	return func(n *netw) bool {
 		r := n.rec
 		builtin := predefined(r.Name)
+		if r.Driver == driverCNI && len(n.eps) == 0 && !asksForCNI(f) {
+			return false
+		}
 		for k, vs := range f {
 			if len(vs) == 0 {
 				continue
@@ -184,6 +187,20 @@ func compile(f Filters, allowed ...string) (func(*netw) bool, error) {
 		}
 		return true
 	}, nil
+}
+
+// asksForCNI tells whether a filter means networks of CNI. They are the host's
+// configuration, not made by anybody here: clients that remove all networks they
+// see must not stumble over those that nothing uses.
+func asksForCNI(f Filters) bool {
+	for _, k := range []string{"driver", "name", "id"} {
+		for v := range f[k] {
+			if k == "id" || v == driverCNI || strings.HasPrefix(v, cniPrefix) {
+				return true
+			}
+		}
+	}
+	return false
 }
 
 func hasLabel(labels map[string]string, want string) bool {
