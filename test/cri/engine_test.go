@@ -1,11 +1,6 @@
 package cri
 
 import (
-	"archive/tar"
-	"bytes"
-	"crypto/sha256"
-	"encoding/hex"
-	"encoding/json"
 	"fmt"
 	"net"
 	"os"
@@ -184,70 +179,6 @@ func (c *containerd) close() {
 	time.Sleep(2 * time.Second)
 	_ = c.cmd.Process.Signal(os.Interrupt)
 	_ = c.cmd.Wait()
-}
-
-// archive writes a docker archive of the host's static busybox with these tags.
-// What salt is makes a layer of its own.
-func archive(t *testing.T, path, salt string, tags ...string) {
-	t.Helper()
-	box, err := os.ReadFile("/usr/bin/busybox")
-	if err != nil {
-		t.Fatal(err)
-	}
-	var layer bytes.Buffer
-	w := tar.NewWriter(&layer)
-	add := func(h *tar.Header, b []byte) {
-		h.Size = int64(len(b))
-		if err := w.WriteHeader(h); err != nil {
-			t.Fatal(err)
-		}
-		if _, err := w.Write(b); err != nil {
-			t.Fatal(err)
-		}
-	}
-	for _, d := range []string{"bin", "etc", "tmp", "proc", "sys", "dev", "root", "var", "data"} {
-		mode := int64(0o755)
-		if d == "tmp" {
-			mode = 0o1777
-		}
-		add(&tar.Header{Name: d + "/", Typeflag: tar.TypeDir, Mode: mode}, nil)
-	}
-	add(&tar.Header{Name: "bin/busybox", Mode: 0o755}, box)
-	list, err := exec.Command("/usr/bin/busybox", "--list").Output()
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, a := range strings.Fields(string(list)) {
-		if a != "busybox" {
-			add(&tar.Header{Name: "bin/" + a, Typeflag: tar.TypeSymlink, Linkname: "busybox", Mode: 0o777}, nil)
-		}
-	}
-	add(&tar.Header{Name: "etc/passwd", Mode: 0o644}, []byte("root:x:0:0:root:/root:/bin/sh\nweb:x:1000:1000::/:/bin/sh\n"))
-	add(&tar.Header{Name: "etc/group", Mode: 0o644}, []byte("root:x:0:\nweb:x:1000:\nextra:x:2000:web\n"))
-	add(&tar.Header{Name: "etc/salt", Mode: 0o644}, []byte(salt))
-	// containerd's pods need this one to wait.
-	add(&tar.Header{Name: "pause", Typeflag: tar.TypeSymlink, Linkname: "bin/busybox", Mode: 0o777}, nil)
-	if err := w.Close(); err != nil {
-		t.Fatal(err)
-	}
-	hash := func(b []byte) string { h := sha256.Sum256(b); return hex.EncodeToString(h[:]) }
-	conf, _ := json.Marshal(map[string]any{
-		"architecture": "amd64", "os": "linux", "config": map[string]any{"Cmd": []string{"sleep", "1000000"}, "Env": []string{"PATH=/bin"}},
-		"rootfs": map[string]any{"type": "layers", "diff_ids": []string{"sha256:" + hash(layer.Bytes())}},
-	})
-	manifest, _ := json.Marshal([]any{map[string]any{"Config": hash(conf) + ".json", "RepoTags": tags, "Layers": []string{"layer.tar"}}})
-	f, err := os.Create(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer f.Close()
-	w = tar.NewWriter(f)
-	add(&tar.Header{Name: hash(conf) + ".json", Mode: 0o644}, conf)
-	add(&tar.Header{Name: "layer.tar", Mode: 0o644}, layer.Bytes())
-	add(&tar.Header{Name: "manifest.json", Mode: 0o644}, manifest)
-	if err := w.Close(); err != nil {
-		t.Fatal(err)
-	}
 }
 
 // eventually polls until ok returns nil.

@@ -43,6 +43,7 @@ type node struct {
 	env     []string
 	cgroups []string
 	cni     bool
+	*registry
 }
 
 func newNode(t *testing.T, cni bool) *node {
@@ -64,7 +65,8 @@ func newNode(t *testing.T, cni bool) *node {
 	n.makeCgroups()
 	n.engine = newEngine(t, filepath.Join(dir, "engine"), cni)
 	n.engine.start()
-	archive(t, filepath.Join(dir, "bb.tar"), "", image)
+	busybox(t, "").save(t, filepath.Join(dir, "bb.tar"), image)
+	n.registry = newRegistry(t)
 	n.load(filepath.Join(dir, "bb.tar"))
 	n.startKubelet()
 	t.Cleanup(n.close)

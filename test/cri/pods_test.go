@@ -48,10 +48,9 @@ func testKubelet(n *node) {
 		if n.cni {
 			t.Skip("SKIP: a kubelet looks for images every five minutes: once is enough")
 		}
-		archive(n.t, filepath.Join(n.dir, "waste.tar"), "waste", "localhost/waste:latest")
-		n.load(filepath.Join(n.dir, "waste.tar"))
+		n.pulled(t, "waste")
 		deadline := time.Now().Add(11 * time.Minute)
-		for strings.Contains(n.images(), "localhost/waste") {
+		for strings.Contains(n.images(), "/waste") {
 			if time.Now().After(deadline) {
 				t.Fatalf("the unused image stays:\n%s\n%s", n.images(), n.errors())
 			}
@@ -503,12 +502,33 @@ func testRotation(t *testing.T, n *node) {
 	})
 }
 
+// pulled has the kubelet pull an image of its own, which is unused afterwards.
+func (n *node) pulled(t *testing.T, name string) {
+	t.Helper()
+	ref := n.push(busybox(t, name), name)
+	n.apply(name, "  restartPolicy: Never\n  containers: [{name: c, image: \""+ref+"\", imagePullPolicy: Always, command: [cat, /etc/salt]}]\n")
+	n.wait(t, name, "ended", done)
+	if got := n.logs(t, name, "c", ""); got != name {
+		t.Errorf("the pulled image says %q", got)
+	}
+	n.remove(name)
+	eventually(t, "the pod's end", func() error {
+		if d, _ := filepath.Glob(filepath.Join(n.dir, "logs", "default_"+name+"-node_*")); len(d) > 0 {
+			return fmt.Errorf("%v", d)
+		}
+		return nil
+	})
+}
+
 // testEviction: under pressure a kubelet gives up what is not used. It evicts no
 // static pod, since each counts as critical, and a stand-alone kubelet has no
 // others.
 func testEviction(t *testing.T, n *node) {
-	archive(t, filepath.Join(n.dir, "pressed.tar"), "pressed", "localhost/pressed:latest")
-	n.load(filepath.Join(n.dir, "pressed.tar"))
+	n.pulled(t, "pressing")
+	// What its users brought is not the kubelet's to remove.
+	own := "localhost/own"
+	busybox(t, "own").save(t, filepath.Join(n.dir, "own.tar"), own+":latest")
+	n.load(filepath.Join(n.dir, "own.tar"))
 	n.finish(t, "ended", "  restartPolicy: Never\n  containers: [{name: c, image: IMAGE, command: [\"true\"]}]\n")
 	kept := n.up(t, "pressed", "  containers: [{name: c, image: IMAGE, command: [sleep, \"1000\"]}]\n")
 	n.stopKubelet()
@@ -516,13 +536,13 @@ func testEviction(t *testing.T, n *node) {
 	n.extra += "evictionHard: {imagefs.available: 100000Gi}\nevictionPressureTransitionPeriod: 1s\n"
 	n.startKubelet()
 	eventually(t, "the unused image's end", func() error {
-		if l := n.images(); strings.Contains(l, "localhost/pressed") {
+		if l := n.images(); strings.Contains(l, "/pressing") {
 			return fmt.Errorf("%s", l)
 		}
 		return nil
 	})
-	if l := n.images(); !strings.Contains(l, "localhost/bb") {
-		t.Errorf("an image in use is gone:\n%s", l)
+	if l := n.images(); !strings.Contains(l, "localhost/bb") || os.Getenv("SERVIN_CRI_PEER") == "" && !strings.Contains(l, own) {
+		t.Errorf("an image in use, or a user's own, is gone:\n%s", l)
 	}
 	n.stopKubelet()
 	n.extra = was
