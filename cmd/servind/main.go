@@ -19,6 +19,7 @@ import (
 	"github.com/cloudos-io/cloudos/internal/dockerapi"
 	"github.com/cloudos-io/cloudos/internal/image"
 	"github.com/cloudos-io/cloudos/internal/image/unpack"
+	"github.com/cloudos-io/cloudos/internal/network/dhcp"
 	"github.com/cloudos-io/cloudos/internal/rootless"
 	"github.com/cloudos-io/cloudos/internal/shim"
 	"github.com/cloudos-io/cloudos/internal/wire"
@@ -30,6 +31,9 @@ func main() {
 	}
 	if code, ours := image.LazyMain(); ours {
 		os.Exit(code) // the process that serves lazily pulled layers
+	}
+	if code, ours := dhcp.Main(); ours {
+		os.Exit(code) // the process that renews containers' leases
 	}
 	daemon.TuneMemory()
 	if err := run(context.Background(), os.Args[1:]); err != nil {

@@ -44,7 +44,9 @@ func (m *Manager) allocate(n *netw, e *endpoint, set *network.EndpointSettings) 
 			return err
 		}
 	}
-	if e.MAC = net.HardwareAddr(slices.Clone(set.MacAddress)); len(e.MAC) == 0 {
+	if e.MAC = net.HardwareAddr(slices.Clone(set.MacAddress)); len(e.MAC) == 0 && n.leased() {
+		e.MAC = stableMAC(n, e)
+	} else if len(e.MAC) == 0 {
 		e.MAC = macOf(e.IPv4, e.IPv6)
 	}
 	return nil

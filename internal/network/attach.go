@@ -141,6 +141,15 @@ func (m *Manager) Attach(ctx context.Context, req AttachRequest) (Attachment, er
 		if err := m.wire(n, b, e, req.NetNS, use, usable); err != nil {
 			return fail(fmt.Errorf("cannot connect container to network %s: %w", n.rec.Name, err))
 		}
+		if n.rec.lan() {
+			undo = append(undo, func() { _ = bridge.DeleteInside(req.NetNS, e.IfName) })
+		}
+		if n.leased() {
+			if err := m.lease(ctx, n, b, e, req.NetNS); err != nil {
+				return fail(fmt.Errorf("cannot connect container to network %s: %w", n.rec.Name, err))
+			}
+			undo = append(undo, func() { m.unlease(b, e) })
+		}
 	}
 	if req.NetNS != nil {
 		if err := m.regate(b); err != nil {
@@ -206,7 +215,7 @@ func checkSettings(n *netw, set *network.EndpointSettings, req AttachRequest) er
 		return nil
 	}
 	for _, a := range []netip.Addr{c.IPv4Address, c.IPv6Address} {
-		if !a.IsValid() {
+		if !a.IsValid() || n.leased() && a.Is4() {
 			continue
 		}
 		if bitsOf(n.pools(a.Unmap().Is4()), a.Unmap()) == 0 {
@@ -423,7 +432,7 @@ func (m *Manager) attachment(n *netw, b *box, e *endpoint) Attachment {
 			a.Settings.IPv6Gateway = n.gw6
 		}
 	}
-	if e.Gateway4.IsValid() {
+	if e.Gateway4.IsValid() && !n.rec.Internal {
 		a.Settings.Gateway = e.Gateway4
 	}
 	if e.Gateway6.IsValid() {

@@ -217,9 +217,15 @@ func (m *Manager) address(r *netRecord, req network.CreateRequest, opts options)
 		in = *req.IPAM
 	}
 	switch in.Driver {
-	case "", "default":
+	case "", "default", "host-local":
+	case ipamDHCP:
+		r.IPAM, r.EnableIPv4 = network.IPAM{Driver: ipamDHCP, Options: maps.Clone(in.Options)}, true
+		return checkDHCP(r, in, req)
+	case ipamNull:
+		r.IPAM = network.IPAM{Driver: ipamNull, Options: maps.Clone(in.Options)}
+		return nil
 	default:
-		return fault.New(fault.NotFound, "cannot create network %s: address driver %q not found; there is default", r.Name, in.Driver)
+		return fault.New(fault.NotFound, "cannot create network %s: address driver %q not found; there are default, dhcp and null", r.Name, in.Driver)
 	}
 	ours := m.ourLinks()
 	r.EnableIPv4 = req.EnableIPv4 == nil || *req.EnableIPv4

@@ -14,12 +14,16 @@ import (
 	"testing"
 
 	"github.com/cloudos-io/cloudos/internal/network/bridge"
+	"github.com/cloudos-io/cloudos/internal/network/dhcp"
 	"golang.org/x/sys/unix"
 )
 
 // The tests run in a network namespace of their own: the binary starts itself
 // anew in a fresh one, whose loopback is all it has.
 func TestMain(m *testing.M) {
+	if code, ours := dhcp.Main(); ours {
+		os.Exit(code)
+	}
 	if os.Getenv("SERVIN_TEST_NETNS") == "" {
 		if os.Getuid() != 0 {
 			fmt.Println("SKIP: making network namespaces needs root")

@@ -21,6 +21,7 @@ import (
 	"github.com/cloudos-io/cloudos/internal/fault"
 	"github.com/cloudos-io/cloudos/internal/network/bridge"
 	"github.com/cloudos-io/cloudos/internal/network/cni"
+	"github.com/cloudos-io/cloudos/internal/network/dhcp"
 	"github.com/cloudos-io/cloudos/internal/network/ipam"
 	"github.com/cloudos-io/cloudos/internal/network/nft"
 	"github.com/cloudos-io/cloudos/internal/network/relay"
@@ -81,9 +82,13 @@ type Manager struct {
 	kick   chan struct{} // wakes Run's reaper
 	// balance wakes who tells containers which others serve; touched are the
 	// networks where that changed.
-	balance   chan struct{}
-	touched   map[string]bool
-	serviceMu sync.Mutex // one service address is given at a time
+	balance chan struct{}
+	touched map[string]bool
+	// keeper renews leases; leases wakes who looks after them.
+	keeper    *dhcp.Keeper
+	leases    chan struct{}
+	later     sync.WaitGroup // of what nobody waits for but Close
+	serviceMu sync.Mutex     // one service address is given at a time
 
 	cniSeen uint64 // generation of the CNI configuration that the books follow
 
@@ -186,6 +191,7 @@ func New(ctx context.Context, cfg Config) (*Manager, error) {
 	if m.disk, err = newDisk(cfg.Root, cfg.RunRoot); err != nil {
 		return nil, err
 	}
+	m.keeper, m.leases = m.newKeeper(), make(chan struct{}, 1)
 	m.host = newHostState(cfg.RunRoot, m.tag)
 	m.consents = newConsents(cfg.Root)
 	if m.links, err = bridge.New(); err != nil {
@@ -224,6 +230,7 @@ func (m *Manager) Close() error {
 	for _, b := range boxes {
 		b.close()
 	}
+	m.later.Wait()
 	if m.relay != nil {
 		m.relay.Close()
 	}

@@ -280,17 +280,23 @@ func (r *resolver) Reverse(a netip.Addr) (string, bool) {
 func (r *resolver) upstreams() []dns.Upstream {
 	r.m.mu.RLock()
 	outside := false
-	var servers []netip.Addr
+	var servers, learnt []netip.Addr
 	for id, e := range r.b.eps {
 		n := r.m.nets[id]
 		outside = outside || n != nil && e.HasNS && !n.rec.Internal
 		if len(servers) == 0 {
 			servers = e.DNS
 		}
+		if n != nil && n.leased() && len(learnt) == 0 {
+			learnt = resolversOf(e)
+		}
 	}
 	r.m.mu.RUnlock()
 	if !outside {
 		return nil
+	}
+	if len(servers) == 0 {
+		servers = learnt
 	}
 	var out []dns.Upstream
 	for _, a := range servers {

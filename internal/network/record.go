@@ -63,9 +63,11 @@ type endpoint struct {
 	Ports         []published                 `json:",omitempty"`
 	HasNS         bool                        `json:",omitempty"`
 	Ephemeral     bool                        `json:",omitempty"`
+	// Lease is the endpoint's, of networks with addresses by DHCP.
+	Lease *leaseRecord `json:",omitempty"`
 	// Shaped: a device beside the link limits what the container sends.
 	Shaped bool `json:",omitempty"`
-	// What CNI plugins gave.
+	// What CNI plugins or a DHCP server gave.
 	Gateway4  netip.Addr `json:",omitzero"`
 	Gateway6  netip.Addr `json:",omitzero"`
 	Resolvers []string   `json:",omitempty"`

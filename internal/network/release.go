@@ -10,6 +10,7 @@ import (
 
 	"github.com/cloudos-io/cloudos/internal/fault"
 	"github.com/cloudos-io/cloudos/internal/network/bridge"
+	"github.com/cloudos-io/cloudos/internal/network/dhcp"
 	"github.com/moby/moby/api/types/network"
 )
 
@@ -216,6 +217,12 @@ func (m *Manager) Detach(ctx context.Context, id, nameOrID string) error {
 	b.busy.Lock()
 	defer b.busy.Unlock()
 	err = m.unpublish(e)
+	if e.Lease != nil && b.netns != nil {
+		_ = dhcp.Release(b.netns, e.Lease.Identity, e.Lease.Lease)
+		if kerr := m.keeper.Drop(ctx, e.ID); kerr != nil {
+			m.log.Warn("the DHCP keeper does not answer", "cause", kerr)
+		}
+	}
 	if e.Outer != "" {
 		// Now, because the container goes on and may want the name again.
 		if i := m.links.Index(e.Outer); i != 0 {
@@ -299,6 +306,7 @@ func (m *Manager) Release(ctx context.Context, id string) error {
 		if p.n.rec.Driver == driverCNI && p.e.HasNS {
 			m.unplug(ctx, p.e)
 		}
+		m.unlease(b, p.e)
 		m.bury(p.n, p.e)
 		durable = durable || !p.e.HasNS && !p.e.Ephemeral
 	}

@@ -21,8 +21,19 @@ func (n *netw) gateways() (out []netip.Addr) {
 	return out
 }
 
+// gatewaysOf are those of an endpoint that learnt of its own.
+func (n *netw) gatewaysOf(e *endpoint) []netip.Addr {
+	if !n.leased() {
+		return n.gateways()
+	}
+	if n.rec.Internal || !e.Gateway4.IsValid() {
+		return nil
+	}
+	return []netip.Addr{e.Gateway4}
+}
+
 func (m *Manager) setGates(b *box, n *netw, e *endpoint) {
-	for _, g := range n.gateways() {
+	for _, g := range n.gatewaysOf(e) {
 		if g.Is4() && e.IPv4.IsValid() {
 			b.gw4 = n.rec.ID
 		} else if g.Is6() && e.IPv6.IsValid() {
@@ -60,7 +71,7 @@ func (m *Manager) regate(b *box) error {
 		var win *cand
 		var gw netip.Addr
 		for i, c := range cs {
-			for _, g := range c.n.gateways() {
+			for _, g := range c.n.gatewaysOf(c.e) {
 				if g.Is6() == six && (six && c.e.IPv6.IsValid() || !six && c.e.IPv4.IsValid()) {
 					win, gw = &cs[i], g
 					break

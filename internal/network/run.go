@@ -19,6 +19,7 @@ func (m *Manager) Run(ctx context.Context) error {
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return m.reap(ctx) })
 	g.Go(func() error { return m.rebalance(ctx) })
+	g.Go(func() error { return m.followLeases(ctx) })
 	if m.broken == nil {
 		g.Go(func() error {
 			if err := m.reallow(ctx, false); err != nil {
@@ -85,6 +86,7 @@ func (m *Manager) forgetDead(b *box) error {
 		}
 		n := m.nets[id]
 		m.unregister(n, b, e)
+		m.unlease(b, e)
 		dead = append(dead, &corpse{outer: e.Outer, shaped: e.Shaped, net: n, addrs: addrsOf(e), udp: hasUDP(e)})
 		m.mu.Unlock()
 		err = errors.Join(err, m.unpublish(e))
@@ -135,6 +137,16 @@ func (m *Manager) readopt(b *box, ns *os.File) error {
 			}
 		}
 		m.readoptCNI(e)
+		if e.Lease != nil {
+			// The keeper may be gone, after it was killed or the engine was away.
+			if err := m.keeper.Keep(context.Background(), e.entry(b.netns)); err != nil {
+				errs = errors.Join(errs, fmt.Errorf("cannot have a lease kept: %w", err))
+			}
+			select {
+			case m.leases <- struct{}{}:
+			default:
+			}
+		}
 		for _, p := range e.Ports {
 			if p.Routed || p.Delegated {
 				continue
@@ -217,9 +229,11 @@ func (m *Manager) Destroy(ctx context.Context) error {
 		b.close()
 		b.busy.Unlock()
 	}
-	var errs error
+	errs := m.keeper.Quit(ctx)
+	m.later.Wait()
+	errs = errors.Join(errs, os.RemoveAll(m.keeper.Dir))
 	if m.cfg.CNI != nil {
-		errs = m.cfg.CNI.Destroy(ctx)
+		errs = errors.Join(errs, m.cfg.CNI.Destroy(ctx))
 	}
 	if m.broken == nil {
 		errs = errors.Join(errs, m.table.Delete(), m.revoke(ctx, "", true))

@@ -22,7 +22,7 @@ var arrows = map[string][]string{
 	"api":                {},
 	"client":             {"api"},
 	"cmd/servin":         {"internal/cli", "client", "api"},
-	"cmd/servind":        {"internal/wire", "internal/config", "internal/daemon", "internal/dockerapi", "internal/image", "internal/rootless", "internal/runtime", "internal/shim", "api"},
+	"cmd/servind":        {"internal/wire", "internal/config", "internal/daemon", "internal/dockerapi", "internal/image", "internal/network/dhcp", "internal/rootless", "internal/runtime", "internal/shim", "api"},
 	"cmd/servin-hello":   {},
 	"internal/fault":     {},
 	"internal/container": {"internal/fault", "internal/volume", "api"}, // ADR 8
