@@ -160,6 +160,10 @@ func New(ctx context.Context, cfg Config) (s *Service, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("cannot open the image database (is another engine using %s?): %w", cfg.Root, err)
 	}
+	// The lock on the database says that nobody else writes here.
+	if err := dropTornIngests(filepath.Join(cfg.Root, "content", "ingest")); err != nil {
+		return nil, err
+	}
 	s.db = metadata.NewDB(s.bolt, cs, map[string]snapshots.Snapshotter{snapshotterName: s.layers})
 	if err := s.db.Init(ctx); err != nil {
 		return nil, fmt.Errorf("cannot open the image database: %w", err)
