@@ -1,6 +1,7 @@
 package dockerapi
 
 import (
+	"context"
 	"fmt"
 	"io"
 	"net/http"
@@ -130,6 +131,11 @@ func (a containersAPI) attachWS(w *response, r *request) error {
 	return nil
 }
 
+// userChecker is the optional ability to look a container's user up.
+type userChecker interface {
+	ExecUser(ctx context.Context, container, user string) error
+}
+
 // execAPI serves processes run in started containers.
 type execAPI struct{ b Containers }
 
@@ -149,6 +155,13 @@ func (a execAPI) create(w *response, r *request) error {
 	}
 	if err := checkConsole(req.ConsoleSize); err != nil {
 		return err
+	}
+	// Since 1.52 an unknown user is an error of the creation. For older clients it
+	// is one of the start, with the exit code that their command line passes on.
+	if c, ok := a.b.(userChecker); ok && r.version >= 52 && req.User != "" {
+		if err := c.ExecUser(r.Context(), r.name, req.User); err != nil {
+			return err
+		}
 	}
 	id, err := a.b.ExecCreate(r.Context(), r.name, req)
 	if err != nil {

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"regexp"
 	"time"
 
 	"github.com/moby/moby/api/types/container"
@@ -63,12 +64,17 @@ func (a containersAPI) inspect(w *response, r *request) error {
 	return w.json(http.StatusOK, shapeInspect(&c, r.version))
 }
 
+var checkpointID = regexp.MustCompile(`^[a-zA-Z0-9][a-zA-Z0-9_.-]*$`)
+
 func (a containersAPI) start(w *response, r *request) error {
 	// Before 1.24 a start could carry a host configuration.
 	if r.ContentLength > 7 || r.ContentLength == -1 {
 		return fault.New(fault.Invalid, "starting container with non-empty request body was deprecated since API v1.22 and removed in v1.24")
 	}
-	if r.query.Get("checkpoint") != "" {
+	if c := r.query.Get("checkpoint"); c != "" {
+		if !checkpointID.MatchString(c) {
+			return fault.New(fault.Invalid, "invalid checkpoint ID %q", c)
+		}
 		return fault.New(fault.Unsupported, "cannot start from a checkpoint: this engine keeps none")
 	}
 	keys := r.query.Get("detachKeys")

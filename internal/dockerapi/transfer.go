@@ -191,12 +191,13 @@ func (a imagesAPI) imports(w *response, r *request, platform string) error {
 	p := newProgress(w, r)
 	body := io.Reader(r.Body)
 	if src != "-" {
-		p.send(message{Status: "Downloading from " + src})
+		// Before the stream begins: an address that leads nowhere has a status.
 		rc, err := fetch(r.Context(), src)
 		if err != nil {
 			return p.end(err)
 		}
 		defer rc.Close()
+		p.send(message{Status: "Downloading from " + src})
 		body = rc
 	}
 	id, err := a.b.Import(r.Context(), body, ref, comment, platform, r.query["changes"])

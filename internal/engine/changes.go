@@ -13,6 +13,7 @@ import (
 	"github.com/moby/moby/api/types/network"
 
 	"github.com/cloudos-io/cloudos/internal/fault"
+	"github.com/cloudos-io/cloudos/internal/image"
 	"github.com/cloudos-io/cloudos/internal/oci"
 )
 
@@ -39,6 +40,7 @@ func applyChange(c *mcontainer.Config, onBuild *[]string, line string) error {
 	if rest == "" {
 		return bad
 	}
+	rest = image.ExpandFor(strings.ToUpper(op), rest, c.Env)
 	switch strings.ToUpper(op) {
 	case "CMD":
 		c.Cmd = command0(c, rest)

@@ -202,11 +202,8 @@ func (e *Engine) ContainerGetArchive(ctx context.Context, name, file string, w f
 		}
 		as := s.Name
 		// "dir/." asks for the content of the directory alone.
-		switch {
-		case strings.HasSuffix(file, "/."):
+		if p := strings.TrimRight(file, "/"); p == "." || strings.HasSuffix(p, "/.") {
 			as = "./"
-		case as == "/":
-			as = "."
 		}
 		return t.Write(ctx, inner, out, archive.WriteOptions{As: as, Unmap: t.unmap()})
 	})

@@ -164,6 +164,9 @@ func (e *Engine) create(ctx context.Context, req CreateRequest) (u *unit, warnin
 	if err := e.hostname(r); err != nil {
 		return nil, nil, err
 	}
+	if err := e.pinShared(hc); err != nil {
+		return nil, nil, err
+	}
 	if err := e.checkLinks(r); err != nil {
 		return nil, nil, err
 	}
@@ -200,6 +203,26 @@ func (e *Engine) create(ctx context.Context, req CreateRequest) (u *unit, warnin
 	e.units[id] = made
 	e.mu.Unlock()
 	return made, warnings, nil
+}
+
+// pinShared turns names of containers whose namespaces are joined into ids: names
+// may be taken over by others.
+func (e *Engine) pinShared(hc *mcontainer.HostConfig) error {
+	if m := hc.PidMode; m.IsContainer() {
+		o, err := e.other(m.Container())
+		if err != nil {
+			return err
+		}
+		hc.PidMode = mcontainer.PidMode("container:" + o.id)
+	}
+	if m := hc.IpcMode; m.IsContainer() {
+		o, err := e.other(m.Container())
+		if err != nil {
+			return err
+		}
+		hc.IpcMode = mcontainer.IpcMode("container:" + o.id)
+	}
+	return nil
 }
 
 // discard removes a unit whose creation was not acknowledged.

@@ -164,6 +164,26 @@ func (e *Engine) ExecCreate(_ context.Context, name string, req mcontainer.ExecC
 	return x.id, nil
 }
 
+// ExecUser tells whether a running container has a user, before an exec as that
+// user is created; the exec's start looks again.
+func (e *Engine) ExecUser(_ context.Context, name, user string) error {
+	u, err := e.lookup(name)
+	if err != nil {
+		return err
+	}
+	t, err := u.needTask()
+	if err != nil {
+		return err
+	}
+	root, err := t.Root()
+	if err != nil {
+		return err
+	}
+	defer root.Close()
+	_, _, err = oci.LookupUser(root, user, u.rec.Load().HostConfig.GroupAdd)
+	return err
+}
+
 // execLine is a command as events name it: with a blank even where no argument
 // follows, which clients cut at.
 func execLine(cmd []string) string { return cmd[0] + " " + strings.Join(cmd[1:], " ") }

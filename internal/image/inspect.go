@@ -83,9 +83,11 @@ func (s *Service) Inspect(ctx context.Context, ref, platform string, manifests b
 	}
 	d := f.target
 	if platform != "" {
-		p := v.platform
 		d = v.manifest
-		d.Platform = &p
+		if d.Platform == nil { // an index says it in its own words
+			p := v.platform
+			d.Platform = &p
+		}
 	}
 	out.Descriptor = &d
 	if manifests {

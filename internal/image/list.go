@@ -218,8 +218,12 @@ func refersTo(ref, pattern string) bool {
 	if ok, err := reference.FamiliarMatch(pattern, named); err == nil && ok {
 		return true
 	}
-	ok, err := path.Match(pattern, reference.FamiliarName(named))
-	return err == nil && ok
+	for _, s := range []string{reference.FamiliarName(named), named.Name(), named.String()} {
+		if ok, err := path.Match(pattern, s); err == nil && ok {
+			return true
+		}
+	}
+	return false
 }
 
 // List lists images, newest first.

@@ -488,13 +488,15 @@ func (s *Service) adoptParts(ctx context.Context, a *archive, d ocispec.Descript
 	return s.label(ctx, d.Digest, labelsFor(append([]ocispec.Descriptor{m.Config}, m.Layers...)))
 }
 
+var errEmptyStream = fault.New(fault.Invalid, "cannot read an empty stream")
+
 // decompressAny opens what load and import accept: plain, gzip, zstd, bzip2, xz.
 func decompressAny(ctx context.Context, r io.Reader) (io.Reader, func(), error) {
 	head := make([]byte, 6)
 	n, err := io.ReadFull(r, head)
 	if err != nil && !errors.Is(err, io.ErrUnexpectedEOF) {
 		if errors.Is(err, io.EOF) {
-			return nil, nil, fault.New(fault.Invalid, "cannot read an empty stream")
+			return nil, nil, errEmptyStream
 		}
 		return nil, nil, fmt.Errorf("cannot read the stream: %w", err)
 	}

@@ -1,8 +1,10 @@
 package image
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"strings"
@@ -43,6 +45,9 @@ func (s *Service) Import(ctx context.Context, r io.Reader, ref, message, platfor
 	}
 	defer done()
 	plain, stop, err := decompressAny(ctx, r)
+	if errors.Is(err, errEmptyStream) {
+		plain, stop, err = bytes.NewReader(make([]byte, 1024)), func() {}, nil // no file at all
+	}
 	if err != nil {
 		return "", err
 	}
@@ -179,6 +184,7 @@ func applyChange(c *dockerspec.DockerOCIImageConfig, word, rest string) error {
 	if rest == "" && word != "CMD" && word != "ENTRYPOINT" {
 		return fmt.Errorf("%s requires an argument", word)
 	}
+	rest = ExpandFor(word, rest, c.Env)
 	switch word {
 	case "CMD":
 		c.Cmd = execForm(rest, c.Shell)

@@ -79,7 +79,7 @@ func (r Root) Lookup(name string) (Stat, error) {
 	}
 	s := Stat{Name: baseName(name), Size: st.Size, Mode: fileMode(st.Mode), ModTime: time.Unix(st.Mtim.Unix())}
 	if wantsDir(name) && !s.Mode.IsDir() {
-		return s, fault.New(fault.Invalid, "%s is not a directory", name)
+		return s, fault.New(fault.Invalid, "%s: not a directory", name)
 	}
 	if s.Mode&fs.ModeSymlink != 0 {
 		// The client follows it: tell where it leads inside the root.
@@ -114,7 +114,9 @@ func baseName(name string) string {
 
 func notFound(name string, err error) error {
 	switch {
-	case errors.Is(err, unix.ENOENT), errors.Is(err, unix.ENOTDIR):
+	case errors.Is(err, unix.ENOTDIR):
+		return fault.New(fault.Invalid, "%s: not a directory", name)
+	case errors.Is(err, unix.ENOENT):
 		return fault.As(fault.NotFound, &NoFileError{Name: name, err: err})
 	case errors.Is(err, unix.ELOOP), errors.Is(err, unix.ENAMETOOLONG), errors.Is(err, unix.EINVAL), errors.Is(err, unix.ENXIO):
 		return fault.As(fault.Invalid, err)
@@ -158,8 +160,9 @@ func fileMode(m uint32) fs.FileMode {
 
 // WriteOptions tell how a tree is written to a tar stream.
 type WriteOptions struct {
-	// As is the name of the top entry; "." leaves its content at the top, "./"
-	// too, with "./" before every name: clients that rename the top look for it.
+	// As is the name of the top entry; "." leaves it out, with its content at the
+	// top. "./" and "/" are names too, and begin all others: clients that rename
+	// the top look for them.
 	As string
 	// OneFileSystem leaves out what is mounted below.
 	OneFileSystem bool
@@ -193,8 +196,11 @@ func (r Root) Add(ctx context.Context, name string, tw *tar.Writer, o WriteOptio
 	}
 	t.dev = st.Dev
 	as := o.As
-	if as == "./" {
+	switch as {
+	case "./":
 		as = "."
+	case "/":
+		as = ""
 	}
 	return t.entry(fd, as, 0)
 }
