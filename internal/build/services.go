@@ -3,6 +3,7 @@ package build
 import (
 	"context"
 	"fmt"
+	"io"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -16,7 +17,9 @@ import (
 	"github.com/containerd/containerd/v2/contrib/snapshotservice"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/containerd/v2/plugins/services/content/contentserver"
+	"github.com/containerd/log"
 	"github.com/opencontainers/go-digest"
+	"github.com/sirupsen/logrus"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -41,6 +44,7 @@ type services struct {
 }
 
 func (s *services) server() *grpc.Server {
+	quiet := silent()
 	gs := grpc.NewServer(
 		grpc.MaxRecvMsgSize(maxMessage), grpc.MaxSendMsgSize(maxMessage),
 		grpc.UnaryInterceptor(func(ctx context.Context, req any, _ *grpc.UnaryServerInfo, h grpc.UnaryHandler) (any, error) {
@@ -48,14 +52,14 @@ func (s *services) server() *grpc.Server {
 			if err != nil {
 				return nil, err
 			}
-			return h(ctx, req)
+			return h(log.WithLogger(ctx, quiet), req)
 		}),
 		grpc.StreamInterceptor(func(srv any, ss grpc.ServerStream, _ *grpc.StreamServerInfo, h grpc.StreamHandler) error {
 			ctx, err := inNamespace(ss.Context())
 			if err != nil {
 				return err
 			}
-			return h(srv, inContext{ss, ctx})
+			return h(srv, inContext{ss, log.WithLogger(ctx, quiet)})
 		}),
 	)
 	st := s.cfg.Images.BuilderStores()
@@ -65,6 +69,13 @@ func (s *services) server() *grpc.Server {
 	imagesapi.RegisterImagesServer(gs, imageServer{s: st.Images})
 	contract.Register(gs, s)
 	return gs
+}
+
+// silent is what containerd's packages log to: errors go to the builder.
+func silent() *log.Entry {
+	l := logrus.New()
+	l.SetOutput(io.Discard)
+	return logrus.NewEntry(l)
 }
 
 type inContext struct {
@@ -117,6 +128,11 @@ func (s *services) Adopt(ctx context.Context, r contract.AdoptRequest) error {
 		return nil
 	}
 	return s.cfg.Images.Ready(ctx, r.Image)
+}
+
+// Chains names the layer chains that images have.
+func (s *services) Chains(ctx context.Context) ([]string, error) {
+	return s.cfg.Images.ImageChains(ctx)
 }
 
 // Collect removes what nothing refers to.

@@ -20,6 +20,7 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/distribution/reference"
 	"github.com/opencontainers/go-digest"
+	"github.com/opencontainers/image-spec/identity"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/cloudos-io/cloudos/internal/fault"
@@ -262,6 +263,23 @@ func (s *Service) Ready(ctx context.Context, ref string) error {
 		return err
 	}
 	return s.bind(s.ctx(ctx), v)
+}
+
+// ImageChains names all chains, of every length, that images have.
+func (s *Service) ImageChains(ctx context.Context) ([]string, error) {
+	es, err := s.entries(ctx)
+	if err != nil {
+		return nil, err
+	}
+	seen := map[string]struct{}{}
+	for _, e := range es {
+		for i := range e.target.variants {
+			for _, c := range identity.ChainIDs(slices.Clone(e.target.variants[i].diffIDs)) {
+				seen[c.String()] = struct{}{}
+			}
+		}
+	}
+	return slices.Sorted(maps.Keys(seen)), nil
 }
 
 // SweepBuilder gives back all of a builder's leases, for when its own records are

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"maps"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/containerd/containerd/v2/core/leases"
@@ -123,10 +124,12 @@ func (s *Service) Collect(ctx context.Context) error {
 		return err
 	}
 	if !s.swept {
-		if err := s.distrust(ctx); err != nil {
+		err := s.distrust(ctx)
+		if err != nil && !errors.Is(err, syscall.ENOSPC) {
 			return err
 		}
-		s.swept = true
+		// On a full disk what the database knows must go first.
+		s.swept = err == nil
 	}
 	if _, err := s.db.GarbageCollect(ctx); err != nil {
 		return fmt.Errorf("cannot collect: %w", err)

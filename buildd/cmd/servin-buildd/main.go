@@ -38,7 +38,9 @@ func main() {
 func run(logger *slog.Logger) error {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
 	defer stop()
-	if err := log.SetLevel("error"); err != nil {
+	// What BuildKit's packages say to nobody (a client's session that ended, say) is
+	// of no use; what concerns a build goes to its client.
+	if err := log.SetLevel("panic"); err != nil {
 		return err
 	}
 	if err := process.Settle(ctx); err != nil {

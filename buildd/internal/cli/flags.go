@@ -51,7 +51,7 @@ func parseFlags(args []string, out io.Writer) (*flags, error) {
 	s.StringVar(&f.network, "network", "default", "Network of RUN: default, none or host")
 	s.StringArrayVar(&f.allow, "allow", nil, "Allow network.host or security.insecure")
 	s.StringArrayVar(&f.attests, "attest", nil, "Attestation: type=sbom|provenance,…")
-	s.StringVar(&f.sbom, "sbom", "", "Short for --attest type=sbom")
+	s.StringVar(&f.sbom, "sbom", "", "Short for --attest type=sbom: true or generator=IMAGE")
 	s.StringVar(&f.provenance, "provenance", "", "Short for --attest type=provenance: true, mode=min, mode=max or false")
 	s.StringArrayVar(&f.ulimits, "ulimit", nil, "Limit for RUN, NAME=SOFT[:HARD]")
 	s.StringVar(&f.shmSize, "shm-size", "", "Size of /dev/shm for RUN")
@@ -80,7 +80,6 @@ func parseFlags(args []string, out io.Writer) (*flags, error) {
 	}
 	s.Bool("squash", false, "")
 	_ = s.MarkHidden("squash")
-	s.Lookup("sbom").NoOptDefVal, s.Lookup("provenance").NoOptDefVal = "true", "true"
 	f.set = s
 	if err := s.Parse(args); err != nil {
 		return nil, usageError{err}

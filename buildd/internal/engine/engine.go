@@ -111,17 +111,9 @@ func (s imageStore) Get(ctx context.Context, name string) (images.Image, error) 
 	return imageOf(r.Image), nil
 }
 
-func (s imageStore) List(ctx context.Context, filters ...string) ([]images.Image, error) {
-	r, err := s.c.List(ctx, &imagesapi.ListImagesRequest{Filters: filters})
-	if err != nil {
-		return nil, errgrpc.ToNative(err)
-	}
-	var out []images.Image
-	for _, i := range r.Images {
-		out = append(out, imageOf(i))
-	}
-	return out, nil
-}
+// List shows nothing: BuildKit asks in order to find out which records images
+// share, and takes those without a blob for their parents'. See Worker.Prune.
+func (s imageStore) List(context.Context, ...string) ([]images.Image, error) { return nil, nil }
 
 func (s imageStore) Create(ctx context.Context, i images.Image) (images.Image, error) {
 	r, err := s.c.Create(ctx, &imagesapi.CreateImageRequest{Image: imageProto(i)})

@@ -153,6 +153,10 @@ func (t *Tree) add(ctx context.Context, h *tar.Header, body io.Reader) error {
 	}
 	switch h.Typeflag {
 	case tar.TypeReg, '\x00':
+		if sparse(h) {
+			// A few bytes would stand for as many as the disk has.
+			return fmt.Errorf("entry %q is sparse: pack it without --sparse", h.Name)
+		}
 		if n.off, n.len, err = t.store(ctx, h, body); err != nil {
 			return err
 		}
@@ -175,10 +179,21 @@ func (t *Tree) add(ctx context.Context, h *tar.Header, body io.Reader) error {
 		n.mode |= fs.ModeNamedPipe
 	case tar.TypeChar, tar.TypeBlock:
 		return fmt.Errorf("entry %q is a device", h.Name)
+	case tar.TypeGNUSparse:
+		return fmt.Errorf("entry %q is sparse: pack it without --sparse", h.Name)
 	default:
 		return fmt.Errorf("entry %q is of unknown type %q", h.Name, h.Typeflag)
 	}
 	return t.put(names, n)
+}
+
+func sparse(h *tar.Header) bool {
+	for k := range h.PAXRecords {
+		if strings.HasPrefix(k, "GNU.sparse.") {
+			return true
+		}
+	}
+	return false
 }
 
 // split cleans a name and refuses one that leads out.

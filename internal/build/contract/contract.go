@@ -94,6 +94,8 @@ type Engine interface {
 	Layer(ctx context.Context, r LayerRequest) error
 	Alias(ctx context.Context, r AliasRequest) error
 	Adopt(ctx context.Context, r AdoptRequest) error
+	// Chains names the layer chains that images have.
+	Chains(ctx context.Context) ([]string, error)
 	Collect(ctx context.Context) error
 	Attach(ctx context.Context, r AttachRequest) (AttachResponse, error)
 	Release(ctx context.Context, r ReleaseRequest) error
@@ -110,6 +112,7 @@ func Register(s grpc.ServiceRegistrar, e Engine) {
 		method("Layer", func(ctx context.Context, e Engine, r LayerRequest) (none, error) { return none{}, e.Layer(ctx, r) }),
 		method("Alias", func(ctx context.Context, e Engine, r AliasRequest) (none, error) { return none{}, e.Alias(ctx, r) }),
 		method("Adopt", func(ctx context.Context, e Engine, r AdoptRequest) (none, error) { return none{}, e.Adopt(ctx, r) }),
+		method("Chains", func(ctx context.Context, e Engine, _ none) ([]string, error) { return e.Chains(ctx) }),
 		method("Collect", func(ctx context.Context, e Engine, _ none) (none, error) { return none{}, e.Collect(ctx) }),
 		method("Attach", func(ctx context.Context, e Engine, r AttachRequest) (AttachResponse, error) { return e.Attach(ctx, r) }),
 		method("Release", func(ctx context.Context, e Engine, r ReleaseRequest) (none, error) { return none{}, e.Release(ctx, r) }),
@@ -177,6 +180,11 @@ func (c Client) Alias(ctx context.Context, r AliasRequest) error {
 func (c Client) Adopt(ctx context.Context, r AdoptRequest) error {
 	_, err := call[none](ctx, c, "Adopt", r)
 	return err
+}
+
+// Chains asks which layer chains images have.
+func (c Client) Chains(ctx context.Context) ([]string, error) {
+	return call[[]string](ctx, c, "Chains", none{})
 }
 
 // Collect removes what nothing refers to.

@@ -1,0 +1,115 @@
+package build
+
+import (
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+)
+
+// TestClassic is docker build without BuildKit: POST /build with version=1.
+func TestClassic(t *testing.T) {
+	e := start(t, "")
+	ctx := e.context(map[string]string{
+		"Dockerfile": `FROM bb AS first
+ARG WHO=nobody
+ENV GREETING=hello
+RUN echo "$GREETING $WHO" > /greeting && echo to-stdout && echo to-stderr >&2
+COPY . /all/
+FROM first AS second
+LABEL stage=second
+CMD ["cat", "/greeting"]
+FROM bb
+RUN false
+`,
+		"kept": "kept", "dropped": "dropped", ".dockerignore": "dropped\n", "deep/a/b": "b",
+	})
+	r := e.classic("-t", "c1", "-t", "c1:also", "--target", "second", "--build-arg", "WHO=you", "--label", "from=outside", ctx)
+	if r.code != 0 {
+		t.Fatal(r)
+	}
+	contains(t, r.out, "Step 1/", " : FROM ", "to-stdout", "to-stderr", "Successfully built ", "Successfully tagged c1:latest", "Successfully tagged c1:also")
+	id := e.must("images", "inspect", "--format", "{{.Id}}", "c1")
+	if m := regexp.MustCompile(`Successfully built ([0-9a-f]{12})\n`).FindStringSubmatch(r.out); m == nil || !strings.HasPrefix(id, "sha256:"+m[1]) {
+		t.Errorf("the stream says %v, the image is %s", m, id)
+	}
+	if got := e.must("run", "--rm", "c1"); got != "hello you" {
+		t.Errorf("the image prints %q", got)
+	}
+	if got := e.must("run", "--rm", "c1:also", "sh", "-c", "cd /all && find . -type f | sort"); got != "./.dockerignore\n./Dockerfile\n./deep/a/b\n./kept" {
+		t.Errorf("the context arrived as %q", got)
+	}
+	if got := e.must("images", "inspect", "--format", "{{json .Config.Labels}}", "c1"); got != `{"from":"outside","stage":"second"}` {
+		t.Errorf("labels: %s", got)
+	}
+
+	// Again: from the cache, and quiet.
+	contains(t, e.classic("-t", "c1", "--target", "second", "--build-arg", "WHO=you", ctx).out, "---> Using cache")
+	if r := e.classic("-q", "--target", "second", "--build-arg", "WHO=you", "--label", "from=outside", ctx); strings.TrimSpace(r.out) != id {
+		t.Errorf("quiet: %s, want %s", r, id)
+	}
+	if r := e.classic("--no-cache", "--target", "first", ctx); strings.Contains(r.out, "Using cache") {
+		t.Errorf("--no-cache used it: %s", r.out)
+	}
+
+	// What goes wrong, in Docker's words.
+	r = e.classic(ctx)
+	if r.code != 1 {
+		t.Errorf("a failed step: %s", r)
+	}
+	contains(t, r.all(), "The command '/bin/sh -c false' returned a non-zero code: 1")
+	if r := e.classic("-f", filepath.Join(ctx, "nosuch"), ctx); r.code != 1 {
+		t.Errorf("no Dockerfile: %s", r)
+	}
+	bad := e.context(map[string]string{"Dockerfile": "FROM bb\nNOSUCH thing\n"})
+	contains(t, e.classic(bad).all(), "unknown instruction: NOSUCH")
+	contains(t, e.classic("--network", "nosuch", bad).all(), "not supported")
+	contains(t, e.classic("--squash", bad).all(), "squash")
+	contains(t, e.classic(e.context(map[string]string{"Dockerfile": "FROM nosuch.invalid/image\n"})).all(), "nosuch.invalid/image")
+}
+
+// TestClassicRemote takes contexts from addresses and standard input.
+func TestClassicRemote(t *testing.T) {
+	e := start(t, "")
+	files := t.TempDir()
+	if err := os.WriteFile(files+"/Dockerfile.txt", []byte("FROM bb\nRUN echo fetched > /how\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	srv := httptest.NewServer(http.FileServer(http.Dir(files)))
+	defer srv.Close()
+	if r := e.classic("-t", "r1", srv.URL+"/Dockerfile.txt"); r.code != 0 {
+		t.Fatal(r)
+	}
+	if got := e.must("run", "--rm", "r1", "cat", "/how"); got != "fetched" {
+		t.Errorf("got %q", got)
+	}
+	in := strings.NewReader("FROM bb\nRUN echo piped > /how\n")
+	if r := e.exec(in, []string{"DOCKER_BUILDKIT=0"}, "docker", "build", "-t", "r2", "-"); r.code != 0 {
+		t.Fatal(r)
+	}
+	if got := e.must("run", "--rm", "r2", "cat", "/how"); got != "piped" {
+		t.Errorf("got %q", got)
+	}
+}
+
+// TestClassicLimits gives steps networks and limits.
+func TestClassicLimits(t *testing.T) {
+	e := start(t, "")
+	ctx := e.context(map[string]string{"Dockerfile": "FROM bb\nRUN ip -o link | cut -d: -f2; grep . /etc/hosts; ulimit -n; df /dev/shm | tail -1\n"})
+	r := e.classic("--network", "none", "--add-host", "box:10.9.8.7", "--ulimit", "nofile=77:77", "--shm-size", "1m", ctx)
+	if r.code != 0 {
+		t.Fatal(r)
+	}
+	contains(t, r.out, "10.9.8.7", "77\n", " 1024 ")
+	if strings.Contains(r.out, "eth0") {
+		t.Error("network none has a link")
+	}
+	contains(t, e.classic("--no-cache", ctx).out, "eth0")
+	host := e.classic("--no-cache", "--network", "host", ctx)
+	contains(t, host.out, "lo")
+	mem := e.context(map[string]string{"Dockerfile": "FROM bb\nRUN cat /sys/fs/cgroup/memory/memory.limit_in_bytes /sys/fs/cgroup/memory.max 2>/dev/null; true\n"})
+	contains(t, e.classic("--memory", "64m", mem).out, "67108864")
+}
