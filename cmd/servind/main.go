@@ -78,7 +78,7 @@ func run(ctx context.Context, args []string) error {
 	s.Engine.OnShutdown(func(containers bool) { once.Do(func() { all = containers; close(stop) }) })
 	err = s.Run(ctx, func(ctx context.Context) error {
 		return daemon.Serve(ctx, daemon.Config{
-			Listen: c.Listen, Metrics: c.Metrics, WriteMetrics: s.Engine.SystemService().Metrics, Debug: c.Debug, Handler: s.Handler, Stop: stop, Logger: log,
+			Listen: c.Listen, Metrics: c.Metrics, WriteMetrics: s.Engine.SystemService().Metrics, Debug: c.Debug, Handler: s.Handler, Stop: stop, Reload: s.Reload, Logger: log,
 			Options: dockerapi.ListenOptions{Group: group, CA: c.TLS.CA, Cert: c.TLS.Cert, Key: c.TLS.Key, InsecureTCP: c.InsecureTCP},
 		})
 	})

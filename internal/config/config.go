@@ -87,6 +87,9 @@ type Config struct {
 	// CDISpecDirs hold the CDI specs of devices (default /etc/cdi and /var/run/cdi).
 	CDISpecDirs []string `yaml:"cdiSpecDirs"`
 	Labels      []string `yaml:"labels"`
+	// Policy is the document of what may run; empty allows everything.
+	Policy string `yaml:"policy"`
+	Audit  Audit  `yaml:"audit"`
 	// Secrets says how secrets are encrypted at rest.
 	Secrets Secrets `yaml:"secrets"`
 	// ShutdownTimeout bounds ending all containers (default 15s).
@@ -177,6 +180,21 @@ type Logs struct {
 	// Options are defaults of containers that use Driver, as in --log-opt.
 	Options map[string]string `yaml:"options"`
 	// MaxSize rotates a file at that size (default 10m, "-1" never), MaxFiles are kept (default 3).
+	MaxSize  string `yaml:"maxSize"`
+	MaxFiles int    `yaml:"maxFiles"`
+}
+
+// Audit says what is recorded of calls, below ROOT/audit.
+type Audit struct {
+	// Enabled (default true).
+	Enabled *bool `yaml:"enabled"`
+	// Reads are recorded too, not only calls that change something or read secrets.
+	Reads bool `yaml:"reads"`
+	// Sync is calls (default: before a call is answered) or second (once a second).
+	Sync string `yaml:"sync"`
+	// Required refuses calls that cannot be recorded, before they are carried out.
+	Required bool `yaml:"required"`
+	// MaxSize rotates a file at that size (default 32m), MaxFiles are kept (default 16).
 	MaxSize  string `yaml:"maxSize"`
 	MaxFiles int    `yaml:"maxFiles"`
 }
@@ -317,7 +335,7 @@ func UserRoots() (root, run string) {
 // Check says what is wrong with a configuration, if anything.
 func (c *Config) Check() error {
 	bad := func(format string, args ...any) error { return fault.New(fault.Invalid, format, args...) }
-	for name, p := range map[string]string{"secrets.keyFile": c.Secrets.KeyFile, "secrets.passphraseFile": c.Secrets.PassphraseFile,
+	for name, p := range map[string]string{"policy": c.Policy, "secrets.keyFile": c.Secrets.KeyFile, "secrets.passphraseFile": c.Secrets.PassphraseFile,
 		"root": c.Root, "runRoot": c.RunRoot, "seccompProfile": c.SeccompProfile, "alerts": c.Alerts, "cni.confDir": c.CNI.ConfDir, "cni.binDir": c.CNI.BinDir} {
 		if p != "" && !filepath.IsAbs(p) {
 			return bad("%s must be an absolute path, not %q", name, p)
@@ -358,6 +376,12 @@ func (c *Config) Check() error {
 	case "", "debug", "info", "warn", "error":
 	default:
 		return bad("logLevel must be debug, info, warn or error, not %q", c.LogLevel)
+	}
+	if s := c.Audit.Sync; s != "" && s != "calls" && s != "second" {
+		return bad("audit.sync must be calls or second, not %q", s)
+	}
+	if c.Audit.MaxFiles < 0 {
+		return bad("audit.maxFiles must be positive, not %d", c.Audit.MaxFiles)
 	}
 	if c.Pool != nil && (*c.Pool < 0 || *c.Pool > 256) {
 		return bad("pool must be from 0 to 256, not %d", *c.Pool)

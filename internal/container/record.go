@@ -10,6 +10,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/cloudos-io/cloudos/api"
+	"github.com/cloudos-io/cloudos/internal/caller"
 	"github.com/cloudos-io/cloudos/internal/volume"
 )
 
@@ -49,6 +50,8 @@ type Record struct {
 	// UserNS is the container's own range of host ids; zero Size is the host's
 	// user namespace.
 	UserNS UserNS `json:",omitzero"`
+	// Creator asked for it; policies hold for them.
+	Creator caller.Caller `json:",omitzero"`
 	// Ephemeral records live under the run root and vanish with the container.
 	Ephemeral bool `json:",omitempty"`
 	// SizeLimit bounds the writable layer, bytes; 0 is none.

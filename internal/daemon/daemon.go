@@ -34,6 +34,8 @@ type Config struct {
 	WriteMetrics func(ctx context.Context, w io.Writer) error
 	// Debug is unix:///path of a socket for profiles of this process, "" none.
 	Debug string
+	// Reload, if set, is called on SIGHUP.
+	Reload func() error
 	// Stop ends the daemon from inside (POST /servin/shutdown).
 	Stop   <-chan struct{}
 	Logger *slog.Logger
@@ -94,6 +96,21 @@ func Serve(ctx context.Context, c Config) error {
 				time.Sleep(50 * time.Millisecond)
 				cancel()
 			case <-ctx.Done():
+			}
+		}()
+	}
+	if c.Reload != nil {
+		hup := make(chan os.Signal, 1)
+		signal.Notify(hup, syscall.SIGHUP)
+		defer signal.Stop(hup)
+		go func() {
+			for {
+				select {
+				case <-hup:
+					_ = c.Reload() // it logs what is wrong
+				case <-ctx.Done():
+					return
+				}
 			}
 		}()
 	}

@@ -163,10 +163,12 @@ func (a execAPI) create(w *response, r *request) error {
 			return err
 		}
 	}
+	r.noteExec(&req)
 	id, err := a.b.ExecCreate(r.Context(), r.name, req)
 	if err != nil {
 		return err
 	}
+	r.entry.Note("id", id)
 	return w.json(http.StatusCreated, container.ExecCreateResponse{ID: id})
 }
 

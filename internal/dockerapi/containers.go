@@ -45,10 +45,12 @@ func (a containersAPI) create(w *response, r *request) error {
 		return err
 	}
 	warnings := req.warnings
+	r.noteCreate(&req.CreateRequest)
 	resp, err := a.b.ContainerCreate(r.Context(), req.CreateRequest)
 	if err != nil {
 		return err
 	}
+	r.entry.Note("id", resp.ID)
 	resp.Warnings = append(resp.Warnings, warnings...)
 	if resp.Warnings == nil {
 		resp.Warnings = []string{}

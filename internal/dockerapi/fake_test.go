@@ -374,7 +374,7 @@ func (f fakeImages) Login(_ context.Context, a registry.AuthConfig) (registry.Au
 
 func handlerOf(f *fake) http.Handler {
 	return New(Config{
-		Containers: f, Images: fakeImages{f}, Networks: f, Volumes: f, VolumeCopies: f, Secrets: f, System: f, Version: "test",
+		Containers: f, Images: fakeImages{f}, Networks: f, Volumes: f, VolumeCopies: f, Secrets: f, Policy: f, System: f, Version: "test",
 		Logger: slog.New(slog.NewTextHandler(io.Discard, nil)),
 	})
 }

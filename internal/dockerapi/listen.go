@@ -222,6 +222,7 @@ func Serve(ctx context.Context, listeners []net.Listener, h http.Handler) error 
 			h.ServeHTTP(w, r)
 		}),
 		ReadHeaderTimeout: readHeaderTimeout,
+		ConnContext:       peer,
 		IdleTimeout:       idleTimeout,
 		BaseContext:       func(net.Listener) context.Context { return base },
 		ErrorLog:          slog.NewLogLogger(slog.Default().Handler(), slog.LevelDebug),

@@ -8,6 +8,7 @@ import (
 
 	"github.com/cloudos-io/cloudos/api"
 	"github.com/cloudos-io/cloudos/internal/engine"
+	"github.com/cloudos-io/cloudos/internal/policy"
 )
 
 // ownCases has lines for routes below /servin/.
@@ -17,6 +18,15 @@ var ownCases = []routeCase{
 	{method: "POST", path: "/servin/volumes/v/restore?replace=1", body: "abc", status: 200, call: "restore v replace=true devices=false abc", answer: `"SHA256":"s"`},
 	{method: "POST", path: "/servin/volumes/v/import?devices=1", body: "abc", status: 204, call: "import v replace=false devices=true abc"},
 	{method: "POST", path: "/servin/volumes/v/clone", body: `{"Name":"w","Pause":true}`, status: 201, call: "clone v w pause=true", answer: `"Name":"w"`},
+
+	{method: "GET", path: "/servin/policy", status: 200, call: "policy", answer: `"Path":"/p"`},
+	{method: "POST", path: "/servin/policy/reload", status: 204, call: "policy reload"},
+	{method: "POST", path: "/servin/policy/check", body: "version: 1\nrules: [{name: a}]\n", status: 200, answer: `"Rules":1`},
+	{method: "POST", path: "/servin/policy/check", body: "version: 1\nruels: []\n", status: 400, answer: "ruels"},
+	{method: "POST", path: "/servin/policy/test", body: `{"Config":{"Image":"i"}}`, status: 200, call: "policy test i", answer: `{"Allowed":false,"Violations":["policy rule \"r\" refuses x"]}`},
+	{method: "POST", path: "/servin/policy/test", body: `{}`, status: 400, answer: "config cannot be empty"},
+	{method: "GET", path: "/servin/audit", status: 404, answer: "keeps no audit log"},
+	{method: "GET", path: "/servin/audit/verify", status: 404, answer: "keeps no audit log"},
 
 	{method: "GET", path: "/servin/secrets", status: 200, call: "secrets secret", answer: "[]"},
 	{method: "POST", path: "/servin/secrets", body: `{"Name":"s","Data":"aGk="}`, status: 201, call: "create secret s hi", answer: `"Name":"s"`},
@@ -34,6 +44,16 @@ var ownCases = []routeCase{
 	{method: "DELETE", path: "/servin/configs/c", status: 204, call: "remove config c force=false"},
 	{method: "POST", path: "/containers/create", body: `{"Image":"i","Labels":{"io.servin.secrets":"a,target=/x,mode=400; b"}}`, status: 201, call: `"Secrets":[{"Kind":"secret","Name":"a","Target":"/x","Mode":256},{"Kind":"secret","Name":"b"}]`},
 	{method: "POST", path: "/containers/create", body: `{"Image":"i","Labels":{"io.servin.secrets":"a,mode=9"}}`, status: 400, answer: "invalid label io.servin.secrets"},
+}
+
+func (f *fake) Status() api.Policy {
+	_ = f.call("policy")
+	return api.Policy{Path: "/p"}
+}
+func (f *fake) Reload() error { return f.call("policy reload") }
+
+func (f *fake) PolicyTest(_ context.Context, req CreateRequest) ([]policy.Violation, error) {
+	return []policy.Violation{{Rule: "r", What: "x"}}, f.call("policy test %s", req.Config.Image)
 }
 
 func (f *fake) SecretCreate(_ context.Context, k api.SecretKind, s api.SecretSpec) (api.Secret, error) {

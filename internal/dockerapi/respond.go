@@ -9,6 +9,8 @@ import (
 	"strconv"
 	"sync"
 	"time"
+
+	"github.com/cloudos-io/cloudos/internal/audit"
 )
 
 // response is a ResponseWriter that knows whether it has begun.
@@ -16,32 +18,45 @@ type response struct {
 	http.ResponseWriter
 	began    bool
 	hijacked bool
+	entry    *audit.Entry // what must be on the disk before the first byte goes out
+	status   int
+}
+
+// begin comes before the first byte.
+func (w *response) begin(status int) {
+	if !w.began {
+		w.began, w.status = true, status
+		w.entry.Durable()
+	}
 }
 
 // Unwrap lets http.ResponseController find the connection.
 func (w *response) Unwrap() http.ResponseWriter { return w.ResponseWriter }
 
 func (w *response) WriteHeader(status int) {
-	w.began = true
+	w.begin(status)
 	w.ResponseWriter.WriteHeader(status)
 }
 
 func (w *response) Write(p []byte) (int, error) {
-	w.began = true
+	w.begin(http.StatusOK)
 	return w.ResponseWriter.Write(p)
 }
 
 // Flush sends what is buffered.
 func (w *response) Flush() {
-	w.began = true
+	w.begin(http.StatusOK)
 	_ = http.NewResponseController(w.ResponseWriter).Flush()
 }
 
 // Hijack takes the connection over.
 func (w *response) Hijack() (net.Conn, *bufio.ReadWriter, error) {
+	if !w.began {
+		w.entry.Durable()
+	}
 	c, brw, err := http.NewResponseController(w.ResponseWriter).Hijack()
 	if err == nil {
-		w.began, w.hijacked = true, true
+		w.began, w.hijacked, w.status = true, true, http.StatusSwitchingProtocols
 	}
 	return c, brw, err
 }

@@ -11,6 +11,7 @@ func routes(c Config) []route {
 	net := networksAPI{c.Networks}
 	vol := volumesAPI{c.Volumes}
 	cpy := volumeCopiesAPI{c.VolumeCopies}
+	pol, adt := policyAPI{c.Policy}, auditAPI{c.Audit}
 	sec, cnf := secretsAPI{c.Secrets, api.KindSecret}, secretsAPI{c.Secrets, api.KindConfig}
 	sys := systemAPI{c.System, c.Builds}
 	bld := buildsAPI{c.Builds}
@@ -165,6 +166,12 @@ func routes(c Config) []route {
 		{"GET", "/servin/configs/{id}", 0, cnf.inspect},
 		{"POST", "/servin/configs/{id}/update", 0, cnf.update},
 		{"DELETE", "/servin/configs/{id}", 0, cnf.remove},
+		{"GET", "/servin/policy", 0, pol.show},
+		{"POST", "/servin/policy/reload", 0, pol.reload},
+		{"POST", "/servin/policy/check", 0, pol.check},
+		{"POST", "/servin/policy/test", 0, pol.test},
+		{"GET", "/servin/audit", 0, adt.read},
+		{"GET", "/servin/audit/verify", 0, adt.verify},
 		{"GET", "/metrics", 0, own.metrics},
 	}
 }

@@ -13,6 +13,7 @@ import (
 
 	"go.opentelemetry.io/otel/trace"
 
+	"github.com/cloudos-io/cloudos/internal/audit"
 	"github.com/cloudos-io/cloudos/internal/fault"
 )
 
@@ -37,6 +38,10 @@ type Config struct {
 	Problems func() []string
 	// Alerts watches alert rules; nil if there are none.
 	Alerts Alerts
+	// Audit records calls; nil records none.
+	Audit *audit.Log
+	// Policy shows and tests the policy in force.
+	Policy Policy
 	// Tracer makes a span of each request; nil makes none.
 	Tracer trace.Tracer
 }
@@ -46,6 +51,7 @@ type server struct {
 	routes *router
 	banner string
 	tracer trace.Tracer
+	audit  *audit.Log
 }
 
 // New returns the handler of the whole API.
@@ -56,6 +62,7 @@ func New(c Config) http.Handler {
 	return &server{
 		log:    c.Logger,
 		tracer: c.Tracer,
+		audit:  c.Audit,
 		routes: newRouter(routes(c)),
 		banner: "Servin/" + c.Version + " (" + runtime.GOOS + ")",
 	}
@@ -68,6 +75,7 @@ type request struct {
 	name    string // the value of the pattern's variable
 	query   url.Values
 	log     *slog.Logger
+	entry   *audit.Entry // nil if the call is not recorded
 }
 
 func (s *server) ServeHTTP(hw http.ResponseWriter, hr *http.Request) {
@@ -78,7 +86,7 @@ func (s *server) ServeHTTP(hw http.ResponseWriter, hr *http.Request) {
 	h["Server"] = []string{s.banner}
 
 	w := &response{ResponseWriter: hw}
-	r := &request{Request: hr, version: maxVersion, log: s.log}
+	r := &request{Request: withSubject(hr), version: maxVersion, log: s.log}
 	defer s.recovered(w, r)
 	if err := s.serve(w, r); err != nil {
 		s.fail(w, r, err)
@@ -123,10 +131,10 @@ func (s *server) serve(w *response, r *request) error {
 		}
 	}
 	if s.tracer == nil {
-		return c.handle(w, r)
+		return s.audited(w, r, c)
 	}
 	end := s.traced(r, c)
-	err = c.handle(w, r)
+	err = s.audited(w, r, c)
 	end(w, err)
 	return err
 }

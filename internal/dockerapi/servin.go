@@ -61,10 +61,12 @@ func (a servinAPI) run(w *response, r *request) error {
 	c.Extra.UsernsAuto = c.Extra.UsernsAuto || body.Extra.UsernsAuto
 	c.Extra.Secrets = append(c.Extra.Secrets, body.Extra.Secrets...)
 
+	r.noteCreate(&c.CreateRequest)
 	run, err := a.containers.ContainerRun(r.Context(), c.CreateRequest, AttachRequest{
 		Stdin: body.Stdin, Stdout: body.Stdout, Stderr: body.Stderr, Stream: true, DetachKeys: body.DetachKeys,
 	})
 	started := api.RunStarted{ID: run.ID, Warnings: append(run.Warnings, c.warnings...)}
+	r.entry.Note("id", run.ID)
 	if err != nil {
 		started.Error, started.Status, started.ExitCode = err.Error(), statusOf(err), fault.ExitCode(err)
 	}

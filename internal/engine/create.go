@@ -14,6 +14,7 @@ import (
 	"github.com/moby/moby/api/types/network"
 
 	"github.com/cloudos-io/cloudos/api"
+	"github.com/cloudos-io/cloudos/internal/caller"
 	"github.com/cloudos-io/cloudos/internal/container"
 	"github.com/cloudos-io/cloudos/internal/fault"
 	"github.com/cloudos-io/cloudos/internal/image"
@@ -133,6 +134,11 @@ func (e *Engine) create(ctx context.Context, req CreateRequest) (u *unit, warnin
 	if err != nil {
 		return nil, nil, err
 	}
+	if e.policed() {
+		if err := e.mayCreate(ctx, cfg, hc, img, endpoints); err != nil {
+			return nil, nil, err
+		}
+	}
 
 	var back undo
 	defer func() {
@@ -153,7 +159,7 @@ func (e *Engine) create(ctx context.Context, req CreateRequest) (u *unit, warnin
 		Version: container.RecordVersion, ID: id, Name: name, Created: time.Now().UTC(),
 		Config: cfg, HostConfig: hc, Extra: req.Extra, Endpoints: endpoints,
 		Image:     container.Image{ID: img.ID.String(), Ref: cfg.Image, Manifest: img.Manifest, Platform: img.Platform},
-		Ephemeral: hc.AutoRemove, SizeLimit: size, Pod: req.member,
+		Ephemeral: hc.AutoRemove, SizeLimit: size, Pod: req.member, Creator: caller.From(ctx),
 		State: container.State{Status: mcontainer.StateCreated},
 	}
 	argv, err := oci.Args(cfg)

@@ -50,6 +50,8 @@ type Config struct {
 	Networks       Networks
 	Volumes        *volume.Store
 	IDMaps         IDMaps
+	// Policy says what may be done; nil allows everything.
+	Policy Policy
 	// Secrets keeps secrets and configs; nil is none.
 	Secrets Secrets
 	Bus     *event.Bus

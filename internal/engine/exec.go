@@ -134,7 +134,7 @@ func (e *Engine) execsOf(u *unit) []string {
 }
 
 // ExecCreate notes what is to be executed.
-func (e *Engine) ExecCreate(_ context.Context, name string, req mcontainer.ExecCreateRequest) (string, error) {
+func (e *Engine) ExecCreate(ctx context.Context, name string, req mcontainer.ExecCreateRequest) (string, error) {
 	u, err := e.lookup(name)
 	if err != nil {
 		return "", err
@@ -148,6 +148,11 @@ func (e *Engine) ExecCreate(_ context.Context, name string, req mcontainer.ExecC
 	}
 	if err := e.executable(u, strings.TrimPrefix(name, "/")); err != nil {
 		return "", err
+	}
+	if e.policed() {
+		if err := e.mayExec(ctx, u.rec.Load(), req.User, req.Privileged); err != nil {
+			return "", err
+		}
 	}
 	x := &execution{id: newID(), u: u, task: t, req: req}
 	if req.ConsoleSize != nil {

@@ -131,6 +131,17 @@ func (e *Engine) startMounts(ctx context.Context, u *unit, r *container.Record, 
 					return nil, fault.New(fault.Invalid, "error while creating mount source path '%s': %w", p.Source, err)
 				}
 			}
+			if e.policed() {
+				// What is checked is what is mounted.
+				f, err := e.mayBind(r, p)
+				if err != nil {
+					return nil, err
+				}
+				back.hold(f)
+				if m.Source, err = e.heldSource(u, r, i, f, back); err != nil {
+					return nil, err
+				}
+			}
 		case mount.TypeVolume:
 			path, err := e.cfg.Volumes.Use(ctx, p.Name, r.ID)
 			if err != nil {

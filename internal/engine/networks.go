@@ -94,6 +94,11 @@ func (s *NetworkService) NetworkConnect(ctx context.Context, name string, req ne
 	}
 	defer u.release()
 	r := u.rec.Load()
+	if e.policed() {
+		if err := e.mayConnect(ctx, r, n.Name); err != nil {
+			return err
+		}
+	}
 	switch mode := r.HostConfig.NetworkMode; {
 	case mode.IsHost(), n.Name == network.NetworkHost:
 		return fault.New(fault.Forbidden, "container cannot be connected to host network or disconnected from it")

@@ -85,6 +85,11 @@ func (e *Engine) ContainerUpdate(ctx context.Context, name string, req mcontaine
 	if req.RestartPolicy.Name != "" {
 		hc.RestartPolicy = req.RestartPolicy
 	}
+	if e.policed() {
+		if err := e.mayLimit(ctx, r, &hc); err != nil {
+			return out, err
+		}
+	}
 	if t := u.running(); t != nil {
 		res, err := oci.Resources(&hc.Resources, oci.DevicesAt)
 		if err != nil {

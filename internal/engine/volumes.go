@@ -31,6 +31,11 @@ func (s *VolumeService) event(a events.Action, name string, attrs map[string]str
 
 // VolumeCreate makes a volume, or returns the one of that name.
 func (s *VolumeService) VolumeCreate(ctx context.Context, req volume.CreateRequest) (*volume.Volume, error) {
+	if s.e.policed() {
+		if err := s.e.mayMakeVolume(ctx, req); err != nil {
+			return nil, err
+		}
+	}
 	_, err := s.e.cfg.Volumes.Inspect(ctx, req.Name)
 	existed := req.Name != "" && err == nil
 	v, err := s.e.cfg.Volumes.Create(ctx, req, vol.CreateOptions{})

@@ -47,14 +47,15 @@ func validOptions(o map[string]string) error {
 			return err
 		}
 	}
-	if isBind(o) && !path.IsAbs(o["device"]) {
+	if IsBind(o) && !path.IsAbs(o["device"]) {
 		return invalid("invalid option: device %q of a bind must be an absolute path", o["device"])
 	}
 	_, _, err := mountFlags(o["o"])
 	return err
 }
 
-func isBind(o map[string]string) bool {
+// IsBind tells whether options of the local driver make a volume a bind.
+func IsBind(o map[string]string) bool {
 	if o["type"] == "bind" {
 		return true
 	}
@@ -184,7 +185,7 @@ func (s *Store) mount(ctx context.Context, v *vol) error {
 		return err
 	}
 	fstype := o["type"]
-	if isBind(o) {
+	if IsBind(o) {
 		flags |= unix.MS_BIND
 	}
 	switch {

@@ -60,6 +60,8 @@ type System struct {
 	Engine  *engine.Engine
 	Images  *image.Service
 	Handler http.Handler
+	// Reload reads again what can be changed while the engine runs: the policy.
+	Reload func() error
 	// CRI is nil unless the configuration says where it listens.
 	CRI *criapi.Server
 	// parts run as long as the system does.
@@ -203,6 +205,10 @@ func New(ctx context.Context, c *config.Config, inside rootless.State, log *slog
 	if err != nil {
 		return nil, err
 	}
+	calls, rules, err := s.guards(c, log)
+	if err != nil {
+		return nil, err
+	}
 	runtimes, err := otherRuntimes(c, instance, log)
 	if err != nil {
 		return nil, err
@@ -236,7 +242,7 @@ func New(ctx context.Context, c *config.Config, inside rootless.State, log *slog
 	// The engine and its edges.
 	s.Engine, err = engine.New(engine.Config{
 		Root: c.Root, RunRoot: c.RunRoot, Version: api.Version, Driver: driver, Runtimes: runtimes, DefaultRuntime: c.DefaultRuntime,
-		Snapshots: layers, Images: images, Networks: networks, Volumes: volumes, IDMaps: ids, Secrets: secrets, Bus: event.NewBus(event.Config{}),
+		Snapshots: layers, Images: images, Networks: networks, Volumes: volumes, IDMaps: ids, Secrets: secrets, Policy: rules, Bus: event.NewBus(event.Config{}),
 		Durable: durable, Ephemeral: ephemeral, Host: host, Profiles: oci.NewProfiles(seccomp), AppArmorProfile: profile,
 		CgroupParent: c.CgroupParent, CgroupV2: v2, NoCgroups: inside.Active && !v2, CgroupDriver: c.CgroupDriver, Rootless: inside.Active, Defaults: defaults,
 		LogDriver: c.Logs.Driver, LogOptions: c.Logs.Options, LogShipper: shipper, LogMaxSize: logSize, LogMaxFiles: c.Logs.MaxFiles, NoNewPrivileges: c.NoNewPrivileges, Init: c.Init,
@@ -275,7 +281,8 @@ func New(ctx context.Context, c *config.Config, inside rootless.State, log *slog
 		Builds:     builder,
 		Containers: s.Engine, Images: images, Networks: s.Engine.NetworkService(), Volumes: s.Engine.VolumeService(), VolumeCopies: s.Engine.VolumeService(),
 		Secrets: s.Engine.SecretService(),
-		System:  s.Engine.SystemService(), Logger: log, Version: api.Version,
+		Audit:   calls, Policy: policing{rules, s.Engine},
+		System: s.Engine.SystemService(), Logger: log, Version: api.Version,
 		Problems: images.LazyTrouble, Alerts: alerts, Tracer: tracer.Tracer(),
 	})
 	return s, nil

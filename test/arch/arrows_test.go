@@ -25,12 +25,12 @@ var arrows = map[string][]string{
 	"cmd/servind":        {"internal/wire", "internal/config", "internal/daemon", "internal/dockerapi", "internal/image", "internal/network/dhcp", "internal/rootless", "internal/runtime", "internal/shim", "api"},
 	"cmd/servin-hello":   {},
 	"internal/fault":     {},
-	"internal/container": {"internal/fault", "internal/volume", "api"}, // ADR 8
+	"internal/container": {"internal/fault", "internal/volume", "internal/caller", "api"}, // ADR 8, 28
 	"internal/event":     {"internal/fault"},
 	"internal/store":     {"internal/fault"},
 	"internal/logs":      {"internal/fault"},
 	"internal/alert":     {"internal/fault", "api"}, // ADR 31
-	"internal/tracing":   {"internal/fault"}, // ADR 31
+	"internal/tracing":   {"internal/fault"},        // ADR 31
 	"internal/config":    {"internal/fault", "api"},
 	"internal/seccomp":   {"internal/fault"},
 	"internal/plan":      {"internal/fault", "internal/seccomp"},
@@ -44,6 +44,8 @@ var arrows = map[string][]string{
 	"internal/quota":     {},
 	"internal/secret":    {"internal/fault", "api"}, // ADR 27
 	"internal/caller":    {},
+	"internal/policy":    {"internal/fault", "internal/caller", "api"},                                 // ADR 28
+	"internal/audit":     {"internal/fault", "internal/caller", "api"},                                 // ADR 29
 	"internal/volume":    {"internal/fault", "internal/snapshot", "internal/plugin", "internal/quota"}, // ADR 26
 	"internal/network":   {"internal/fault"},
 	"internal/image":     {"internal/fault", "internal/snapshot", "internal/hello"},
@@ -52,14 +54,14 @@ var arrows = map[string][]string{
 	"internal/runtime":   {"internal/fault", "internal/shim", "internal/plan", "internal/seccomp", "internal/snapshot", "internal/apparmor"},
 	"internal/engine": {"internal/fault", "internal/container", "internal/event", "internal/oci", "internal/image", "internal/snapshot",
 		"internal/network", "internal/volume", "internal/runtime", "internal/store", "internal/logs", "internal/idmap", "internal/cdi",
-		"internal/doctor", "internal/apparmor", "internal/config", "api", "internal/namespace"},
-	"internal/dockerapi": {"internal/fault", "internal/image", "internal/engine", "api"},
+		"internal/doctor", "internal/apparmor", "internal/config", "internal/caller", "internal/policy", "api", "internal/namespace"},
+	"internal/dockerapi": {"internal/caller", "internal/audit", "internal/policy", "internal/fault", "internal/image", "internal/engine", "api"},
 	"internal/build":     {"internal/fault", "internal/image", "internal/network"},                      // ADR 18
 	"internal/criapi":    {"internal/fault", "internal/image", "internal/engine", "internal/container"}, // ADR 10
 	"internal/namespace": {"internal/fault"},                                                            // ADR 10
 	"internal/cli":       {"client", "api"},
 	"internal/rootless":  {"internal/fault", "internal/idmap", "internal/snapshot"},
-	"cmd/servin-compose": {"internal/compose", "internal/cli", "api"},                            // ADR 21
+	"cmd/servin-compose": {"internal/compose", "internal/cli", "api"},            // ADR 21
 	"internal/compose":   {"internal/cli", "internal/filesync", "client", "api"}, // ADR 21
 	"internal/filesync":  {"client"},                                             // ADR 21
 

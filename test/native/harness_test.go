@@ -41,6 +41,7 @@ type engine struct {
 	wrap   []string // command that executes the daemon, if any
 	bin    string
 	id     string // instance, see traces
+	config string // further lines of the configuration
 	exited chan struct{}
 }
 
@@ -104,7 +105,7 @@ func (e *engine) boot() {
 	defer log.Close()
 	// Containers that ignore SIGTERM are not waited for at the end of a test.
 	conf := e.dir + "/config.yaml"
-	if err := os.WriteFile(conf, []byte("version: 1\nshutdownTimeout: 1s\n"), 0o644); err != nil {
+	if err := os.WriteFile(conf, []byte("version: 1\nshutdownTimeout: 1s\n"+e.config), 0o644); err != nil {
 		e.t.Fatal(err)
 	}
 	args := append([]string{"--config", conf, "--root", e.dir + "/root", "--run-root", e.dir + "/run", "--listen", "unix://" + e.sock}, e.args...)
@@ -273,11 +274,11 @@ func eventually(t *testing.T, what string, limit time.Duration, ok func() bool) 
 
 // refuse starts a daemon that is expected to end by itself and returns what it
 // said.
-func (e *engine) refuse() string {
+func (e *engine) refuse(more ...string) string {
 	e.t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
 	defer cancel()
-	args := append([]string{"--root", e.dir + "/root", "--run-root", e.dir + "/run", "--listen", "unix://" + e.sock}, e.args...)
+	args := append([]string{"--root", e.dir + "/root", "--run-root", e.dir + "/run", "--listen", "unix://" + e.sock}, append(more, e.args...)...)
 	out, err := exec.CommandContext(ctx, filepath.Join(e.bin, "servind"), args...).CombinedOutput()
 	if err == nil || ctx.Err() != nil {
 		e.t.Errorf("the daemon did not refuse: %v", err)
