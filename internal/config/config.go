@@ -351,8 +351,8 @@ func (c *Config) Check() error {
 		if err != nil || !ap.Addr().IsLoopback() {
 			return bad("criTCP.listen must be a loopback address and port, such as 127.0.0.1:10010, not %q", t.Listen)
 		}
-		if c.CRI == "" || t.Cert == "" || t.Key == "" || t.CA == "" {
-			return bad("criTCP needs cri, and cert, key and ca: whoever speaks the CRI is root on this host")
+		if t.Cert == "" || t.Key == "" || t.CA == "" {
+			return bad("criTCP needs cert, key and ca: whoever speaks the CRI is root on this host")
 		}
 	}
 	if r := c.Tracing.Ratio; r < 0 || r > 1 {

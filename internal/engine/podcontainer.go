@@ -2,12 +2,15 @@ package engine
 
 import (
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"fmt"
 	"maps"
 	"os"
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 
 	mcontainer "github.com/moby/moby/api/types/container"
@@ -78,10 +81,22 @@ func (e *Engine) PodContainerCreate(ctx context.Context, podID string, c PodCont
 // notInNames is what names of containers cannot hold.
 var notInNames = regexp.MustCompile(`[^a-zA-Z0-9_.-]`)
 
-// memberName is the name under which a pod's container is known to all.
+// memberName is the name under which a pod's container is known to all. Pods of
+// Kubernetes that were made anew have containers of the same names.
 func memberName(p *container.Pod, name string, attempt uint32) string {
-	return notInNames.ReplaceAllString(fmt.Sprintf("k8s_%s_%s_%s_%s_%d", name, p.Name, p.Namespace, p.UID, attempt), "-")
+	full := fmt.Sprintf("k8s_%s_%s_%s_%s_%d", name, p.Name, p.Namespace, p.UID, attempt)
+	if p.Attempt > 0 {
+		full += "_" + strconv.FormatUint(uint64(p.Attempt), 10)
+	}
+	if len(full) > maxMemberName {
+		sum := sha256.Sum256([]byte(full))
+		full = full[:maxMemberName-17] + "_" + hex.EncodeToString(sum[:8])
+	}
+	return notInNames.ReplaceAllString(full, "-")
 }
+
+// maxMemberName is how long names of containers may be.
+const maxMemberName = 255
 
 // checkMember refuses what cannot be, before anything is made.
 func (e *Engine) checkMember(ctx context.Context, p *container.Pod, m *container.Member, c PodContainer) error {

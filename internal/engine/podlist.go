@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"io"
 	"net"
-	"os"
 	"slices"
 	"strconv"
 	"strings"
@@ -228,12 +227,18 @@ type InterfaceCounters struct {
 }
 
 func readInterfaces(path string) map[string]InterfaceCounters {
-	b, err := os.ReadFile(path)
+	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil
+	}
+	defer unix.Close(fd)
+	var b [16384]byte
+	n, err := unix.Read(fd, b[:])
 	if err != nil {
 		return nil
 	}
 	out := map[string]InterfaceCounters{}
-	for line := range strings.Lines(string(b)) {
+	for line := range strings.Lines(string(b[:n])) {
 		name, rest, ok := strings.Cut(line, ":")
 		name = strings.TrimSpace(name)
 		c := strings.Fields(rest)

@@ -260,6 +260,9 @@ func New(ctx context.Context, c *config.Config, inside rootless.State, log *slog
 		return nil, err
 	}
 	s.onClose(s.Engine.Close)
+	if c.CRI == "" && c.CRITCP.Listen != "" {
+		return nil, fault.New(fault.Invalid, "cannot serve the CRI at %s alone: give its socket, too (cri, or --cri)", c.CRITCP.Listen)
+	}
 	if c.CRI != "" {
 		s.CRI = criapi.New(criapi.Config{
 			Engine: s.Engine, Images: images, Socket: c.CRI, TCP: c.CRITCP.Listen, Cert: c.CRITCP.Cert, Key: c.CRITCP.Key, CA: c.CRITCP.CA,

@@ -1,11 +1,12 @@
 package cgroup
 
 import (
-	"os"
 	"path/filepath"
 	"strconv"
 	"strings"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/cloudos-io/cloudos/internal/fault"
 	contract "github.com/cloudos-io/cloudos/internal/runtime"
@@ -56,13 +57,13 @@ func readInto(buf []byte, dir, file string) []byte {
 	if dir == "" {
 		return nil
 	}
-	f, err := os.Open(dir + "/" + file)
+	fd, err := unix.Open(dir+"/"+file, unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return nil
 	}
-	defer f.Close()
-	n, _ := f.Read(buf)
-	return buf[:n]
+	defer unix.Close(fd)
+	n, _ := unix.Read(fd, buf)
+	return buf[:max(n, 0)]
 }
 
 // Details reads what Stats leaves out.
