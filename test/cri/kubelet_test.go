@@ -15,6 +15,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -439,6 +440,54 @@ func (n *node) exec(name, ctr, stdin string, tty, websocket bool, cmd ...string)
 		return out.String(), errb.String(), ce.Code, nil
 	}
 	return out.String(), errb.String(), 0, err
+}
+
+// attach joins a container's own streams until it says what is waited for, or
+// for a second.
+func (n *node) attach(name, ctr, stdin, until string, websocket bool) (string, error) {
+	u := &url.URL{Scheme: "https", Host: "127.0.0.1:10250", Path: "/attach/default/" + name + "-node/" + ctr,
+		RawQuery: url.Values{"input": {"1"}, "output": {"1"}}.Encode()}
+	var x remotecommand.Executor
+	var err error
+	if websocket {
+		x, err = remotecommand.NewWebSocketExecutor(restConfig, "GET", u.String())
+	} else {
+		x, err = remotecommand.NewSPDYExecutor(restConfig, "POST", u)
+	}
+	if err != nil {
+		return "", err
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	defer cancel()
+	out := &watched{until: until, seen: cancel}
+	r, w := io.Pipe()
+	defer w.Close()
+	err = x.StreamWithContext(ctx, remotecommand.StreamOptions{Stdin: io.MultiReader(strings.NewReader(stdin), r), Stdout: out})
+	return out.String(), err
+}
+
+// watched is a buffer that tells when it has seen something.
+type watched struct {
+	mu    sync.Mutex
+	b     bytes.Buffer
+	until string
+	seen  func()
+}
+
+func (w *watched) Write(p []byte) (int, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.b.Write(p)
+	if strings.Contains(w.b.String(), w.until) {
+		time.AfterFunc(200*time.Millisecond, w.seen)
+	}
+	return len(p), nil
+}
+
+func (w *watched) String() string {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.b.String()
 }
 
 // sh runs a shell command in a container and returns what it says.

@@ -91,6 +91,13 @@ func testBasic(t *testing.T, n *node) {
 			t.Errorf("exec with a terminal: %q %v", out, err)
 		}
 	}
+	n.up(t, "attached", "  containers: [{name: c, image: IMAGE, stdin: true, stdinOnce: true, command: [sh, -c, \"read x; echo got $x; sleep 1000\"]}]\n")
+	for _, ws := range []bool{false, true} {
+		out, err := n.attach("attached", "c", "word\n", "got", ws)
+		if ws && !strings.Contains(n.logs(t, "attached", "c", ""), "got word") || !ws && !strings.Contains(out, "got word") {
+			t.Errorf("attach (websocket %v): %q %v", ws, out, err)
+		}
+	}
 	if _, _, code, err := n.exec("basic", "c", "", false, false, "/no/such"); err == nil && code == 0 {
 		t.Error("a command that is not there was executed")
 	}
