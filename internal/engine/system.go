@@ -69,7 +69,7 @@ func (s *SystemService) Info(ctx context.Context) (*system.Info, error) {
 		ServerVersion: e.cfg.Version, DefaultRuntime: nativeRuntime, LiveRestoreEnabled: true, InitBinary: "servin-init",
 		Swarm: swarm.Info{LocalNodeState: swarm.LocalNodeStateInactive}, CDISpecDirs: s.cdiDirs(),
 		Runtimes: map[string]system.RuntimeWithStatus{nativeRuntime: {Runtime: system.Runtime{Path: "servin-shim"}}},
-		Plugins: system.PluginsInfo{Volume: e.cfg.Volumes.Drivers(ctx), Network: []string{"bridge", "host", "ipvlan", "macvlan", "null"},
+		Plugins: system.PluginsInfo{Volume: e.cfg.Volumes.Drivers(ctx), Network: e.networkDrivers(ctx),
 			Log: e.logDrivers()},
 		FirewallBackend: &system.FirewallInfo{Driver: "nftables"},
 		SecurityOptions: e.securityOptions(), HTTPProxy: os.Getenv("HTTP_PROXY"), HTTPSProxy: os.Getenv("HTTPS_PROXY"), NoProxy: os.Getenv("NO_PROXY"),
@@ -122,6 +122,15 @@ func (s *SystemService) Info(ctx context.Context) (*system.Info, error) {
 		out.Warnings = append(out.Warnings, "WARNING: IPv4 forwarding is disabled")
 	}
 	return out, nil
+}
+
+// networkDrivers are ours and those that are plugins.
+func (e *Engine) networkDrivers(ctx context.Context) []string {
+	l := []string{"bridge", "host", "ipvlan", "macvlan", "null"}
+	if p, ok := e.cfg.Networks.(interface{ Drivers(context.Context) []string }); ok {
+		l = append(l, p.Drivers(ctx)...)
+	}
+	return l
 }
 
 // limits reports whether containers can be limited with a cgroup controller.

@@ -110,6 +110,9 @@ func (m *Manager) unclaim(n *netw, old *endpoint) {
 }
 
 func (m *Manager) pickAddr(n *netw, pools []*ipam.Pool, want, rather netip.Addr) (netip.Addr, error) {
+	if n.giveBack != nil {
+		return m.pickManaged(n, len(pools) > 0 && pools[0].Subnet().Addr().Is6(), want, "")
+	}
 	if want.IsValid() {
 		err := n.take(want)
 		if errors.Is(err, ipam.ErrInUse) && m.exhume(n) {

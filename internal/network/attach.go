@@ -130,6 +130,13 @@ func (m *Manager) Attach(ctx context.Context, req AttachRequest) (Attachment, er
 			return fail(err)
 		}
 		undo = append(undo, func() { m.unplug(context.WithoutCancel(ctx), e); m.undelegate(e) })
+	} else if n.rec.Plugin {
+		if req.NetNS != nil {
+			undo = append(undo, func() { m.depart(n, e) })
+			if err := m.join(ctx, n, b, e, req.NetNS, req.Ports); err != nil {
+				return fail(fmt.Errorf("cannot connect container to network %s: %w", n.rec.Name, err))
+			}
+		}
 	} else if err := m.publish(n, e, req.Ports, req.PublishThrough); err != nil {
 		return fail(err)
 	}
@@ -167,6 +174,9 @@ func (m *Manager) Attach(ctx context.Context, req AttachRequest) (Attachment, er
 	}
 	a := m.attachment(n, b, e)
 	a.Warnings = warnings
+	if n.rec.Plugin {
+		a.Ports = req.Ports
+	}
 	return a, nil
 }
 
@@ -314,6 +324,9 @@ func (m *Manager) wire(n *netw, b *box, e *endpoint, ns *os.File, use *parked, p
 	case "null":
 		return bridge.LoopbackUp(ns)
 	default:
+		if n.rec.Plugin && e.SrcName != "" {
+			return m.shape(n, e, ns)
+		}
 		return nil
 	}
 	if prepared {

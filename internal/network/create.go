@@ -54,7 +54,7 @@ func (m *Manager) Create(ctx context.Context, req network.CreateRequest) (networ
 	return resp, nil
 }
 
-func (m *Manager) create(ctx context.Context, req network.CreateRequest, link string) (*netRecord, error) {
+func (m *Manager) create(ctx context.Context, req network.CreateRequest, link string) (_ *netRecord, err error) {
 	m.makeMu.Lock()
 	defer m.makeMu.Unlock()
 	if err := ctx.Err(); err != nil {
@@ -98,16 +98,30 @@ func (m *Manager) create(ctx context.Context, req network.CreateRequest, link st
 	case "macvlan", "ipvlan":
 		r.Parent = opts.parent
 	default:
-		return nil, fault.New(fault.NotFound, "cannot create network %s: network driver %q not found; there are bridge, macvlan and ipvlan", r.Name, r.Driver)
+		if m.cfg.Plugins != nil {
+			if _, err = m.cfg.Plugins.Find(ctx, kindNetwork, r.Driver); err == nil {
+				r.Plugin = true
+				break
+			} else if !fault.Is(err, fault.NotFound) {
+				return nil, fmt.Errorf("cannot create network %s: %w", r.Name, err)
+			}
+		}
+		return nil, fault.New(fault.NotFound, "cannot create network %s: network driver %q not found; there are bridge, macvlan and ipvlan, and plugins", r.Name, r.Driver)
 	}
 	wired := r.wired()
 	if wired && !r.ConfigOnly {
 		if m.broken != nil && !predefined(r.Name) {
 			return nil, m.broken
 		}
-		if err := m.address(r, req, opts); err != nil {
+		if err := m.address(ctx, r, req, opts); err != nil {
 			return nil, err
 		}
+		made := r.Pools
+		defer func() {
+			if err != nil && len(made) > 0 {
+				m.releasePools(context.WithoutCancel(ctx), r)
+			}
+		}()
 	} else {
 		r.EnableIPv4 = req.EnableIPv4 == nil || *req.EnableIPv4
 		r.EnableIPv6 = req.EnableIPv6 != nil && *req.EnableIPv6
@@ -146,6 +160,7 @@ func (m *Manager) create(ctx context.Context, req network.CreateRequest, link st
 	if err != nil {
 		return nil, fault.New(fault.Invalid, "cannot create network %s: %w", r.Name, err)
 	}
+	m.managed(n)
 	for _, p := range append(n.pool4[:len(n.pool4):len(n.pool4)], n.pool6...) {
 		if _, free := p.Usage(); free == 0 {
 			return nil, fault.New(fault.Invalid, "cannot create network %s: subnet %s has no address left for containers", r.Name, p.Subnet())
@@ -163,6 +178,11 @@ func (m *Manager) create(ctx context.Context, req network.CreateRequest, link st
 		if err := m.raise(n); err != nil {
 			m.fell(n)
 			return nil, errors.Join(fmt.Errorf("cannot create network %s: %w", r.Name, err), m.disk.dropNetwork(r.ID))
+		}
+	}
+	if r.Plugin && !r.ConfigOnly {
+		if err := m.plugIn(ctx, n); err != nil {
+			return nil, errors.Join(err, m.disk.dropNetwork(r.ID))
 		}
 	}
 	m.mu.Lock()
@@ -211,7 +231,7 @@ func (m *Manager) inherit(req *network.CreateRequest) error {
 }
 
 // address decides on a network's subnets and gateways.
-func (m *Manager) address(r *netRecord, req network.CreateRequest, opts options) error {
+func (m *Manager) address(ctx context.Context, r *netRecord, req network.CreateRequest, opts options) error {
 	var in network.IPAM
 	if req.IPAM != nil {
 		in = *req.IPAM
@@ -225,7 +245,11 @@ func (m *Manager) address(r *netRecord, req network.CreateRequest, opts options)
 		r.IPAM = network.IPAM{Driver: ipamNull, Options: maps.Clone(in.Options)}
 		return nil
 	default:
-		return fault.New(fault.NotFound, "cannot create network %s: address driver %q not found; there are default, dhcp and null", r.Name, in.Driver)
+		err := m.requestPools(ctx, r, in, req)
+		if fault.Is(err, fault.NotFound) {
+			return fault.New(fault.NotFound, "cannot create network %s: address driver %q not found; there are default, dhcp and null, and plugins", r.Name, in.Driver)
+		}
+		return err
 	}
 	ours := m.ourLinks()
 	r.EnableIPv4 = req.EnableIPv4 == nil || *req.EnableIPv4
@@ -443,6 +467,15 @@ func (m *Manager) Remove(ctx context.Context, nameOrID string) error {
 	}
 	if err := m.fellParent(n.rec); err != nil {
 		return back(err)
+	}
+	if n.rec.Plugin && !n.rec.ConfigOnly {
+		m.later.Wait() // endpoints of it may be on their way out
+		if err := m.plugOut(ctx, n); err != nil {
+			return back(err)
+		}
+	}
+	if len(n.rec.Pools) > 0 {
+		m.releasePools(ctx, n.rec)
 	}
 	if err := m.disk.dropNetwork(n.rec.ID); err != nil {
 		return back(err)

@@ -243,3 +243,9 @@ func TestDHCPOptions(t *testing.T) {
 		t.Errorf("got %+v\n%s", a.Settings, linksIn(t, ns))
 	}
 }
+
+func routesIn(t *testing.T, ns *os.File) string {
+	var out []byte
+	in(t, ns, func() (err error) { out, err = exec.Command("ip", "route").CombinedOutput(); return err })
+	return string(out)
+}

@@ -25,6 +25,7 @@ import (
 	"github.com/cloudos-io/cloudos/internal/network/ipam"
 	"github.com/cloudos-io/cloudos/internal/network/nft"
 	"github.com/cloudos-io/cloudos/internal/network/relay"
+	"github.com/cloudos-io/cloudos/internal/plugin"
 	"github.com/moby/moby/api/types/network"
 )
 
@@ -56,6 +57,8 @@ type Config struct {
 	// Relay opens the program that carries connections over IPv6 where the
 	// kernel cannot translate them (package relay); nil: they are not.
 	Relay func() (*os.File, error)
+	// Plugins are Docker's, for network and address drivers; nil: there are none.
+	Plugins *plugin.Set
 	// CNI runs plugins for the networks cni:NAME; nil: there are none.
 	CNI *cni.Service
 }
@@ -117,6 +120,8 @@ type netw struct {
 	eps   map[string]*endpoint
 	dns   map[string][]*endpoint // by lower-case name
 	addrs map[netip.Addr]*endpoint
+	// giveBack tells a plugin that manages the addresses that one is free.
+	giveBack func(netip.Addr)
 }
 
 // box is what is known of a container.
@@ -385,6 +390,7 @@ func (m *Manager) load() {
 			bad = append(bad, fmt.Errorf("cannot take up network %s: %w", r.Name, err))
 			continue
 		}
+		m.managed(n)
 		m.nets[r.ID], m.names[r.Name] = n, n
 	}
 	eps, more := m.disk.loadEndpoints()
@@ -488,6 +494,9 @@ func (n *netw) free(addrs ...netip.Addr) {
 			if p.Subnet().Contains(a) {
 				p.Free(a)
 			}
+		}
+		if n.giveBack != nil {
+			n.giveBack(a)
 		}
 	}
 }

@@ -31,13 +31,17 @@ type netRecord struct {
 	Parent  string           `json:",omitempty"`
 	// OwnParent: the parent link was made for the network and goes with it.
 	OwnParent bool `json:",omitempty"`
+	// Plugin: the driver is a plugin. Pools are those of a plugin that manages
+	// addresses.
+	Plugin bool         `json:",omitempty"`
+	Pools  []poolRecord `json:",omitempty"`
 	// Services are service addresses by lower-case alias.
 	Services map[string]serviceRecord `json:",omitempty"`
 }
 
 // wired tells whether containers get a link, addresses and names on a network
 // from us.
-func (r *netRecord) wired() bool { return r.Driver == "bridge" || r.lan() }
+func (r *netRecord) wired() bool { return r.Driver == "bridge" || r.lan() || r.Plugin }
 
 // endpoint is one container's place on one network, in memory and on disk.
 type endpoint struct {
@@ -63,6 +67,8 @@ type endpoint struct {
 	Ports         []published                 `json:",omitempty"`
 	HasNS         bool                        `json:",omitempty"`
 	Ephemeral     bool                        `json:",omitempty"`
+	// SrcName is the name of a plugin's link in the host's namespace.
+	SrcName string `json:",omitempty"`
 	// Lease is the endpoint's, of networks with addresses by DHCP.
 	Lease *leaseRecord `json:",omitempty"`
 	// Shaped: a device beside the link limits what the container sends.

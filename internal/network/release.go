@@ -233,6 +233,13 @@ func (m *Manager) Detach(ctx context.Context, id, nameOrID string) error {
 		}
 	} else if n.rec.Driver == driverCNI {
 		m.unplug(ctx, e)
+	} else if n.rec.Plugin && e.HasNS {
+		if e.SrcName != "" && b.netns != nil {
+			err = errors.Join(err, bringOut(b.netns, e))
+		}
+		if berr := m.bid(ctx, farewell{n.rec.Driver, n.rec.ID, e.ID}); berr != nil {
+			m.log.Warn("a network driver could not be told that a container is gone; it will be tried again", "driver", n.rec.Driver, "cause", berr)
+		}
 	} else if e.HasNS && e.IfName != "" && b.netns != nil {
 		err = errors.Join(err, bridge.DeleteInside(b.netns, e.IfName), bridge.DeleteInside(b.netns, ifbInside(e.IfName)))
 	}
@@ -307,6 +314,9 @@ func (m *Manager) Release(ctx context.Context, id string) error {
 			m.unplug(ctx, p.e)
 		}
 		m.unlease(b, p.e)
+		if p.n.rec.Plugin && p.e.HasNS {
+			m.depart(p.n, p.e)
+		}
 		m.bury(p.n, p.e)
 		durable = durable || !p.e.HasNS && !p.e.Ephemeral
 	}

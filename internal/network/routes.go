@@ -23,13 +23,19 @@ func (n *netw) gateways() (out []netip.Addr) {
 
 // gatewaysOf are those of an endpoint that learnt of its own.
 func (n *netw) gatewaysOf(e *endpoint) []netip.Addr {
-	if !n.leased() {
+	if !n.leased() && !n.rec.Plugin {
 		return n.gateways()
 	}
-	if n.rec.Internal || !e.Gateway4.IsValid() {
+	if n.rec.Internal {
 		return nil
 	}
-	return []netip.Addr{e.Gateway4}
+	var out []netip.Addr
+	for _, g := range []netip.Addr{e.Gateway4, e.Gateway6} {
+		if g.IsValid() {
+			out = append(out, g)
+		}
+	}
+	return out
 }
 
 func (m *Manager) setGates(b *box, n *netw, e *endpoint) {

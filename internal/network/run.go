@@ -20,6 +20,7 @@ func (m *Manager) Run(ctx context.Context) error {
 	g.Go(func() error { return m.reap(ctx) })
 	g.Go(func() error { return m.rebalance(ctx) })
 	g.Go(func() error { return m.followLeases(ctx) })
+	g.Go(func() error { return m.retryFarewells(ctx) })
 	if m.broken == nil {
 		g.Go(func() error {
 			if err := m.reallow(ctx, false); err != nil {
@@ -87,6 +88,9 @@ func (m *Manager) forgetDead(b *box) error {
 		n := m.nets[id]
 		m.unregister(n, b, e)
 		m.unlease(b, e)
+		if n.rec.Plugin {
+			m.depart(n, e)
+		}
 		dead = append(dead, &corpse{outer: e.Outer, shaped: e.Shaped, net: n, addrs: addrsOf(e), udp: hasUDP(e)})
 		m.mu.Unlock()
 		err = errors.Join(err, m.unpublish(e))

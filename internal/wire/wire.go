@@ -140,9 +140,10 @@ func New(ctx context.Context, c *config.Config, inside rootless.State, log *slog
 	s.onClose(images.Close)
 	s.part("images", images.Run)
 	s.Images = images
+	dockerPlugins := plugin.New(plugin.Config{Dirs: append([]string{filepath.Join(c.RunRoot, "plugins")}, plugin.Dirs[:]...), Logger: log})
 	volumes, err := volume.New(volume.Config{
 		Root: filepath.Join(c.Root, "volumes"), RunRoot: c.RunRoot, BootID: boot, Log: log,
-		Plugins: plugin.New(plugin.Config{Dirs: append([]string{filepath.Join(c.RunRoot, "plugins")}, plugin.Dirs[:]...), Logger: log}),
+		Plugins: dockerPlugins,
 	})
 	if err != nil {
 		return nil, err
@@ -157,6 +158,7 @@ func New(ctx context.Context, c *config.Config, inside rootless.State, log *slog
 	}
 	s.part("cni", plugins.Run)
 	netConfig := networkConfig(c, inside, instance, log)
+	netConfig.Plugins = dockerPlugins
 	netConfig.CNI = plugins
 	networks, err := network.New(ctx, netConfig)
 	if err != nil {
