@@ -47,7 +47,7 @@ var arrows = map[string][]string{
 	"internal/policy":    {"internal/fault", "internal/caller", "api"},                                 // ADR 28
 	"internal/audit":     {"internal/fault", "internal/caller", "api"},                                 // ADR 29
 	"internal/volume":    {"internal/fault", "internal/snapshot", "internal/plugin", "internal/quota"}, // ADR 26
-	"internal/network":   {"internal/fault", "internal/plugin"}, // ADR 33
+	"internal/network":   {"internal/fault", "internal/plugin"},                                        // ADR 33
 	"internal/image":     {"internal/fault", "internal/snapshot", "internal/hello"},
 	"internal/hello":     {},
 	"internal/shim":      {"internal/fault", "internal/plan"},
