@@ -72,6 +72,8 @@ type birth struct {
 	dirs map[string]string // of the cgroup, by hierarchy
 	made bool              // the directory of records is ours
 
+	locked *os.File // the directory, until there is a container
+
 	hookAt map[int]int // operation to startContainer hook
 }
 
@@ -107,6 +109,7 @@ func (a *app) launchContainer(f *flags, hold bool) (status int, err error) {
 			b.undo()
 		}
 	}()
+	defer b.unlock()
 	notify := a.newNotify(b.dir, os.Getenv("NOTIFY_SOCKET"))
 	if notify != nil {
 		notify.mount(spec)
@@ -149,6 +152,7 @@ func (a *app) launchContainer(f *flags, hold bool) (status int, err error) {
 		}
 		return 0, fmt.Errorf("unable to start container process: %w", err)
 	}
+	b.unlock()
 	b.io.connect()
 	if s := *f.str["pidfd-socket"]; s != "" {
 		if err := sendDescriptor(s, b.proc.pidfd, "standard"); err != nil {
@@ -223,7 +227,8 @@ func (b *birth) prepare(keepKeyring bool) error {
 	if err := a.check(spec); err != nil {
 		return err
 	}
-	dropUnknownCapabilities(a.log, spec.Process)
+	_, user := findNamespace(spec, specs.UserNamespace)
+	dropUnknownCapabilities(a.log, spec.Process, user)
 	cfg, err := a.cgroupConfig(b.id, spec)
 	if err != nil {
 		return err
@@ -253,6 +258,14 @@ func (b *birth) prepare(keepKeyring bool) error {
 		return err
 	}
 	b.describe(bundle, cfg, keepKeyring)
+	// Whoever finds the draft when we have been killed knows what to remove.
+	b.rec.CgroupPaths = b.cg.GetPaths()
+	if b.locked, err = b.lock(); err != nil {
+		return err
+	}
+	if err := b.saveAs(draftName); err != nil {
+		return err
+	}
 	if !cfg.Systemd {
 		// The child enters by itself, at a fraction of what moving it costs.
 		if err := b.cg.Apply(-1); err != nil && !errors.Is(err, cgroups.ErrRootless) {
@@ -386,6 +399,13 @@ func namespaceName(t specs.LinuxNamespaceType) string {
 		return "NEWNS"
 	}
 	return "NEW" + strings.ToUpper(string(t))
+}
+
+func (b *birth) unlock() {
+	if b.locked != nil {
+		b.locked.Close()
+		b.locked = nil
+	}
 }
 
 // undo takes back what a failed creation has left.

@@ -71,7 +71,7 @@ func (a *app) execProcess(f *flags) (int, error) {
 	if err != nil {
 		return 0, err
 	}
-	dropUnknownCapabilities(a.log, p)
+	dropUnknownCapabilities(a.log, p, c.rec.Servin.UserNS)
 	sub, err := subCgroups(*f.many["cgroup"])
 	if err != nil {
 		return 0, err

@@ -96,6 +96,7 @@ func (b *birth) launch() error {
 	if err := b.save(); err != nil {
 		return err
 	}
+	os.Remove(b.filePath(draftName))
 	if err := b.moveDevices(); err != nil {
 		return err
 	}

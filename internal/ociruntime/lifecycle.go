@@ -200,10 +200,8 @@ func (a *app) delete(f *flags) error {
 	c, err := a.load(id)
 	if err != nil {
 		if errors.Is(err, errNotExist) {
-			// A creation that was cut short leaves a directory without a record.
-			dir := filepath.Join(a.root, id)
-			if e := os.RemoveAll(dir); e != nil {
-				a.log.Warnf("remove %s: %v", dir, e)
+			if e := a.deleteDraft(id); e != nil {
+				a.log.Warnf("%v", e)
 			}
 			if force {
 				return nil
@@ -227,6 +225,26 @@ func (a *app) delete(f *flags) error {
 		return c.destroy()
 	}
 	return fmt.Errorf("cannot delete container %s that is not stopped: %s", id, status)
+}
+
+// deleteDraft removes what a creation left that was cut short.
+func (a *app) deleteDraft(id string) error {
+	c, err := a.loadFrom(id, draftName)
+	if errors.Is(err, errNotExist) {
+		return os.RemoveAll(filepath.Join(a.root, id))
+	}
+	if err != nil {
+		return err
+	}
+	lock, err := c.lock() // held while somebody still creates it
+	if err != nil {
+		return err
+	}
+	defer lock.Close()
+	if _, err := os.Stat(c.filePath(recordName)); err == nil {
+		return fmt.Errorf("cannot remove %s: it has come to life", id)
+	}
+	return c.destroyFiles()
 }
 
 func (c *container) killAndDestroy() error {

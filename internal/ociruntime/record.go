@@ -18,6 +18,7 @@ import (
 
 const (
 	recordName = "state.json"
+	draftName  = "creating.json" // of a container that is no container yet
 	gateName   = "exec.fifo"
 	filterName = "seccomp.bpf"
 )
@@ -111,12 +112,14 @@ type container struct {
 }
 
 // load finds a container by its id.
-func (a *app) load(id string) (*container, error) {
+func (a *app) load(id string) (*container, error) { return a.loadFrom(id, recordName) }
+
+func (a *app) loadFrom(id, name string) (*container, error) {
 	if err := validID(id); err != nil {
 		return nil, err
 	}
 	c := &container{app: a, id: id, dir: filepath.Join(a.root, id)}
-	b, err := os.ReadFile(filepath.Join(c.dir, recordName))
+	b, err := os.ReadFile(filepath.Join(c.dir, name))
 	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENOTDIR) {
 		return nil, errNotExist
 	}
@@ -142,15 +145,17 @@ func (a *app) load(id string) (*container, error) {
 }
 
 // save replaces the record in one step.
-func (c *container) save() error {
+func (c *container) save() error { return c.saveAs(recordName) }
+
+func (c *container) saveAs(name string) error {
 	b, err := json.Marshal(&c.rec)
 	if err != nil {
 		return err
 	}
-	tmp := filepath.Join(c.dir, "."+recordName+".tmp")
+	tmp := filepath.Join(c.dir, "."+name+".tmp")
 	err = os.WriteFile(tmp, b, 0o600)
 	if err == nil {
-		err = os.Rename(tmp, filepath.Join(c.dir, recordName))
+		err = os.Rename(tmp, filepath.Join(c.dir, name))
 	}
 	if err != nil {
 		os.Remove(tmp)
