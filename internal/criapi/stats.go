@@ -73,7 +73,7 @@ func (s *Server) attributes(r *container.Record) *v1.ContainerAttributes {
 
 func (s *Server) containerStats(c engine.ContainerCounters) *v1.ContainerStats {
 	at := c.At.UnixNano()
-	out := &v1.ContainerStats{Attributes: s.attributes(c.Record), Cpu: s.cpu(c.Record.ID, c.At, c.CPUTotal), Memory: s.memory(c.Counters)}
+	out := &v1.ContainerStats{Attributes: s.attributes(c.Record), Cpu: s.cpu(c.Record.ID, c.At, c.CPUTotal), Memory: s.memory(c)}
 	out.Swap = &v1.SwapUsage{Timestamp: at, SwapUsageBytes: u64(c.MemoryStat["total_swap"])}
 	if c.CgroupV2 {
 		out.Swap.SwapUsageBytes = u64(c.MemoryStat["swap"])
@@ -107,12 +107,12 @@ func (s *Server) cpu(id string, at time.Time, total uint64) *v1.CpuUsage {
 	return c
 }
 
-func (s *Server) memory(c *engine.Counters) *v1.MemoryUsage {
-	working, rss, _, faults, major := memory(c)
+func (s *Server) memory(c engine.ContainerCounters) *v1.MemoryUsage {
+	working, rss, _, faults, major := memory(c.Counters)
 	m := &v1.MemoryUsage{
 		Timestamp: c.At.UnixNano(), WorkingSetBytes: u64(working), UsageBytes: u64(c.Memory), RssBytes: u64(rss), PageFaults: u64(faults), MajorPageFaults: u64(major),
 	}
-	if limit := c.MemoryLimit; limit > 0 && limit < 1<<60 && limit > working {
+	if limit := uint64(max(c.Record.HostConfig.Memory, 0)); limit > working {
 		m.AvailableBytes = u64(limit - working)
 	}
 	return m

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"os"
 	"slices"
 	"strconv"
 	"strings"
@@ -220,6 +221,46 @@ func inNamespace(f Filters, ofPod bool) bool {
 	return len(want) == 0 || want[NamespacePlain]
 }
 
+// hostLinks are the counters of pods' links at their other end, on the host.
+type hostLinks struct {
+	links    map[string]map[string]string
+	counters map[string]InterfaceCounters
+}
+
+func (e *Engine) hostLinks() (h hostLinks) {
+	n, ok := e.cfg.PodNetwork.(interface {
+		HostLinks() map[string]map[string]string
+	})
+	if !ok {
+		return h
+	}
+	if h.links = n.HostLinks(); len(h.links) > 0 {
+		h.counters = readInterfaces("/proc/self/net/dev")
+	}
+	return h
+}
+
+// of gives a pod's counters as it sees them, nil if they are not known.
+func (h hostLinks) of(id string) map[string]InterfaceCounters {
+	links := h.links[id]
+	if links == nil {
+		return nil
+	}
+	out := make(map[string]InterfaceCounters, len(links))
+	for name, outer := range links {
+		c, ok := h.counters[outer]
+		if !ok {
+			return nil
+		}
+		c.RxBytes, c.TxBytes = c.TxBytes, c.RxBytes
+		c.RxPackets, c.TxPackets = c.TxPackets, c.RxPackets
+		c.RxErrors, c.TxErrors = c.TxErrors, c.RxErrors
+		c.RxDropped, c.TxDropped = c.TxDropped, c.RxDropped
+		out[name] = c
+	}
+	return out
+}
+
 // InterfaceCounters are what an interface has carried.
 type InterfaceCounters struct {
 	RxBytes, RxPackets, RxErrors, RxDropped uint64
@@ -227,18 +268,12 @@ type InterfaceCounters struct {
 }
 
 func readInterfaces(path string) map[string]InterfaceCounters {
-	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return nil
-	}
-	defer unix.Close(fd)
-	var b [16384]byte
-	n, err := unix.Read(fd, b[:])
+	b, err := os.ReadFile(path)
 	if err != nil {
 		return nil
 	}
 	out := map[string]InterfaceCounters{}
-	for line := range strings.Lines(string(b[:n])) {
+	for line := range strings.Lines(string(b)) {
 		name, rest, ok := strings.Cut(line, ":")
 		name = strings.TrimSpace(name)
 		c := strings.Fields(rest)

@@ -80,6 +80,10 @@ func (e *Engine) PodCounters(ctx context.Context, o CounterOptions) []PodCounter
 	}
 	var jobs []func()
 	var out []*PodCounters
+	var links hostLinks
+	if o.Network && o.Pod == "" {
+		links = e.hostLinks() // one look for all pods
+	}
 	for _, p := range e.allPods() {
 		members := byPod[p.id]
 		if o.Pod != "" && p.id != o.Pod || len(members) == 0 && !o.Network {
@@ -92,7 +96,9 @@ func (e *Engine) PodCounters(ctx context.Context, o CounterOptions) []PodCounter
 		pc := &PodCounters{Pod: r, At: time.Now(), Containers: make([]ContainerCounters, len(members))}
 		out = append(out, pc)
 		if o.Network {
-			jobs = append(jobs, func() { pc.Interfaces = e.interfacesOf(p, r, members) })
+			if pc.Interfaces = links.of(p.id); pc.Interfaces == nil {
+				jobs = append(jobs, func() { pc.Interfaces = e.interfacesOf(p, r, members) })
+			}
 		}
 		for i, u := range members {
 			jobs = append(jobs, func() { pc.Containers[i] = e.countersOf(ctx, u, o) })

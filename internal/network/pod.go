@@ -120,3 +120,31 @@ func (b *PodBridge) Restore(context.Context, []Pod) error { return nil }
 func (b *PodBridge) Info() map[string]string {
 	return map[string]string{"backend": "bridge", "network": b.name}
 }
+
+// HostLinks tells for each pod, by its id, which link on the host is the other end
+// of its interface: pod to interface to link. What the pod sends, the link receives.
+func (b *PodBridge) HostLinks() map[string]map[string]string {
+	b.m.mu.RLock()
+	defer b.m.mu.RUnlock()
+	out := make(map[string]map[string]string, len(b.m.containers))
+	for id, box := range b.m.containers {
+		for _, e := range box.eps {
+			if e.Outer == "" || e.IfName == "" {
+				continue
+			}
+			if out[id] == nil {
+				out[id] = make(map[string]string, len(box.eps))
+			}
+			out[id][e.IfName] = e.Outer
+		}
+	}
+	return out
+}
+
+// HostLinks are those of pods on the embedded network.
+func (p *PodPlugins) HostLinks() map[string]map[string]string {
+	if p.cfg.Bridge == nil {
+		return nil
+	}
+	return p.cfg.Bridge.HostLinks()
+}

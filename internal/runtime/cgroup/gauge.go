@@ -18,7 +18,8 @@ var gaugeKeys = map[string]bool{
 	"inactive_file": true, "anon": true, "pgfault": true, "pgmajfault": true, "swap": true,
 }
 
-// Gauge reads the main counters alone: processor time, memory and processes. It is
+// Gauge reads the main counters alone: processor time, memory and processes, no
+// limits. It is
 // for those who ask for all containers at once.
 func (g *Group) Gauge() (*contract.Stats, error) {
 	if g.h.Mode == None {
@@ -35,13 +36,10 @@ func (g *Group) Gauge() (*contract.Stats, error) {
 				s.CPUTotal = parse(strings.TrimSpace(v)) * 1000
 			}
 		}
-		s.Memory, s.MemoryLimit, s.Pids = number("", "memory.current"), number("", "memory.max"), number("", "pids.current")
+		s.Memory, s.Pids = number("", "memory.current"), number("", "pids.current")
 	} else {
 		s.CPUTotal = number("cpuacct", "cpuacct.usage")
-		s.Memory, s.MemoryLimit, s.Pids = number("memory", "memory.usage_in_bytes"), number("memory", "memory.limit_in_bytes"), number("pids", "pids.current")
-		if s.MemoryLimit >= 1<<60 {
-			s.MemoryLimit = 0
-		}
+		s.Memory, s.Pids = number("memory", "memory.usage_in_bytes"), number("pids", "pids.current")
 	}
 	s.MemoryStat = make(map[string]uint64, 5)
 	for line := range strings.Lines(string(readInto(buf[:], g.dir("memory"), "memory.stat"))) {
