@@ -17,7 +17,6 @@ import (
 	"strconv"
 	"strings"
 	"syscall"
-	"time"
 
 	"github.com/compose-spec/compose-go/v2/types"
 	"github.com/sirupsen/logrus"
@@ -299,14 +298,6 @@ func (a *app) confirm(question string) bool {
 		return true
 	}
 	return false
-}
-
-// seconds gives a timeout flag's value where it was given.
-func seconds(p *int) (*int, time.Duration) {
-	if p == nil {
-		return nil, 0
-	}
-	return p, time.Duration(*p) * time.Second
 }
 
 // workingDir shortens a path below the folder we are in.

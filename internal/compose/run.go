@@ -26,11 +26,11 @@ import (
 // oneOff are the flags of run.
 type oneOff struct {
 	making
-	detach, rm, noTTY, tty, noDeps, aliases, servicePorts, quiet bool
-	interactive                                                  bool
-	env, envFiles, labels, capAdd, capDrop, volumes, publish     []string
-	name, user, workdir, entrypoint                              string
-	entrypointSet                                                bool
+	detach, rm, noTTY, noDeps, aliases, servicePorts, quiet  bool
+	interactive                                              bool
+	env, envFiles, labels, capAdd, capDrop, volumes, publish []string
+	name, user, workdir, entrypoint                          string
+	entrypointSet                                            bool
 }
 
 func (a *app) cmdRun() *command.Command {

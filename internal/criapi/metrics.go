@@ -31,7 +31,7 @@ type sample struct {
 }
 
 // processes are the counts that /proc has of a container's processes.
-type processes struct{ descriptors, sockets, threads, threadsMax, descriptorLimit uint64 }
+type processes struct{ descriptors, sockets, threads, descriptorLimit uint64 }
 
 // metric is one that cAdvisor has, by its name there; labels are those besides the
 // ones of every container.

@@ -10,7 +10,6 @@ import (
 	"strconv"
 	"strings"
 
-	"github.com/docker/go-units"
 	mcontainer "github.com/moby/moby/api/types/container"
 	"github.com/moby/moby/api/types/events"
 	"github.com/moby/moby/api/types/mount"
@@ -23,8 +22,6 @@ import (
 	"github.com/cloudos-io/cloudos/internal/snapshot"
 	vol "github.com/cloudos-io/cloudos/internal/volume"
 )
-
-func ramInBytes(s string) (int64, error) { return units.RAMInBytes(s) }
 
 // createMounts resolves what the request says about mounts, makes the volumes
 // it needs and fills new ones from the image.

@@ -127,7 +127,9 @@ func (s *SystemService) Info(ctx context.Context) (*system.Info, error) {
 // networkDrivers are ours and those that are plugins.
 func (e *Engine) networkDrivers(ctx context.Context) []string {
 	l := []string{"bridge", "host", "ipvlan", "macvlan", "null"}
-	if p, ok := e.cfg.Networks.(interface{ Drivers(context.Context) []string }); ok {
+	if p, ok := e.cfg.Networks.(interface {
+		Drivers(context.Context) []string
+	}); ok {
 		l = append(l, p.Drivers(ctx)...)
 	}
 	return l

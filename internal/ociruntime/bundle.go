@@ -51,9 +51,11 @@ func checkProcess(p *specs.Process) error {
 	case p == nil:
 		return errors.New("process property must not be empty")
 	case p.Cwd == "":
-		return errors.New("Cwd property must not be empty") //nolint:staticcheck // as callers know it
+		//lint:ignore ST1005 as callers know it
+		return errors.New("Cwd property must not be empty")
 	case !filepath.IsAbs(p.Cwd):
-		return errors.New("Cwd must be an absolute path") //nolint:staticcheck // as callers know it
+		//lint:ignore ST1005 as callers know it
+		return errors.New("Cwd must be an absolute path")
 	case len(p.Args) == 0:
 		return errors.New("args must not be empty")
 	case p.SelinuxLabel != "" && !hasSELinux():

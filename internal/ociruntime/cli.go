@@ -179,7 +179,8 @@ func (a *app) run(args []string) error {
 		a.systemd, a.rootless = *g.flag["systemd-cgroup"], *g.str["rootless"]
 		return a.call(&c, g.args[1:])
 	}
-	return exitCode{3, fmt.Errorf("No help topic for '%s'", name)} //nolint:staticcheck // as callers know it
+	//lint:ignore ST1005 as callers know it
+	return exitCode{3, fmt.Errorf("No help topic for '%s'", name)}
 }
 
 func (a *app) call(c *command, args []string) error {

@@ -33,7 +33,6 @@ var (
 	errNotExist   = errors.New("container does not exist")
 	errNotRunning = errors.New("container not running")
 	errNotPaused  = errors.New("container not paused")
-	errRunning    = errors.New("container still running")
 )
 
 // app is one invocation.

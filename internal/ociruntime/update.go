@@ -41,10 +41,12 @@ func (a *app) update(f *flags) error {
 		return err
 	}
 	if *f.str["l3-cache-schema"] != "" {
-		return errors.New("Intel RDT/CAT: l3 cache schema is not enabled") //nolint:staticcheck // as callers know it
+		//lint:ignore ST1005 as callers know it
+		return errors.New("Intel RDT/CAT: l3 cache schema is not enabled")
 	}
 	if *f.str["mem-bw-schema"] != "" {
-		return errors.New("Intel RDT/MBA: memory bandwidth schema is not enabled") //nolint:staticcheck // as callers know it
+		//lint:ignore ST1005 as callers know it
+		return errors.New("Intel RDT/MBA: memory bandwidth schema is not enabled")
 	}
 	r, err := a.updates(f)
 	if err != nil {

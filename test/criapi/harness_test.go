@@ -8,8 +8,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net"
-	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -146,14 +144,6 @@ func (n *node) kill() {
 	_ = n.cmd.Process.Kill()
 	<-n.exited
 	_ = n.conn.Close()
-}
-
-func (n *node) http() *http.Client {
-	return &http.Client{Timeout: time.Minute, Transport: &http.Transport{DisableKeepAlives: true,
-		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			var d net.Dialer
-			return d.DialContext(ctx, "unix", n.dir+"/s.sock")
-		}}}
 }
 
 // servin runs the command line.

@@ -129,18 +129,6 @@ func (p *volumePlugin) mounted(name string) int {
 	return len(p.mounts[name])
 }
 
-func (p *volumePlugin) calls(prefix string) int {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	n := 0
-	for _, l := range p.log {
-		if strings.HasPrefix(l, prefix) {
-			n++
-		}
-	}
-	return n
-}
-
 func TestVolumePlugin(t *testing.T) {
 	e := start(t)
 	p := startPlugin(t, e.dir+"/run/plugins", "fake")
