@@ -30,6 +30,9 @@ const (
 	LabelPublishThrough   = "io.servin.publish-through"
 )
 
+// LabelPod marks containers of Kubernetes' pods in lists: "namespace/name" of the pod.
+const LabelPod = "io.servin.pod.name"
+
 // RunRequest is the body of POST /servin/run: create, attach and start in one
 // round trip. The connection is upgraded (Upgrade: tcp). The server first sends
 // one frame of stream type 3 holding a RunStarted, then output frames (stream

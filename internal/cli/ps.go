@@ -13,6 +13,7 @@ import (
 
 	"github.com/moby/moby/api/types/container"
 
+	"github.com/cloudos-io/cloudos/api"
 	"github.com/cloudos-io/cloudos/client"
 	"github.com/cloudos-io/cloudos/internal/cli/command"
 	"github.com/cloudos-io/cloudos/internal/cli/format"
@@ -20,7 +21,7 @@ import (
 
 func (a *App) cmdPs() *command.Command {
 	var o listFlags
-	var all, latest, size bool
+	var all, latest, size, everywhere bool
 	last := -1
 	return &command.Command{Name: "ls", Aliases: []string{"list", "ps"}, Short: "List containers",
 		Example: `servin ps -a
@@ -37,11 +38,15 @@ servin ps --json`,
 				return err
 			})
 			f.Bool(&size, "size", "s", "Measure the containers' files")
+			f.Bool(&everywhere, "all-namespaces", "A", "Show containers of Kubernetes' pods too")
 		},
 		Run: func(ctx context.Context, args []string) error {
 			filters, err := readFilters(o.filters)
 			if err != nil {
 				return err
+			}
+			if everywhere {
+				filters.Add("namespace", "*")
 			}
 			lo := client.ContainerListOptions{All: all, Size: size, Filters: filters}
 			if latest {
@@ -67,7 +72,7 @@ servin ps --json`,
 			if err != nil {
 				return err
 			}
-			return containerColumns(o.noTrunc, size, time.Now()).Print(a.out, list, o.options())
+			return containerColumns(o.noTrunc, size, everywhere, time.Now()).Print(a.out, list, o.options())
 		}}
 }
 
@@ -95,7 +100,7 @@ func later[T any](raw json.RawMessage) (v T) {
 	return v
 }
 
-func containerColumns(noTrunc, size bool, now time.Time) *format.List[containerRow] {
+func containerColumns(noTrunc, size, pods bool, now time.Time) *format.List[containerRow] {
 	type C = containerRow
 	l := &format.List[C]{
 		Quiet:  "ID",
@@ -104,6 +109,7 @@ func containerColumns(noTrunc, size bool, now time.Time) *format.List[containerR
 		Columns: []format.Column[C]{
 			{Name: "ID", Heading: "CONTAINER ID", Text: func(c C) string { return trunc(c.ID, noTrunc) }},
 			{Name: "Names", Heading: "NAMES", Text: func(c C) string { return containerNames(c.Names, noTrunc) }},
+			{Name: "Pod", Heading: "POD", Text: func(c C) string { return c.Labels[api.LabelPod] }},
 			{Name: "Image", Heading: "IMAGE", Text: func(c C) string { return containerImage(c, noTrunc) }},
 			{Name: "Command", Heading: "COMMAND", Text: func(c C) string {
 				if noTrunc {
@@ -165,6 +171,9 @@ func containerColumns(noTrunc, size bool, now time.Time) *format.List[containerR
 				return strings.Trim(p.OS+"/"+p.Architecture+"/"+p.Variant, "/")
 			}},
 		},
+	}
+	if pods {
+		l.Table = append(l.Table, "Pod")
 	}
 	if size {
 		l.Table = append(l.Table, "Size")

@@ -258,7 +258,7 @@ func (a *App) dfVerbose(du *system.DiskUsage) error {
 	}
 	if u := du.ContainerUsage; u != nil {
 		fmt.Fprint(a.out, "\nContainers:\n\n")
-		l := containerColumns(false, true, now)
+		l := containerColumns(false, true, false, now)
 		l.Table = []string{"ID", "Image", "Command", "LocalVolumes", "Size", "RunningFor", "Status", "Names"}
 		if err := l.Print(a.out, rowsOf(u.Items), format.Options{}); err != nil {
 			return err

@@ -45,6 +45,9 @@ func (e *Engine) ContainerList(ctx context.Context, o ListOptions) ([]mcontainer
 		s := summary(r, now)
 		s.Image = named.name(ctx, r)
 		s.Names = append(s.Names, linked[r.ID]...)
+		if r.Pod != nil {
+			e.markMember(&s, r)
+		}
 		if o.Size {
 			s.SizeRw, s.SizeRootFs = e.sizes(ctx, r)
 		}

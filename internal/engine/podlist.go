@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"os"
 	"slices"
@@ -11,8 +12,10 @@ import (
 	"strings"
 	"time"
 
+	mcontainer "github.com/moby/moby/api/types/container"
 	"golang.org/x/sys/unix"
 
+	"github.com/cloudos-io/cloudos/api"
 	"github.com/cloudos-io/cloudos/internal/container"
 	"github.com/cloudos-io/cloudos/internal/fault"
 	"github.com/cloudos-io/cloudos/internal/namespace"
@@ -219,6 +222,18 @@ func inNamespace(f Filters, ofPod bool) bool {
 		return want[NamespaceKubernetes]
 	}
 	return len(want) == 0 || want[NamespacePlain]
+}
+
+// markMember shows of which pod a container is.
+func (e *Engine) markMember(s *mcontainer.Summary, r *container.Record) {
+	_, p, err := e.podOf(r)
+	if err != nil {
+		return
+	}
+	labels := make(map[string]string, len(s.Labels)+1)
+	maps.Copy(labels, s.Labels)
+	labels[api.LabelPod] = p.Namespace + "/" + p.Name
+	s.Labels = labels
 }
 
 // hostLinks are the counters of pods' links at their other end, on the host.

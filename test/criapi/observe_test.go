@@ -324,8 +324,8 @@ func apart(t *testing.T, n *node) {
 	if out := n.must("ps", "-aq", "--no-trunc"); strings.Contains(out, id) || strings.Contains(out, ended) || !strings.Contains(out, plain) {
 		t.Errorf("ps: %s", out)
 	}
-	if out := n.must("ps", "-aq", "--no-trunc", "--filter", "namespace=*"); !strings.Contains(out, id) || !strings.Contains(out, plain) {
-		t.Errorf("ps of all: %s", out)
+	if out := n.must("containers", "ls", "-a", "--no-trunc", "--all-namespaces"); !strings.Contains(out, id) || !strings.Contains(out, plain) || !strings.Contains(out, "test/"+p.Metadata.Name) {
+		t.Errorf("ls of all: %s", out)
 	}
 	if out := n.must("ps", "-aq", "--no-trunc", "--filter", "namespace=kubernetes"); !strings.Contains(out, id) || strings.Contains(out, plain) {
 		t.Errorf("ps of pods: %s", out)
