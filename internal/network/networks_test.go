@@ -356,7 +356,7 @@ func TestDestroyLeavesNothing(t *testing.T) {
 	before := snapshot()
 	m := newManager(t, func(c *Config) { c.IPv6 = "on" })
 	ctx := context.Background()
-	create(t, m, mnetwork.CreateRequest{Name: "n"})
+	create(t, m, mnetwork.CreateRequest{Name: "n", Options: map[string]string{optBandwidth: "100mbit", optVIP: "true"}})
 	if _, err := m.AllowForward(ctx, actions(m)); err != nil {
 		t.Fatal(err)
 	}
