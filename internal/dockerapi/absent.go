@@ -3,6 +3,7 @@ package dockerapi
 import (
 	"net/http"
 
+	"github.com/distribution/reference"
 	"github.com/moby/moby/api/types/build"
 
 	"github.com/cloudos-io/cloudos/internal/fault"
@@ -31,6 +32,27 @@ func noPlugin(_ *response, r *request) error {
 
 func pluginsUnsupported(*response, *request) error {
 	return fault.New(fault.Unsupported, "cannot install plugins: this engine runs no managed plugins")
+}
+
+// pullPlugin refuses what is no request for a plugin as such.
+func pullPlugin(w *response, r *request) error {
+	var privileges []struct{}
+	if err := r.decode(w, &privileges); err != nil {
+		return err
+	}
+	if _, err := reference.ParseNormalizedNamed(r.query.Get("remote")); err != nil {
+		return fault.As(fault.Invalid, err)
+	}
+	return pluginsUnsupported(w, r)
+}
+
+// changePlugin is of a plugin that is not there, once the request makes sense.
+func changePlugin(w *response, r *request) error {
+	var body []any
+	if err := r.decode(w, &body); err != nil {
+		return err
+	}
+	return noPlugin(w, r)
 }
 
 func noBuilds(*response, *request) error {

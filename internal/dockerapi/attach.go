@@ -41,11 +41,13 @@ func (a containersAPI) attach(w *response, r *request) error {
 		return err
 	}
 	_, _ = io.Copy(io.Discard, io.LimitReader(r.Body, 512)) // ahead of the takeover
-	at, err := a.b.ContainerAttach(r.Context(), r.name, req)
+	ctx, cancel := r.streaming()
+	defer cancel()
+	at, err := a.b.ContainerAttach(ctx, r.name, req)
 	if err != nil {
 		return plainError(w, r, err)
 	}
-	return serveStreams(w, r, at, !at.Terminal, keys)
+	return serveStreams(ctx, w, r, at, !at.Terminal, keys)
 }
 
 // plainError answers an attach that failed: clients that asked for a stream
@@ -64,7 +66,7 @@ func plainError(w *response, r *request, cause error) error {
 
 // serveStreams takes the connection over and connects it with the streams, with
 // mux in frames.
-func serveStreams(w *response, r *request, at Attached, mux bool, keys []byte) error {
+func serveStreams(ctx context.Context, w *response, r *request, at Attached, mux bool, keys []byte) error {
 	d, err := takeOver(w)
 	if err != nil {
 		if at.Close != nil {
@@ -76,7 +78,7 @@ func serveStreams(w *response, r *request, at Attached, mux bool, keys []byte) e
 	if err := d.accept(upgrades(r), streamType(r, mux), w.Header(), nil); err != nil {
 		d.gone.Store(true)
 	}
-	d.pump(r.Context(), at, mux, keys, nil)
+	d.pump(ctx, at, mux, keys, nil)
 	return nil
 }
 
@@ -190,7 +192,9 @@ func (a execAPI) start(w *response, r *request) error {
 	if err := checkConsole(req.ConsoleSize); err != nil {
 		return err
 	}
-	at, err := a.b.ExecStart(r.Context(), r.name, req)
+	ctx, cancel := r.streaming()
+	defer cancel()
+	at, err := a.b.ExecStart(ctx, r.name, req)
 	if req.Detach {
 		if err != nil {
 			return err
@@ -213,7 +217,7 @@ func (a execAPI) start(w *response, r *request) error {
 	}
 	// How the output is framed is said by this request, whatever the exec's
 	// creation said of a terminal.
-	return serveStreams(w, r, at, !req.Tty, keys)
+	return serveStreams(ctx, w, r, at, !req.Tty, keys)
 }
 
 // streamError opens the stream only to say what went wrong.

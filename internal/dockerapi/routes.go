@@ -98,15 +98,15 @@ func routes(c Config) []route {
 
 		{"GET", "/plugins", 0, noPlugins},
 		{"GET", "/plugins/privileges", 0, pluginsUnsupported},
-		{"POST", "/plugins/pull", 0, pluginsUnsupported},
+		{"POST", "/plugins/pull", 0, pullPlugin},
 		{"POST", "/plugins/create", 0, pluginsUnsupported},
 		{"GET", "/plugins/{name}/json", 0, noPlugin},
 		{"DELETE", "/plugins/{name}", 0, noPlugin},
 		{"POST", "/plugins/{name}/enable", 0, noPlugin},
 		{"POST", "/plugins/{name}/disable", 0, noPlugin},
-		{"POST", "/plugins/{name}/upgrade", 26, noPlugin},
+		{"POST", "/plugins/{name}/upgrade", 26, changePlugin},
 		{"POST", "/plugins/{name}/push", 0, noPlugin},
-		{"POST", "/plugins/{name}/set", 0, noPlugin},
+		{"POST", "/plugins/{name}/set", 0, changePlugin},
 
 		{"GET", "/swarm", 0, noManager},
 		{"GET", "/swarm/unlockkey", 0, noManager},
@@ -174,4 +174,21 @@ func routes(c Config) []route {
 		{"GET", "/servin/audit/verify", 0, adt.verify},
 		{"GET", "/metrics", 0, own.metrics},
 	}
+}
+
+// Route is one line of the route table, for documents made of it.
+type Route struct{ Method, Pattern, Since string }
+
+// Routes lists the route table. Since is empty where every version has the route.
+func Routes() []Route {
+	table := routes(Config{})
+	out := make([]Route, 0, len(table))
+	for _, r := range table {
+		since := ""
+		if r.since > 0 {
+			since = r.since.String()
+		}
+		out = append(out, Route{r.method, r.pattern, since})
+	}
+	return out
 }

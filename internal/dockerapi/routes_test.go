@@ -3,7 +3,6 @@ package dockerapi
 import (
 	"encoding/base64"
 	"flag"
-	"fmt"
 	"io"
 	"net/http"
 	"os"
@@ -155,7 +154,9 @@ var routeCases = []routeCase{
 
 	{method: "GET", path: "/plugins", status: 200, answer: "[]"},
 	{method: "GET", path: "/plugins/privileges", status: 501},
-	{method: "POST", path: "/plugins/pull", status: 501},
+	{method: "POST", path: "/plugins/pull?remote=a/b", body: `[]`, status: 501},
+	{method: "POST", path: "/plugins/pull", status: 400, answer: "invalid reference"},
+	{method: "POST", path: "/plugins/p/set", body: `[`, status: 400, answer: "malformed Content-Type"},
 	{method: "POST", path: "/plugins/create", status: 501},
 	{method: "GET", path: "/plugins/a/b/json", status: 404, answer: `plugin \"a/b\" not found`},
 	{method: "DELETE", path: "/plugins/a", status: 404},
@@ -375,18 +376,16 @@ Our own routes (types in package ` + "`api`" + `):
 Listeners: a unix socket of mode 0660; tcp with TLS and client certificates; plain tcp on a loopback address with
 ` + "`--insecure-tcp`" + `, where requests with an ` + "`Origin`" + ` or a foreign ` + "`Host`" + ` get 403.
 
-All routes (` + "`{name}`" + ` may hold slashes, ` + "`{id}`" + ` may not):
+[The state of each of Docker's routes](api-routes.md) is written by the contract test, which compares answers with
+Docker's API document.
 
-| method | path | since |
-|---|---|---|
-`)
-	for _, r := range routes(Config{}) {
-		since := ""
-		if r.since > 0 {
-			since = r.since.String()
-		}
-		fmt.Fprintf(&b, "| %s | `%s` | %s |\n", r.method, r.pattern, since)
-	}
+## Our own routes
+
+` + "`{name}`" + ` may hold slashes, ` + "`{id}`" + ` may not.
+
+` + ownRoutes() + `
+## Types of our own routes
+` + ownTypes(t))
 	const path = "../../docs/api.md"
 	if *update {
 		if err := os.WriteFile(path, []byte(b.String()), 0o644); err != nil {

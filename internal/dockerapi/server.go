@@ -78,6 +78,23 @@ type request struct {
 	entry   *audit.Entry // nil if the call is not recorded
 }
 
+// streaming gives a context for a connection that is taken over. net/http ends a
+// request's when it reads an end of file, but a client that has no more input
+// half-closes its end, perhaps along with the request. What is left to end it is
+// the server.
+func (r *request) streaming() (context.Context, context.CancelFunc) {
+	ctx, cancel := context.WithCancel(context.WithoutCancel(r.Context()))
+	srv, ok := r.Context().Value(http.ServerContextKey).(*http.Server)
+	if !ok || srv.BaseContext == nil {
+		return ctx, cancel
+	}
+	stop := context.AfterFunc(srv.BaseContext(nil), cancel)
+	return ctx, func() {
+		stop()
+		cancel()
+	}
+}
+
 func (s *server) ServeHTTP(hw http.ResponseWriter, hr *http.Request) {
 	h := hw.Header()
 	h["Api-Version"] = headerVersion

@@ -89,7 +89,9 @@ func (a servinAPI) run(w *response, r *request) error {
 	if werr != nil {
 		d.gone.Store(true)
 	}
-	res, told := d.pump(r.Context(), run.Streams, true, keys, run.Wait)
+	ctx, cancel := r.streaming()
+	defer cancel()
+	res, told := d.pump(ctx, run.Streams, true, keys, run.Wait)
 	exited := api.RunExited{Detached: d.detached.Load(), ExitCode: int(res.StatusCode)}
 	switch {
 	case res.Error != nil:

@@ -133,12 +133,12 @@ func (p *puller) run(ctx context.Context) error {
 	case reference.Tagged:
 		tag = r.Tag()
 	}
-	p.progress(Progress{ID: tag, Action: "Pulling from " + reference.Path(p.named)})
 	res := s.resolver(p.auth, nil)
 	name, desc, err := res.Resolve(p.base, resolvable(p.named))
 	if err != nil {
-		return err
+		return err // before any progress: clients look at the status
 	}
+	p.progress(Progress{ID: tag, Action: "Pulling from " + reference.Path(p.named)})
 	if isSchema1(desc.MediaType) {
 		return errSchema1()
 	}
