@@ -156,7 +156,7 @@ var routeCases = []routeCase{
 	{method: "GET", path: "/plugins/privileges", status: 501},
 	{method: "POST", path: "/plugins/pull?remote=a/b", body: `[]`, status: 501},
 	{method: "POST", path: "/plugins/pull", status: 400, answer: "invalid reference"},
-	{method: "POST", path: "/plugins/p/set", body: `[`, status: 400, answer: "malformed Content-Type"},
+	{method: "POST", path: "/plugins/p/set", body: `[`, status: 400, answer: "invalid JSON"},
 	{method: "POST", path: "/plugins/create", status: 501},
 	{method: "GET", path: "/plugins/a/b/json", status: 404, answer: `plugin \"a/b\" not found`},
 	{method: "DELETE", path: "/plugins/a", status: 404},
@@ -270,7 +270,7 @@ func newRequest(t *testing.T, c routeCase) *http.Request {
 	}
 	// Opaque keeps what url.Parse would refuse or clean.
 	req.URL.Opaque = path
-	if c.body != "" && strings.HasPrefix(c.body, "{") {
+	if c.body != "" && (strings.HasPrefix(c.body, "{") || strings.HasPrefix(c.body, "[")) {
 		req.Header.Set("Content-Type", "application/json")
 	}
 	for k, v := range c.header {
