@@ -19,6 +19,7 @@ import (
 	"google.golang.org/grpc/keepalive"
 	v1 "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"github.com/cloudos-io/cloudos/internal/audit"
 	"github.com/cloudos-io/cloudos/internal/fault"
 )
 
@@ -33,7 +34,9 @@ type Config struct {
 	TCP           string
 	Cert, Key, CA string
 	Version       string
-	Logger        *slog.Logger
+	// Audit records calls; nil records none.
+	Audit  *audit.Log
+	Logger *slog.Logger
 }
 
 // Server answers the CRI. It implements v1's RuntimeService and ImageService.
@@ -84,7 +87,7 @@ func (s *Server) Listen() (err error) {
 	if err != nil {
 		return fmt.Errorf("cannot serve the CRI: %w", err)
 	}
-	s.add(l)
+	s.add(l, grpc.Creds(peerCredentials{}))
 	if s.cfg.TCP == "" {
 		return nil
 	}
@@ -152,7 +155,7 @@ func (s *Server) tls() (*tls.Config, error) {
 func (s *Server) add(l net.Listener, opts ...grpc.ServerOption) {
 	g := grpc.NewServer(append([]grpc.ServerOption{
 		grpc.MaxRecvMsgSize(maxMessage), grpc.MaxSendMsgSize(maxMessage),
-		grpc.ChainUnaryInterceptor(s.unary), grpc.ChainStreamInterceptor(s.stream),
+		grpc.ChainUnaryInterceptor(s.audited, s.unary), grpc.ChainStreamInterceptor(s.stream),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 10 * time.Second, PermitWithoutStream: true}),
 	}, opts...)...)
 	for _, d := range []*grpc.ServiceDesc{&v1.RuntimeService_ServiceDesc, &v1.ImageService_ServiceDesc} {

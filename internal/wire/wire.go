@@ -267,6 +267,7 @@ func New(ctx context.Context, c *config.Config, inside rootless.State, log *slog
 	}
 	if c.CRI != "" {
 		s.CRI = criapi.New(criapi.Config{
+			Audit:  calls,
 			Engine: s.Engine, Images: images, Socket: c.CRI, TCP: c.CRITCP.Listen, Cert: c.CRITCP.Cert, Key: c.CRITCP.Key, CA: c.CRITCP.CA,
 			Version: api.Version, Logger: log,
 		})

@@ -56,9 +56,9 @@ var arrows = map[string][]string{
 		"internal/network", "internal/volume", "internal/runtime", "internal/store", "internal/logs", "internal/idmap", "internal/cdi",
 		"internal/doctor", "internal/apparmor", "internal/config", "internal/caller", "internal/policy", "api", "internal/namespace"},
 	"internal/dockerapi": {"internal/caller", "internal/audit", "internal/policy", "internal/fault", "internal/image", "internal/engine", "api"},
-	"internal/build":     {"internal/fault", "internal/image", "internal/network"},                      // ADR 18
-	"internal/criapi":    {"internal/fault", "internal/image", "internal/engine", "internal/container"}, // ADR 10
-	"internal/namespace": {"internal/fault"},                                                            // ADR 10
+	"internal/build":     {"internal/fault", "internal/image", "internal/network"},                                                           // ADR 18
+	"internal/criapi":    {"internal/audit", "internal/caller", "internal/fault", "internal/image", "internal/engine", "internal/container"}, // ADR 10
+	"internal/namespace": {"internal/fault"},                                                                                                 // ADR 10
 	"internal/cli":       {"client", "api"},
 	"internal/rootless":  {"internal/fault", "internal/idmap", "internal/snapshot"},
 	"cmd/servin-compose": {"internal/compose", "internal/cli", "api"},            // ADR 21

@@ -36,7 +36,7 @@ echo 'nameserver 192.0.2.53' > "$root/etc/resolv.conf"
 # What containers need of the kernel's modules, with what those need.
 m=lib/modules/$version
 depmod -b "$cache/x" "$version"
-want='/(overlay|ext4|crc32c_generic|virtio_blk|virtio_pci|veth|bridge|br_netfilter|nf_tables|nft_[a-z0-9_]+|nf_(nat|conntrack|dup_ipv4|dup_ipv6|reject_ipv4|reject_ipv6|defrag_ipv4|defrag_ipv6)|nfnetlink|tun|dummy)\.ko'
+want='/(overlay|ext4|quota_v2|quota_tree|crc32c_generic|virtio_blk|virtio_pci|veth|bridge|br_netfilter|nf_tables|nft_[a-z0-9_]+|nf_(nat|conntrack|dup_ipv4|dup_ipv6|reject_ipv4|reject_ipv6|defrag_ipv4|defrag_ipv6)|nfnetlink|tun|dummy)\.ko'
 grep -E "$want" "$cache/x/$m/modules.dep" | tr -d ':' | tr ' ' '\n' | sort -u | while read -r ko; do
 	[ -n "$ko" ] || continue
 	mkdir -p "$root/$m/$(dirname "$ko")"
@@ -75,10 +75,10 @@ ip link set lo up
 echo "SMOKE kernel $(uname -r), up $(cut -d' ' -f1 /proc/uptime) s"
 if [ -d /suite ]; then
 	# On a disk: tmpfs cannot map ids before 6.3.
-	modprobe virtio_pci; modprobe virtio_blk; modprobe ext4
-	mount /dev/vda /tmp || echo "SUITE FAILED: no disk"
+	modprobe virtio_pci; modprobe virtio_blk; modprobe ext4; modprobe quota_v2
+	mount -o prjquota /dev/vda /tmp || echo "SUITE FAILED: no disk"
 	cd /suite
-	SERVIN_TEST_SLOW=5 SERVIN_BIN=/bin ./suite.test -test.v -test.timeout 40m && echo "SUITE passed" || echo "SUITE FAILED"
+	SERVIN_TEST_SLOW=5 SERVIN_TEST_QUOTA=/tmp SERVIN_BIN=/bin ./suite.test -test.v -test.timeout 40m && echo "SUITE passed" || echo "SUITE FAILED"
 	poweroff -f
 fi
 servind > /run/servind.log 2>&1 &
@@ -134,7 +134,7 @@ memory=1024 disk=()
 if [ -n "$suite" ]; then
 	memory=2048
 	truncate -s 8G "$cache/disk.$$"
-	mkfs.ext4 -q -E lazy_itable_init=1,lazy_journal_init=1 "$cache/disk.$$"
+	mkfs.ext4 -q -O quota,project -E quotatype=prjquota,lazy_itable_init=1,lazy_journal_init=1 "$cache/disk.$$"
 	trap 'rm -rf "$root" "$cache/disk.$$"' EXIT
 	disk=(-drive "file=$cache/disk.$$,format=raw,if=virtio,cache=unsafe")
 fi
