@@ -135,7 +135,11 @@ func (e *Engine) create(ctx context.Context, req CreateRequest) (u *unit, warnin
 		return nil, nil, err
 	}
 	if e.policed() {
-		if err := e.mayCreate(ctx, cfg, hc, img, endpoints); err != nil {
+		judged := hc
+		if req.member != nil {
+			judged = e.memberModes(hc, req.member)
+		}
+		if err := e.mayCreate(ctx, cfg, judged, img, endpoints); err != nil {
 			return nil, nil, err
 		}
 	}

@@ -163,6 +163,28 @@ func (e *Engine) checkImageMounts(ctx context.Context, mounts []mount.Mount) err
 	return nil
 }
 
+// memberModes are a member's limits and rights with the namespaces that it really
+// gets, for who judges them.
+func (e *Engine) memberModes(hc *mcontainer.HostConfig, m *container.Member) *mcontainer.HostConfig {
+	c := *hc
+	c.NetworkMode = "pod"
+	p, err := e.lookupPod(m.Pod)
+	if err != nil {
+		return &c
+	}
+	r := p.rec.Load()
+	if r.Network == container.NamespaceHost {
+		c.NetworkMode, c.UTSMode = "host", "host"
+	}
+	if r.IPC == container.NamespaceHost {
+		c.IpcMode = "host"
+	}
+	if m.PID == container.NamespaceHost {
+		c.PidMode = "host"
+	}
+	return &c
+}
+
 // podOf finds the pod of a container; it must be there for as long as the
 // container is.
 func (e *Engine) podOf(r *container.Record) (*pod, *container.Pod, error) {
@@ -356,6 +378,11 @@ func (e *Engine) PodContainerUpdate(ctx context.Context, id string, res mcontain
 		m.Unified = unified
 	}
 	m.Edge = edge
+	if e.policed() {
+		if err := e.mayLimit(ctx, r, &hc); err != nil {
+			return err
+		}
+	}
 	if t := u.running(); t != nil {
 		lr, err := oci.Resources(&hc.Resources, oci.DevicesAt)
 		if err != nil {

@@ -42,6 +42,11 @@ func (e *Engine) PodContainerExec(ctx context.Context, id string, x PodExec) (in
 	if err := e.executable(u, u.id); err != nil {
 		return 0, err
 	}
+	if e.policed() {
+		if err := e.mayExec(ctx, u.rec.Load(), "", false); err != nil {
+			return 0, err
+		}
+	}
 	req := mcontainer.ExecCreateRequest{Cmd: x.Cmd, Tty: x.TTY, AttachStdin: x.Stdin != nil, AttachStdout: true, AttachStderr: true}
 	run := &execution{id: newID(), u: u, req: req}
 	proc, err := e.runExec(context.WithoutCancel(ctx), u, t, run, false)

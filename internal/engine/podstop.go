@@ -14,6 +14,7 @@ import (
 	"github.com/cloudos-io/cloudos/internal/container"
 	"github.com/cloudos-io/cloudos/internal/fault"
 	"github.com/cloudos-io/cloudos/internal/namespace"
+	"github.com/cloudos-io/cloudos/internal/store"
 )
 
 // PodStop ends a pod: its containers are killed and its network is given back.
@@ -38,15 +39,18 @@ func (e *Engine) lowerPod(ctx context.Context, p *pod) error {
 	ctx, cancel := context.WithTimeout(ctx, 2*time.Minute)
 	defer cancel()
 	was := p.rec.Load().Ready
+	var stored store.Pending
 	if was {
 		// No container starts in it from here on.
-		if _, pend, err := e.changePod(p, func(n *container.Pod) { n.Ready = false }); err != nil {
+		var err error
+		if _, stored, err = e.changePod(p, func(n *container.Pod) { n.Ready = false }); err != nil {
 			return err
-		} else if err := pend.Wait(); err != nil {
-			return fmt.Errorf("cannot stop pod %s: %w", short(p.id), err)
 		}
 	}
 	err := e.haltMembers(ctx, p)
+	if serr := stored.Wait(); err == nil {
+		err = serr // a pod that is said to be ready has its network
+	}
 	if err == nil {
 		err = e.endNetwork(ctx, p)
 	}
@@ -73,7 +77,7 @@ func (e *Engine) haltMembers(ctx context.Context, p *pod) error {
 			e.killForRemoval(ctx, u) // starts under way see the pod's state
 			err := u.acquire(ctx)
 			if err == nil {
-				err = e.halt(ctx, u, int(unix.SIGKILL), 0, true)
+				err = e.halt(ctx, u, int(unix.SIGKILL), 0, false) // nothing restarts it
 				u.release()
 			}
 			if err != nil {
@@ -96,11 +100,9 @@ func (e *Engine) endNetwork(ctx context.Context, p *pod) error {
 	if err := e.cfg.PodNetwork.Teardown(ctx, e.podRequest(p, r)); err != nil {
 		return err
 	}
-	_, pend, err := e.changePod(p, func(n *container.Pod) { n.IPs, n.Detail = nil, nil })
-	if err != nil {
-		return err
-	}
-	return pend.Wait()
+	// Lost in a power cut, this is done again.
+	_, _, err := e.changePod(p, func(n *container.Pod) { n.IPs, n.Detail = nil, nil })
+	return err
 }
 
 // PodRemove removes a pod and its containers; those that run are killed. A pod

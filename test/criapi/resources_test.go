@@ -42,7 +42,8 @@ func limit(t *testing.T, n *node, id, v1File, v2File string) string {
 
 func resources(t *testing.T, n *node) {
 	c := sleeper("a")
-	c.Linux.Resources = &v1.LinuxContainerResources{CpuPeriod: 100000, CpuQuota: 20000, CpuShares: 512, MemoryLimitInBytes: 64 << 20, MemorySwapLimitInBytes: 64 << 20, CpusetCpus: "0"}
+	c.Linux.Resources = &v1.LinuxContainerResources{CpuPeriod: 100000, CpuQuota: 20000, CpuShares: 512, MemoryLimitInBytes: 64 << 20, MemorySwapLimitInBytes: 64 << 20, CpusetCpus: "0",
+		HugepageLimits: []*v1.HugepageLimit{{PageSize: "2MB", Limit: 0}, {PageSize: "1GB", Limit: 0}}}
 	p := podConfig(t)
 	p.Linux.CgroupParent = "/kubepods-test-" + p.Metadata.Name + "/burstable"
 	t.Cleanup(func() { removeGroups(p.Linux.CgroupParent) })
