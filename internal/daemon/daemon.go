@@ -141,7 +141,7 @@ func notifyReady() {
 const (
 	gcPercent   = 50
 	memoryLimit = 192 << 20 // soft: beyond it collections get frequent
-	trimEvery   = 20 * time.Second
+	trimEvery   = 10 * time.Second
 )
 
 // TuneMemory sets them; the environment (GOGC, GOMEMLIMIT) wins.
@@ -174,6 +174,7 @@ func trim(ctx context.Context) {
 			continue
 		}
 		debug.FreeOSMemory()
+		unmapProgram()
 		runtime.ReadMemStats(&ms)
 		last, trimmed = ms.TotalAlloc, ms.TotalAlloc
 	}
