@@ -117,15 +117,17 @@ func (s *services) Alias(ctx context.Context, r contract.AliasRequest) error {
 // Adopt makes a built image ready to run from the builder's own snapshots. Where
 // that cannot be, its layers are unpacked.
 func (s *services) Adopt(ctx context.Context, r contract.AdoptRequest) error {
-	var chains, snaps []string
-	for _, l := range r.Layers {
-		chains, snaps = append(chains, l.Chain), append(snaps, l.Snapshot)
+	if ok, err := s.cfg.Images.Bound(ctx, r.Image); err != nil || ok {
+		return err
 	}
-	if err := s.cfg.Images.Adopt(ctx, chains, snaps); err != nil {
-		s.log.Debug("layers that were built are unpacked again", "cause", err)
-	}
-	if r.Image == "" {
-		return nil
+	for _, layers := range r.Results {
+		var chains, snaps []string
+		for _, l := range layers {
+			chains, snaps = append(chains, l.Chain), append(snaps, l.Snapshot)
+		}
+		if err := s.cfg.Images.Adopt(ctx, chains, snaps); err != nil {
+			s.log.Debug("layers that were built are unpacked again", "cause", err)
+		}
 	}
 	return s.cfg.Images.Ready(ctx, r.Image)
 }

@@ -249,7 +249,33 @@ func (s *Service) Adopt(ctx context.Context, chains, snaps []string) error {
 	return nil
 }
 
-// Ready makes every variant of an image that suits this host ready to run.
+// Bound tells whether an image is ready to run and holds its layers itself.
+func (s *Service) Bound(ctx context.Context, ref string) (bool, error) {
+	f, err := s.find(ctx, ref)
+	if err != nil {
+		return false, err
+	}
+	v, err := s.pick(ctx, ref, f, "")
+	if err != nil || len(v.diffIDs) == 0 {
+		return err == nil, err
+	}
+	ctx = s.ctx(ctx)
+	info, err := s.content.Info(ctx, v.config.Digest)
+	if err != nil {
+		return false, asFault(err)
+	}
+	chain := v.chainID().String()
+	if info.Labels[gcSnapshot] != chain {
+		return false, nil
+	}
+	_, err = s.snaps.Stat(ctx, chain)
+	if errdefs.IsNotFound(err) {
+		return false, nil
+	}
+	return err == nil, asFault(err)
+}
+
+// Ready makes the variant of an image that suits this host best ready to run.
 func (s *Service) Ready(ctx context.Context, ref string) error {
 	f, err := s.find(ctx, ref)
 	if err != nil {

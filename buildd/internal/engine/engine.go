@@ -77,7 +77,7 @@ func Dial() (*Engine, error) {
 	}
 	return &Engine{
 		Client:    contract.Client{Conn: cc},
-		Content:   contentproxy.NewContentStore(contentapi.NewContentClient(cc)),
+		Content:   ahead{contentproxy.NewContentStore(contentapi.NewContentClient(cc))},
 		Snapshots: snapshotproxy.NewSnapshotter(snapshotsapi.NewSnapshotsClient(cc), contract.Snapshotter),
 		Leases:    leaseproxy.NewLeaseManager(leasesapi.NewLeasesClient(cc)),
 		Images:    imageStore{imagesapi.NewImagesClient(cc)},

@@ -106,12 +106,11 @@ func (i imageInstance) adopt(ctx context.Context, src *exporter.Source, resp map
 			refs[r.ID()] = r
 		}
 	}
+	req := contract.AdoptRequest{Image: resp[exptypes.ExporterImageDigestKey]}
 	for _, r := range refs {
-		if err := i.w.engine.Adopt(ctx, contract.AdoptRequest{Layers: i.w.layersOf(r)}); err != nil {
-			return err
-		}
+		req.Results = append(req.Results, i.w.layersOf(r))
 	}
-	return i.w.engine.Adopt(ctx, contract.AdoptRequest{Image: resp[exptypes.ExporterImageDigestKey]})
+	return i.w.engine.Adopt(ctx, req)
 }
 
 // layersOf tells which snapshots hold the layers of a result.

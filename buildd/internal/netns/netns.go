@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"sync"
+	"time"
 
 	resources "github.com/moby/buildkit/executor/resources/types"
 	"github.com/moby/buildkit/identity"
@@ -20,11 +21,21 @@ import (
 	"github.com/cloudos-io/cloudos/internal/build/contract"
 )
 
-// Provider makes networks for steps.
+// Provider makes networks for steps. One is kept ready, so that a step need not
+// wait for its own, and used ones are given back behind the steps' backs.
 type Provider struct {
 	engine contract.Engine
 	dir    string
+
+	mu     sync.Mutex
+	ready  *namespace
+	making bool
+	closed bool
+	work   sync.WaitGroup
 }
+
+// keepReady is how long an unused network is kept.
+const keepReady = 10 * time.Second
 
 // New makes a Provider that keeps namespaces in dir.
 func New(e contract.Engine, dir string) (*Provider, error) {
@@ -34,11 +45,77 @@ func New(e contract.Engine, dir string) (*Provider, error) {
 	return &Provider{engine: e, dir: dir}, nil
 }
 
-// Close is there for the contract: each namespace is closed by itself.
-func (p *Provider) Close() error { return nil }
+// Close gives everything back.
+func (p *Provider) Close() error {
+	p.mu.Lock()
+	p.closed = true
+	n := p.ready
+	p.ready = nil
+	p.mu.Unlock()
+	var err error
+	if n != nil {
+		err = n.release()
+	}
+	p.work.Wait()
+	return err
+}
 
-// New makes a network.
+// New gives out a network.
 func (p *Provider) New(ctx context.Context, hostname string, _ network.NamespaceOptions) (network.Namespace, error) {
+	if hostname != "" {
+		return p.attach(ctx, hostname)
+	}
+	p.mu.Lock()
+	n := p.ready
+	p.ready = nil
+	p.mu.Unlock()
+	defer p.prepare()
+	if n != nil {
+		n.timer.Stop()
+		return n, nil
+	}
+	return p.attach(ctx, "")
+}
+
+// prepare makes the next network.
+func (p *Provider) prepare() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.ready != nil || p.making || p.closed {
+		return
+	}
+	p.making = true
+	p.work.Go(func() {
+		n, err := p.attach(context.Background(), "")
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		p.making = false
+		switch {
+		case err != nil: // whoever needs one will be told
+		case p.closed:
+			p.work.Go(func() { _ = n.release() })
+		default:
+			p.ready = n
+			n.timer = time.AfterFunc(keepReady, func() { p.expire(n) })
+		}
+	})
+}
+
+// expire gives back a network that nobody wanted.
+func (p *Provider) expire(n *namespace) {
+	p.mu.Lock()
+	mine := p.ready == n
+	if mine {
+		p.ready = nil
+	}
+	p.mu.Unlock()
+	if mine {
+		_ = n.release()
+	}
+}
+
+// attach makes a network.
+func (p *Provider) attach(ctx context.Context, hostname string) (*namespace, error) {
 	id := "build-" + identity.NewID()
 	n := &namespace{p: p, id: id, path: filepath.Join(p.dir, id)}
 	f, err := n.make()
@@ -48,7 +125,7 @@ func (p *Provider) New(ctx context.Context, hostname string, _ network.Namespace
 	defer f.Close()
 	n.attached = true
 	if _, err := p.engine.Attach(ctx, contract.AttachRequest{ID: id, Hostname: hostname, FD: int(f.Fd())}); err != nil {
-		return nil, errors.Join(fmt.Errorf("cannot connect a build step: %w", err), n.Close())
+		return nil, errors.Join(fmt.Errorf("cannot connect a build step: %w", err), n.release())
 	}
 	return n, nil
 }
@@ -57,6 +134,7 @@ type namespace struct {
 	p        *Provider
 	id, path string
 	attached bool
+	timer    *time.Timer
 	once     sync.Once
 	err      error
 }
@@ -118,8 +196,13 @@ func (n *namespace) Set(s *specs.Spec) error {
 // Sample tells nothing: the engine counts.
 func (n *namespace) Sample() (*resources.NetworkSample, error) { return nil, nil }
 
-// Close gives the network back.
+// Close gives the network back, in its own time.
 func (n *namespace) Close() error {
+	n.p.work.Go(func() { _ = n.release() })
+	return nil
+}
+
+func (n *namespace) release() error {
 	n.once.Do(func() {
 		var errs []error
 		if n.attached {

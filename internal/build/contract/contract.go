@@ -65,11 +65,11 @@ type LayerRequest struct {
 // AliasRequest asks for the snapshot From to be known as To on Parent, too.
 type AliasRequest struct{ From, To, Parent string }
 
-// AdoptRequest tells which snapshots hold the layers of an image just built, the
-// lowest first, and asks for the image to be made ready to run.
+// AdoptRequest asks for an image just built to be made ready to run. Results tell
+// which snapshots hold its layers, for each platform, the lowest first.
 type AdoptRequest struct {
-	Layers []Adopted
-	Image  string // name or digest; "" for layers alone
+	Results [][]Adopted
+	Image   string // name or digest
 }
 
 // Adopted is one layer: the snapshot holds what Chain names.
