@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"maps"
 	"net/netip"
-	"regexp"
 	"strings"
 
 	"github.com/cloudos-io/cloudos/internal/fault"
@@ -15,8 +14,6 @@ import (
 	"github.com/cloudos-io/cloudos/internal/network/ipam"
 	"github.com/moby/moby/api/types/network"
 )
-
-var networkName = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9_.-]{0,254}$`)
 
 // predefined tells whether a name belongs to a network that always exists or
 // to a mode of docker run --network.
@@ -30,7 +27,7 @@ func predefined(name string) bool {
 
 // Create makes a network.
 func (m *Manager) Create(ctx context.Context, req network.CreateRequest) (network.CreateResponse, error) {
-	if !networkName.MatchString(req.Name) {
+	if !plainName(req.Name, 255) {
 		return network.CreateResponse{}, fault.New(fault.Invalid, "invalid network name: %q: letters, digits and _.- are allowed, and the first must be a letter or digit", req.Name)
 	}
 	if predefined(req.Name) {

@@ -163,14 +163,14 @@ type corpse struct {
 	shaped bool
 }
 
-var instanceName = regexp.MustCompile(`^[A-Za-z0-9_-]{1,64}$`)
+var instanceName = regexp.MustCompile(`^[A-Za-z0-9_-]+$`)
 
 // New takes up the networks of an engine: it reads their records, makes sure
 // that the default ones exist and puts bridges and rules in place. A host that
 // cannot have bridge networks still gets a Manager; creating or using one then
 // says why.
 func New(ctx context.Context, cfg Config) (*Manager, error) {
-	if !instanceName.MatchString(cfg.Instance) {
+	if len(cfg.Instance) > 64 || !instanceName.MatchString(cfg.Instance) {
 		return nil, fault.New(fault.Invalid, "cannot use %q as an instance id: letters, digits, - and _ are allowed, 64 at most", cfg.Instance)
 	}
 	switch cfg.IPv6 {

@@ -42,7 +42,9 @@ const (
 	negativeFor = 5 * time.Second // how long a failed activation is believed by Names
 )
 
-var nameRule = regexp.MustCompile(`^[a-zA-Z0-9][a-zA-Z0-9_.-]{0,127}$`)
+// Its length is bounded where it is used: a counting expression takes a hundred
+// kilobytes.
+var nameRule = regexp.MustCompile(`^[a-zA-Z0-9][a-zA-Z0-9_.-]*$`)
 
 // Dirs are where Docker's plugins are found.
 var Dirs = [...]string{"/run/docker/plugins", "/etc/docker/plugins", "/usr/lib/docker/plugins"}
@@ -100,7 +102,7 @@ type Plugin struct {
 // Find gives the plugin of a name that implements a kind, activated.
 func (s *Set) Find(ctx context.Context, kind, name string) (*Plugin, error) {
 	none := fault.New(fault.NotFound, "plugin %q not found", name)
-	if !nameRule.MatchString(name) {
+	if len(name) > 128 || !nameRule.MatchString(name) {
 		return nil, none
 	}
 	p, err := s.locate(name)
@@ -193,7 +195,7 @@ func (s *Set) scan() []string {
 				}
 				name = strings.TrimSuffix(name, ext)
 			}
-			if nameRule.MatchString(name) && !slices.Contains(out, name) {
+			if len(name) <= 128 && nameRule.MatchString(name) && !slices.Contains(out, name) {
 				out = append(out, name)
 			}
 		}

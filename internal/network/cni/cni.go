@@ -117,7 +117,7 @@ type Service struct {
 // key is the identity of an attachment.
 type key struct{ id, ifName string }
 
-var containerID = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9_.-]{0,127}$`)
+var containerID = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9_.-]*$`) // of 128 bytes at most
 
 // New reads the records and the configuration. A directory that is not there is
 // no configuration, not an error: it may come.
@@ -266,7 +266,7 @@ func (s *Service) Add(ctx context.Context, q Request) (Result, error) {
 }
 
 func (q *Request) check() error {
-	if !containerID.MatchString(q.ContainerID) {
+	if len(q.ContainerID) > 128 || !containerID.MatchString(q.ContainerID) {
 		return fault.New(fault.Invalid, "cannot connect %q: that is no container id", q.ContainerID)
 	}
 	if err := utils.ValidateInterfaceName(q.IfName); err != nil {

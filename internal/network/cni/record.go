@@ -244,7 +244,7 @@ func decodeRecord(b []byte) (*record, error) {
 	switch {
 	case r.Version < 1 || r.Version > recordVersion:
 		return nil, fmt.Errorf("it has version %d, which this engine does not know", r.Version)
-	case !containerID.MatchString(r.ContainerID) || r.IfName == "" || strings.ContainsAny(r.IfName, "/@") || len(r.Plugins) == 0:
+	case len(r.ContainerID) > 128 || !containerID.MatchString(r.ContainerID) || r.IfName == "" || strings.ContainsAny(r.IfName, "/@") || len(r.Plugins) == 0:
 		return nil, errors.New("it does not name its attachment")
 	}
 	if _, err := r.plugins(); err != nil {
