@@ -89,7 +89,14 @@ func waitUntil(t *testing.T, what string, ok func() bool) {
 func (b *cniBed) clean() {
 	b.t.Helper()
 	for _, d := range []string{"cni/attachments", "run/netns", "netrun/endpoints"} {
-		if es, _ := os.ReadDir(filepath.Join(b.dir, d)); len(es) > 0 {
+		// An attachment is forgotten first, its namespace given up right after.
+		var es []os.DirEntry
+		for end := time.Now().Add(10 * time.Second); time.Now().Before(end); time.Sleep(10 * time.Millisecond) {
+			if es, _ = os.ReadDir(filepath.Join(b.dir, d)); len(es) == 0 {
+				break
+			}
+		}
+		if len(es) > 0 {
 			b.t.Errorf("%s is not empty: %v", d, es)
 		}
 	}

@@ -208,7 +208,14 @@ func (b *bed) clean() {
 	if r := b.records(); len(r) > 0 {
 		b.t.Errorf("records stay: %v", r)
 	}
-	if es, _ := os.ReadDir(filepath.Join(b.dir, "run", "netns")); len(es) > 0 {
+	// An attachment is forgotten first, its namespace given up right after.
+	var es []os.DirEntry
+	for end := time.Now().Add(10 * time.Second); time.Now().Before(end); time.Sleep(10 * time.Millisecond) {
+		if es, _ = os.ReadDir(filepath.Join(b.dir, "run", "netns")); len(es) == 0 {
+			break
+		}
+	}
+	if len(es) > 0 {
 		b.t.Errorf("bound namespaces stay: %v", es)
 	}
 	mounts, err := os.ReadFile("/proc/self/mounts")
