@@ -227,8 +227,8 @@ func testPause(t *testing.T, dr Driver) {
 	}
 	if err := task.Resume(e.ctx()); err != nil {
 		select {
-		case <-task.Exited(): // v2 freezers let killed processes go
-		default:
+		case <-task.Exited(): // v2 freezers let killed processes go; runc thaws to kill
+		case <-time.After(10 * time.Second):
 			t.Fatal(err)
 		}
 	}
