@@ -76,6 +76,7 @@ type Config struct {
 
 	Network Network `yaml:"network"`
 	CNI     CNI     `yaml:"cni"`
+	NRI     NRI     `yaml:"nri"`
 	Logs    Logs    `yaml:"logs"`
 	Build   Build   `yaml:"build"`
 	// Ulimits are defaults for containers, name to "soft:hard" or one number.
@@ -165,6 +166,17 @@ type CNI struct {
 	// Require lets pods wait for configuration; without it the engine's own bridge
 	// serves where there is none.
 	Require bool `yaml:"require"`
+}
+
+// NRI is where plugins that watch and change pods come from; all empty is off.
+type NRI struct {
+	// Socket is where plugins connect that others start (others have
+	// /var/run/nri/nri.sock).
+	Socket string `yaml:"socket"`
+	// PluginDir holds plugins to start (others have /opt/nri/plugins), ConfigDir
+	// their configuration (/etc/nri/conf.d).
+	PluginDir string `yaml:"pluginDir"`
+	ConfigDir string `yaml:"configDir"`
 }
 
 // Pool is a range of addresses to cut subnets from.
@@ -336,7 +348,8 @@ func UserRoots() (root, run string) {
 func (c *Config) Check() error {
 	bad := func(format string, args ...any) error { return fault.New(fault.Invalid, format, args...) }
 	for name, p := range map[string]string{"policy": c.Policy, "secrets.keyFile": c.Secrets.KeyFile, "secrets.passphraseFile": c.Secrets.PassphraseFile,
-		"root": c.Root, "runRoot": c.RunRoot, "seccompProfile": c.SeccompProfile, "alerts": c.Alerts, "cni.confDir": c.CNI.ConfDir, "cni.binDir": c.CNI.BinDir} {
+		"root": c.Root, "runRoot": c.RunRoot, "seccompProfile": c.SeccompProfile, "alerts": c.Alerts, "cni.confDir": c.CNI.ConfDir, "cni.binDir": c.CNI.BinDir,
+		"nri.socket": c.NRI.Socket, "nri.pluginDir": c.NRI.PluginDir, "nri.configDir": c.NRI.ConfigDir} {
 		if p != "" && !filepath.IsAbs(p) {
 			return bad("%s must be an absolute path, not %q", name, p)
 		}

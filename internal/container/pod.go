@@ -66,8 +66,9 @@ type PodPort struct {
 
 // Member is what a pod's container has beyond Docker's vocabulary.
 type Member struct {
-	// Pod is the id of its pod.
-	Pod string
+	// Pod is the id of its pod, Name its name there.
+	Pod  string
+	Name string `json:",omitempty"`
 	// Log is where its output goes, an absolute path, "" nowhere.
 	Log string `json:",omitempty"`
 	// PID says whose processes it sees; Target is the container of NamespaceTarget.

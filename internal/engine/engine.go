@@ -128,6 +128,7 @@ type Engine struct {
 
 	execs execTable
 	pods  pods
+	hooks PodHooks // nil: none
 
 	// ctx ends with the engine: background work stops at its next step.
 	ctx    context.Context

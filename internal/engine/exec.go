@@ -303,6 +303,12 @@ func (e *Engine) runExec(ctx context.Context, u *unit, t runtime.Task, x *execut
 		return nil, err
 	}
 	in := oci.ExecInput{Init: init, Config: r.Config, Request: x.req, User: init.User, Home: homeOf(init), Host: e.cfg.Host}
+	if e.hooks != nil && r.Pod != nil {
+		// Plugins may have changed the variables.
+		c := *r.Config
+		c.Env = init.Env
+		in.Config = &c
+	}
 	in.Request.ConsoleSize = nil
 	if x.size != [2]uint{} {
 		in.Request.ConsoleSize = &x.size

@@ -98,6 +98,9 @@ func (e *Engine) exited(u *unit, t runtime.Task) {
 		e.publish(u, events.ActionOOM, nil)
 	}
 	e.publishExit(u, n, x)
+	e.hookContainer(r, func(h PodHooks, ctx context.Context, p *container.Pod) []LimitChange {
+		return h.ContainerStopped(ctx, p, n)
+	})
 	e.publishEndpoints(r, r.Attached, events.ActionDisconnect)
 	e.publishMounts(r, events.ActionUnmount)
 	e.notify(u, false)

@@ -187,6 +187,11 @@ func (e *Engine) PodRun(ctx context.Context, r *container.Pod) (id string, err e
 	if err := e.raisePod(ctx, p, &back); err != nil {
 		return "", fmt.Errorf("cannot run pod %s/%s: %w", r.Namespace, r.Name, err)
 	}
+	if e.hooks != nil {
+		if err := e.hooks.PodRun(ctx, p.rec.Load()); err != nil {
+			return "", fmt.Errorf("cannot run pod %s/%s: a plugin refuses it: %w", r.Namespace, r.Name, err)
+		}
+	}
 	_, pend, err := e.changePod(p, func(n *container.Pod) { n.Ready = true })
 	if err == nil {
 		err = pend.Wait()

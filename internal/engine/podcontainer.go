@@ -54,7 +54,7 @@ func (e *Engine) PodContainerCreate(ctx context.Context, podID string, c PodCont
 		return "", fault.New(fault.Conflict, "cannot create container: pod %s is not ready", short(p.id))
 	}
 	m := c.Member
-	m.Pod = p.id
+	m.Pod, m.Name = p.id, c.Name
 	if err := e.checkMember(ctx, r, &m, c); err != nil {
 		return "", err
 	}
@@ -392,6 +392,9 @@ func (e *Engine) PodContainerUpdate(ctx context.Context, id string, res mcontain
 			lr.HugepageLimits = append(lr.HugepageLimits, specs.LinuxHugepageLimit{Pagesize: size, Limit: hugepages[size]})
 		}
 		lr.Unified = unified
+		if err := e.hookUpdate(ctx, r, lr); err != nil {
+			return err
+		}
 		if err := t.Update(ctx, lr); err != nil {
 			return fault.New(fault.Of(err), "cannot update container %s: %w", short(u.id), err)
 		}

@@ -62,6 +62,9 @@ func (e *Engine) lowerPod(ctx context.Context, p *pod) error {
 		return err
 	}
 	if was {
+		if e.hooks != nil {
+			e.hooks.PodStop(ctx, p.rec.Load())
+		}
 		e.podEvent(p, events.ActionStop)
 	}
 	return nil
@@ -164,6 +167,9 @@ func (e *Engine) erasePod(ctx context.Context, p *pod) error {
 	delete(e.pods.m, p.id)
 	e.pods.mu.Unlock()
 	e.names.Release(p.name, p.id)
+	if e.hooks != nil {
+		e.hooks.PodRemove(ctx, p.rec.Load())
+	}
 	e.podEvent(p, events.ActionDestroy)
 	return nil
 }

@@ -124,6 +124,10 @@ func (e *Engine) remove(ctx context.Context, u *unit, volumes bool) error {
 		a.Close()
 	}
 	e.publish(u, events.ActionDestroy, nil)
+	e.hookContainer(r, func(h PodHooks, ctx context.Context, p *container.Pod) []LimitChange {
+		h.ContainerRemoved(ctx, p, r)
+		return nil
+	})
 	e.notify(u, true)
 	return nil
 }

@@ -210,6 +210,10 @@ func (e *Engine) launch(ctx context.Context, u *unit, o launch) (p store.Pending
 	e.publishMounts(r, events.ActionMount)
 	e.publishEndpoints(r, att.endpoints, events.ActionConnect)
 	e.publish(u, events.ActionStart, nil)
+	e.hookContainer(r, func(h PodHooks, ctx context.Context, p *container.Pod) []LimitChange {
+		h.ContainerStarted(ctx, p, nr)
+		return nil
+	})
 	e.logStarted(r)
 	e.meters.started(time.Since(begin))
 	e.spawn(func() { e.await(u, task) })
@@ -275,6 +279,9 @@ func (e *Engine) prepare(ctx context.Context, u *unit, r *container.Record, o *l
 	}
 	if r.Pod != nil {
 		o.user = finishMember(r, spec)
+		if err := e.hookCreate(ctx, r, spec); err != nil {
+			return req, g, err
+		}
 	}
 	e.restricted(u, warnings, o)
 	keep = true

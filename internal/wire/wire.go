@@ -22,6 +22,7 @@ import (
 
 	mcontainer "github.com/moby/moby/api/types/container"
 	"github.com/moby/moby/api/types/registry"
+	specs "github.com/opencontainers/runtime-spec/specs-go"
 
 	"github.com/docker/go-units"
 
@@ -42,6 +43,7 @@ import (
 	"github.com/cloudos-io/cloudos/internal/network"
 	"github.com/cloudos-io/cloudos/internal/network/cni"
 	"github.com/cloudos-io/cloudos/internal/network/ipam"
+	"github.com/cloudos-io/cloudos/internal/nri"
 	"github.com/cloudos-io/cloudos/internal/oci"
 	"github.com/cloudos-io/cloudos/internal/plugin"
 	"github.com/cloudos-io/cloudos/internal/rootless"
@@ -67,7 +69,9 @@ type System struct {
 	// parts run as long as the system does.
 	parts  []part
 	closes []func() error
-	log    *slog.Logger
+	// recovered is closed when the engine knows what there is.
+	recovered chan struct{}
+	log       *slog.Logger
 }
 
 type part struct {
@@ -77,7 +81,7 @@ type part struct {
 
 // New builds everything. On failure it closes what it has opened.
 func New(ctx context.Context, c *config.Config, inside rootless.State, log *slog.Logger) (_ *System, err error) {
-	s := &System{log: log}
+	s := &System{log: log, recovered: make(chan struct{})}
 	defer func() {
 		if err != nil {
 			_ = s.close()
@@ -234,12 +238,16 @@ func New(ctx context.Context, c *config.Config, inside rootless.State, log *slog
 	}
 	s.part("remote logs", shipper.Run)
 
-	podNetwork, err := network.NewPodPlugins(network.PodPluginsConfig{
-		Service: plugins, Bridge: network.NewPodBridge(networks, ""), Root: filepath.Join(c.Root, "cni"),
-	})
+	podBridge := network.NewPodBridge(networks, "")
+	if c.CNI.Require {
+		podBridge = nil
+	}
+	podNetwork, err := network.NewPodPlugins(network.PodPluginsConfig{Service: plugins, Bridge: podBridge, Root: filepath.Join(c.Root, "cni")})
 	if err != nil {
 		return nil, err
 	}
+
+	devices := cdi.New(c.CDISpecDirs)
 
 	// The engine and its edges.
 	s.Engine, err = engine.New(engine.Config{
@@ -249,7 +257,7 @@ func New(ctx context.Context, c *config.Config, inside rootless.State, log *slog
 		CgroupParent: c.CgroupParent, CgroupV2: v2, NoCgroups: inside.Active && !v2, CgroupDriver: c.CgroupDriver, Rootless: inside.Active, Defaults: defaults,
 		LogDriver: c.Logs.Driver, LogOptions: c.Logs.Options, LogShipper: shipper, LogMaxSize: logSize, LogMaxFiles: c.Logs.MaxFiles, NoNewPrivileges: c.NoNewPrivileges, Init: c.Init,
 		ShutdownTimeout: time.Duration(c.ShutdownTimeout), Labels: c.Labels, RegistryConfig: registryInfo(c), Pool: *c.Pool,
-		CDI: cdi.New(c.CDISpecDirs), PublishThrough: c.Network.PublishThrough, Tracer: tracer.Tracer(), Logger: log,
+		CDI: devices, PublishThrough: c.Network.PublishThrough, Tracer: tracer.Tracer(), Logger: log,
 		PodNetwork: podNetwork, Pause: shim.Open,
 		Resolver: engine.Resolver{Servers: addresses(c.Network.DNS), Search: c.Network.Search, Options: c.Network.Options},
 		Checks: func(ctx context.Context) []api.Finding {
@@ -262,6 +270,20 @@ func New(ctx context.Context, c *config.Config, inside rootless.State, log *slog
 		return nil, err
 	}
 	s.onClose(s.Engine.Close)
+	if c.NRI != (config.NRI{}) {
+		hooks, err := nri.New(nri.Config{
+			Socket: c.NRI.Socket, PluginDir: c.NRI.PluginDir, ConfigDir: c.NRI.ConfigDir, Version: api.Version, Engine: s.Engine,
+			Inject: func(ctx context.Context, spec *specs.Spec, names []string) error {
+				return devices.Inject(ctx, spec, []mcontainer.DeviceRequest{{Driver: "cdi", DeviceIDs: names}})
+			},
+			Ready: s.recovered, Logger: log,
+		})
+		if err != nil {
+			return nil, err
+		}
+		s.Engine.SetPodHooks(hooks)
+		s.part("nri", hooks.Run)
+	}
 	if c.CRI == "" && c.CRITCP.Listen != "" {
 		return nil, fault.New(fault.Invalid, "cannot serve the CRI at %s alone: give its socket, too (cri, or --cri)", c.CRITCP.Listen)
 	}
@@ -325,6 +347,7 @@ func (s *System) Run(ctx context.Context, serve func(ctx context.Context) error)
 	}
 	err := s.Engine.Recover(ctx)
 	if err == nil {
+		close(s.recovered)
 		// Before the first request: whoever asks for the built-in image must not
 		// be sent to a registry for it. It is there from the second start on.
 		if err := s.Images.EnsureEmbedded(bg); err != nil && bg.Err() == nil {

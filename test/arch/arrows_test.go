@@ -60,6 +60,7 @@ var arrows = map[string][]string{
 	"internal/criapi":    {"internal/audit", "internal/caller", "internal/fault", "internal/image", "internal/engine", "internal/container"}, // ADR 10
 	"internal/namespace": {"internal/fault"},                                                                                                 // ADR 10
 	"internal/cli":       {"client", "api"},
+	"internal/nri":       {"internal/fault", "internal/container", "internal/engine"}, // ADR 14
 	"internal/rootless":  {"internal/fault", "internal/idmap", "internal/snapshot"},
 	"cmd/servin-compose": {"internal/compose", "internal/cli", "api"},            // ADR 21
 	"internal/compose":   {"internal/cli", "internal/filesync", "client", "api"}, // ADR 21

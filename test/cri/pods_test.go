@@ -173,9 +173,13 @@ func testRestarts(t *testing.T, n *node) {
 `)
 	t.Cleanup(func() { n.remove("crash") })
 	n.wait(t, "crash", "restarted twice", func(p corev1.Pod) bool { return container(p, "c").RestartCount >= 2 })
-	if got := n.logs(t, "crash", "c", "?previous=true"); got != "again\n" {
-		t.Errorf("logs of the previous container %q", got)
-	}
+	// The kubelet removes the one before the previous meanwhile.
+	eventually(t, "logs of the previous container", func() error {
+		if got := n.logs(t, "crash", "c", "?previous=true"); got != "again\n" {
+			return fmt.Errorf("%q", got)
+		}
+		return nil
+	})
 	p = n.finish(t, "onfailure", `  restartPolicy: OnFailure
   volumes: [{name: v, emptyDir: {}}]
   containers:
