@@ -5,7 +5,7 @@ GO         ?= go
 GOARCH     ?= $(shell $(GO) env GOARCH)
 VERSION    ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
 PKG        := github.com/cloudos-io/cloudos
-LDFLAGS    := -s -w -X $(PKG)/api.Version=$(VERSION)
+LDFLAGS    := -s -w -X $(PKG)/api.Version=$(VERSION) -X main.version=$(VERSION)
 BIN        := bin
 PROGRAMS   := servin servind servin-runtime servin-compose
 export CGO_ENABLED := 0

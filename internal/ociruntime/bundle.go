@@ -20,30 +20,67 @@ const (
 
 // readSpec reads the config.json of the bundle that is the working directory.
 func readSpec(name string) (*specs.Spec, error) {
+	spec, _, err := readRawSpec(name)
+	return spec, err
+}
+
+// readRawSpec gives the text, too, less the process's arguments and environment
+// and the seccomp profile: what records may hold.
+func readRawSpec(name string) (*specs.Spec, json.RawMessage, error) {
 	f, err := os.Open(name)
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("JSON specification file %s not found", name)
+		return nil, nil, fmt.Errorf("JSON specification file %s not found", name)
 	}
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	defer f.Close()
 	st, err := f.Stat()
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	if st.Size() > maxConfig {
-		return nil, fmt.Errorf("%s of %d bytes is too long", name, st.Size())
+		return nil, nil, fmt.Errorf("%s of %d bytes is too long", name, st.Size())
 	}
 	b := make([]byte, st.Size())
 	if _, err := f.ReadAt(b, 0); err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	var spec specs.Spec
 	if err := json.Unmarshal(b, &spec); err != nil {
-		return nil, fmt.Errorf("cannot read %s: %w", name, err)
+		return nil, nil, fmt.Errorf("cannot read %s: %w", name, err)
 	}
-	return &spec, checkProcess(spec.Process)
+	if err := checkProcess(spec.Process); err != nil {
+		return nil, nil, err
+	}
+	raw, err := without(b, "process", "args", "env")
+	if err == nil && spec.Linux != nil && spec.Linux.Seccomp != nil {
+		raw, err = without(raw, "linux", "seccomp")
+	}
+	if err != nil {
+		return nil, nil, fmt.Errorf("cannot read %s: %w", name, err)
+	}
+	return &spec, raw, nil
+}
+
+// without leaves fields of one object out of a document.
+func without(doc []byte, object string, fields ...string) ([]byte, error) {
+	var top, inner map[string]json.RawMessage
+	if err := json.Unmarshal(doc, &top); err != nil {
+		return nil, err
+	}
+	if err := json.Unmarshal(top[object], &inner); err != nil {
+		return nil, err
+	}
+	for _, f := range fields {
+		delete(inner, f)
+	}
+	b, err := json.Marshal(inner)
+	if err != nil {
+		return nil, err
+	}
+	top[object] = b
+	return json.Marshal(top)
 }
 
 func checkProcess(p *specs.Process) error {

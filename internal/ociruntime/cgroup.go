@@ -35,7 +35,60 @@ func openCgroup(c *cgroups.Cgroup, paths map[string]string) (cgroups.Manager, er
 	if c.Systemd {
 		return systemd.NewLegacyManager(c, paths)
 	}
+	if paths == nil {
+		var err error
+		if paths, err = legacyPaths(c); err != nil {
+			return nil, err
+		}
+	}
 	return fs.NewManager(c, paths)
+}
+
+// legacyControllers are those that the library's manager of v1 knows.
+const legacyControllers = " cpuset devices memory cpu cpuacct pids blkio hugetlb net_cls net_prio perf_event freezer rdma name=systemd misc "
+
+// legacyPaths finds the container's directory for each v1 controller. The library
+// would find the same ones, reading the same two files for each anew.
+func legacyPaths(c *cgroups.Cgroup) (map[string]string, error) {
+	inner := c.Path
+	if inner == "" {
+		inner = c.Name
+	}
+	own, err := cgroups.ParseCgroupFile("/proc/self/cgroup")
+	if err != nil {
+		return nil, err
+	}
+	mounts, err := cgroups.GetCgroupMounts(false)
+	if err != nil {
+		return nil, err
+	}
+	paths := map[string]string{}
+	add := func(ctrl, mount, root string) {
+		if paths[ctrl] != "" {
+			return
+		}
+		if filepath.IsAbs(inner) {
+			paths[ctrl] = filepath.Join(mount, inner)
+			return
+		}
+		if rel, err := filepath.Rel(root, own[ctrl]); err == nil && !strings.HasPrefix(rel, "..") {
+			paths[ctrl] = filepath.Join(mount, rel, inner)
+		}
+	}
+	for _, m := range mounts {
+		for _, s := range m.Subsystems {
+			if strings.Contains(legacyControllers, " "+s+" ") {
+				add(s, m.Mountpoint, m.Root)
+			}
+		}
+	}
+	if cgroups.IsCgroup2HybridMode() {
+		add("", "/sys/fs/cgroup/unified", "/")
+	}
+	if paths["devices"] == "" {
+		return nil, errors.New("the devices cgroup controller is not mounted, without which a container cannot be kept from the host's devices")
+	}
+	return paths, nil
 }
 
 // cgroupConfig turns the spec's wishes into the library's configuration.

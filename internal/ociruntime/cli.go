@@ -9,7 +9,6 @@ import (
 	"strings"
 	"time"
 
-	"github.com/cloudos-io/cloudos/api"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 )
 
@@ -236,7 +235,7 @@ func (a *app) commandHelp(c *command, f *flags) {
 // version prints what engines take apart: a name, a version of three numbers, and
 // the version of the spec.
 func (a *app) version() {
-	fmt.Fprintf(a.stdout, "%s version %s\ncommit: %s\nspec: %s\ngo: %s\n", a.name, numbered(api.Version), api.Version, specs.Version, runtime.Version())
+	fmt.Fprintf(a.stdout, "%s version %s\ncommit: %s\nspec: %s\ngo: %s\n", a.name, numbered(a.release), a.release, specs.Version, runtime.Version())
 }
 
 func numbered(v string) string {

@@ -13,6 +13,7 @@ import (
 
 	"github.com/cloudos-io/cloudos/internal/plan"
 	"github.com/cloudos-io/cloudos/internal/seccomp"
+	"github.com/cloudos-io/cloudos/internal/shim"
 	"github.com/opencontainers/cgroups"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
@@ -63,10 +64,12 @@ func (a *app) runContainer(f *flags) error {
 type birth struct {
 	*container
 	spec *specs.Spec
+	raw  json.RawMessage
 	opts plan.Options
 	p    *plan.Plan
 	io   *streams
 	proc *process
+	exe  *shim.Executable
 	gate int // of create, -1 for run
 	hold bool
 	dirs map[string]string // of the cgroup, by hierarchy
@@ -90,7 +93,7 @@ func (a *app) launchContainer(f *flags, hold bool) (status int, err error) {
 			return 0, err
 		}
 	}
-	spec, err := readSpec(configName)
+	spec, raw, err := readRawSpec(configName)
 	if err != nil {
 		return 0, err
 	}
@@ -103,7 +106,7 @@ func (a *app) launchContainer(f *flags, hold bool) (status int, err error) {
 	if err := checkTerminal(spec.Process, detach, socket); err != nil {
 		return 0, err
 	}
-	b := &birth{spec: spec, hold: hold, gate: -1, container: &container{app: a, id: id, dir: filepath.Join(a.root, id)}}
+	b := &birth{spec: spec, raw: raw, hold: hold, gate: -1, container: &container{app: a, id: id, dir: filepath.Join(a.root, id)}}
 	defer func() {
 		if err != nil {
 			b.undo()
@@ -126,6 +129,10 @@ func (a *app) launchContainer(f *flags, hold bool) (status int, err error) {
 		return 0, err
 	}
 	defer b.io.close()
+	if b.exe, err = shim.NewExecutable(); err != nil {
+		return 0, err
+	}
+	defer b.exe.Close()
 	b.opts.PreserveFDs, b.opts.PlainOutput = len(b.io.extra), b.io.host != nil
 	if n := b.io.listen; n > 0 {
 		spec.Process.Env = append(spec.Process.Env, fmt.Sprintf("LISTEN_FDS=%d", n), "LISTEN_PID=1")
@@ -303,6 +310,9 @@ func (b *birth) prepare(keepKeyring bool) error {
 
 // filter compiles the seccomp profile and keeps the program for exec.
 func (b *birth) filter() error {
+	if b.spec.Linux.Seccomp == nil {
+		return nil
+	}
 	p, err := seccomp.Compile(b.spec.Linux.Seccomp)
 	if err != nil {
 		return err
@@ -346,8 +356,6 @@ func listenerFlag(notify bool) uint32 {
 // describe fills the record as far as it is known before there is a process.
 func (b *birth) describe(bundle string, cfg *cgroups.Cgroup, keepKeyring bool) {
 	spec, l := b.spec, b.spec.Linux
-	proc := *spec.Process
-	proc.Args, proc.Env = nil, nil
 	b.rec = record{
 		ID: b.id, Created: time.Now().UTC(), Rootless: os.Geteuid() != 0,
 		Config: config{
@@ -357,8 +365,7 @@ func (b *birth) describe(bundle string, cfg *cgroups.Cgroup, keepKeyring bool) {
 			Version: spec.Version, NoNewKeyring: keepKeyring, RootlessEUID: os.Geteuid() != 0, RootlessCgroups: cfg.Rootless,
 			Capabilities: spec.Process.Capabilities, AppArmor: spec.Process.ApparmorProfile, Label: spec.Process.SelinuxLabel,
 		},
-		Servin: own{Version: 1, Bundle: bundle, Annotations: spec.Annotations, Process: &proc, Mounts: spec.Mounts, CgroupsPath: l.CgroupsPath,
-			Personality: l.Personality, MemoryPolicy: l.MemoryPolicy},
+		Servin: own{Version: 1, Bundle: bundle, Annotations: spec.Annotations, Spec: b.raw, CgroupsPath: l.CgroupsPath},
 	}
 	if b.rec.Config.Version == "" {
 		b.rec.Config.Version = specs.Version
@@ -376,9 +383,6 @@ func (b *birth) describe(bundle string, cfg *cgroups.Cgroup, keepKeyring bool) {
 			c.NetDevices = map[string]netDeviceRecord{}
 		}
 		c.NetDevices[name] = netDeviceRecord{Name: d.Name}
-	}
-	if h := spec.Hooks; h != nil {
-		b.rec.Servin.Hooks = &specs.Hooks{Poststart: h.Poststart, Poststop: h.Poststop}
 	}
 	_, b.rec.Servin.UserNS = findNamespace(spec, specs.UserNamespace)
 }

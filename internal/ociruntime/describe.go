@@ -7,7 +7,6 @@ import (
 	"path/filepath"
 	"slices"
 
-	"github.com/cloudos-io/cloudos/api"
 	"github.com/cloudos-io/cloudos/internal/plan"
 	"github.com/cloudos-io/cloudos/internal/seccomp"
 	"github.com/opencontainers/cgroups"
@@ -42,7 +41,7 @@ func (a *app) features(*flags) error {
 			NetDevices:      &features.NetDevices{Enabled: &yes},
 		},
 		Annotations: map[string]string{
-			"io.github.cloudos-io.servin-runtime.version": api.Version,
+			"io.github.cloudos-io.servin-runtime.version": a.release,
 			"org.opencontainers.runc.checkpoint.enabled":  "true",
 		},
 		PotentiallyUnsafeConfigAnnotations: []string{"bundle", "org.systemd.property.", "org.criu.config"},

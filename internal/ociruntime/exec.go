@@ -119,8 +119,12 @@ func (a *app) execProcess(f *flags) (int, error) {
 
 // execSpec is the process that the flags, or a file, describe.
 func (c *container) execSpec(f *flags) (*specs.Process, error) {
-	init := c.rec.Servin.Process
 	if path := *f.str["process"]; path != "" {
+		spec, err := c.spec()
+		if err != nil {
+			return nil, err
+		}
+		init := spec.Process
 		b, err := os.ReadFile(path)
 		if err != nil {
 			return nil, err
@@ -265,12 +269,16 @@ func (x *execution) launch() error {
 	if err != nil {
 		return err
 	}
+	spec, err := x.spec()
+	if err != nil {
+		return err
+	}
 	joins := differs &^ (unix.CLONE_NEWPID | unix.CLONE_NEWUSER)
 	opts := plan.Options{
 		ID: x.id, CgroupV2: cgroups.IsCgroup2UnifiedMode(), AppArmor: hasAppArmor(), SELinux: hasSELinux(),
 		KeepGroups: x.groupsKept(), UserNS: differs&unix.CLONE_NEWUSER != 0, Namespaces: joins | differs&unix.CLONE_NEWUSER,
 		PreserveFDs: len(x.io.extra), Lookup: true, AllCPUs: true, PlainOutput: x.io.host != nil,
-		Personality: x.rec.Servin.Personality, MemoryPolicy: x.rec.Servin.MemoryPolicy, Joined: joins == 0 && differs&unix.CLONE_NEWUSER == 0,
+		Personality: spec.Linux.Personality, MemoryPolicy: spec.Linux.MemoryPolicy, Joined: joins == 0 && differs&unix.CLONE_NEWUSER == 0,
 	}
 	if x.rec.Config.NoNewKeyring {
 		opts.ID = ""
@@ -310,13 +318,13 @@ func (x *execution) launch() error {
 	}
 	defer member.close()
 	r.Cgroup = member.dir
-	st, err := exe.Launch(r)
+	st, err := exe.Launch(r, nil)
 	if err != nil && r.Cgroup >= 0 && len(x.sub) == 0 && (errors.Is(err, unix.EBUSY) || errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.ENOENT)) {
 		// The container has made groups below its own, which may hold no process
 		// now: where init is, its companions may be.
 		if fd, e := x.initCgroup(); e == nil {
 			r.Cgroup = fd
-			st, err = exe.Launch(r)
+			st, err = exe.Launch(r, nil)
 			unix.Close(fd)
 		}
 	}

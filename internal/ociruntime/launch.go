@@ -58,21 +58,10 @@ func (p *process) release() {
 // launch makes the process and takes it as far as it is to go: to its gate, or to
 // the program itself.
 func (b *birth) launch() error {
-	limits := make(chan error, 1)
-	cfg := b.rec.Config.Cgroups
-	if cfg.Systemd {
-		limits <- nil
-	} else {
-		go func() { limits <- b.applyLimits() }()
-	}
-	err := b.clone()
-	if lerr := <-limits; err == nil {
-		err = lerr
-	}
-	if err != nil {
+	if err := b.clone(); err != nil {
 		return err
 	}
-	if cfg.Systemd {
+	if b.rec.Config.Cgroups.Systemd {
 		if err := b.cg.Apply(b.proc.pid); err != nil {
 			return fmt.Errorf("unable to apply cgroup configuration: %w", err)
 		}
@@ -199,18 +188,18 @@ func (b *birth) clone() error {
 			return &os.PathError{Op: "open", Path: dir, Err: err}
 		}
 	}
-	exe, err := shim.NewExecutable()
-	if err != nil {
-		return err
-	}
-	defer exe.Close()
 	// Known words, for who reads runc's log.
 	b.app.log.Debugf("runc exeseal: using /proc/self/exe clone: a sealed memory file, in the place of \"runc exeseal: using overlayfs for sealed /proc/self/exe\"")
 	b.app.log.Debugf("nsexec container setup: clone with namespaces %#x", r.Namespaces)
-	st, err := exe.Launch(r)
+	st, err := b.exe.Launch(r, func() error {
+		if b.rec.Config.Cgroups.Systemd {
+			return nil // there is no cgroup yet
+		}
+		return b.applyLimits()
+	})
 	if err != nil && r.Cgroup >= 0 && b.rec.Config.Cgroups.Rootless && errors.Is(err, unix.EACCES) {
 		r.Cgroup = -1 // not delegated; the child stays where it is
-		st, err = exe.Launch(r)
+		st, err = b.exe.Launch(r, b.applyLimits)
 	}
 	if err != nil {
 		return err
@@ -556,11 +545,6 @@ func (b *birth) openSlots() (fds []int, done func(), err error) {
 			unix.Close(fd)
 		}
 	}
-	exe, err := shim.NewExecutable()
-	if err != nil {
-		return nil, done, err
-	}
-	defer exe.Close()
 	_, ownMounts := findNamespace(b.spec, specs.MountNamespace)
 	var m *membership
 	for i := range b.p.Slots {
@@ -591,7 +575,7 @@ func (b *birth) openSlots() (fds []int, done func(), err error) {
 			case sl.Kind == plan.SlotRoot && !ownMounts:
 				fd, err = b.sharedRoot()
 			default:
-				fd, err = source.Mount(sl, exe.Path())
+				fd, err = source.Mount(sl, b.exe.Path())
 			}
 			if err != nil {
 				return nil, done, fmt.Errorf("error during container init: error mounting: %w", err)
@@ -616,12 +600,7 @@ func (b *birth) openLate(slot int) (int, error) {
 		return -1, err
 	}
 	defer ns.Close()
-	exe, err := shim.NewExecutable()
-	if err != nil {
-		return -1, err
-	}
-	defer exe.Close()
-	fd, err := source.Late(&b.p.Slots[slot], ns, b.spec.Root.Path, b.opts.RootPath, exe.Path())
+	fd, err := source.Late(&b.p.Slots[slot], ns, b.spec.Root.Path, b.opts.RootPath, b.exe.Path())
 	if err != nil {
 		return -1, fmt.Errorf("error during container init: error mounting: %w", err)
 	}

@@ -1,6 +1,7 @@
 package ociruntime
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -51,11 +52,13 @@ func (a *app) start(f *flags) error {
 	if err := c.openUp(); err != nil {
 		return err
 	}
-	if h := c.rec.Servin.Hooks; h != nil {
-		if err := c.runHooks("poststart", h.Poststart, specs.StateRunning); err != nil {
-			// The spec has it that this is to be told, and no more.
-			a.log.Warnf("%v", err)
-		}
+	spec, err := c.spec()
+	if err != nil {
+		return err
+	}
+	if err := c.runHooks("poststart", spec.Hooks.Poststart, specs.StateRunning); err != nil {
+		// The spec has it that this is to be told, and no more.
+		a.log.Warnf("%v", err)
 	}
 	if notify != nil {
 		return notify.relay(c.rec.InitPID)
@@ -279,11 +282,16 @@ func (c *container) destroy() error {
 	if err := c.destroyFiles(); err != nil {
 		return err
 	}
-	if h := c.rec.Servin.Hooks; h != nil {
-		for i := range h.Poststop {
-			if err := c.runHooks("poststop", h.Poststop[i:i+1], specs.StateStopped); err != nil {
-				c.app.log.Warnf("%v", err)
-			}
+	if !bytes.Contains(c.rec.Servin.Spec, []byte("poststop")) {
+		return nil
+	}
+	spec, err := c.spec()
+	if err != nil {
+		return err
+	}
+	for i := range spec.Hooks.Poststop {
+		if err := c.runHooks("poststop", spec.Hooks.Poststop[i:i+1], specs.StateStopped); err != nil {
+			c.app.log.Warnf("%v", err)
 		}
 	}
 	return nil

@@ -38,6 +38,7 @@ var (
 // app is one invocation.
 type app struct {
 	name    string // of the program, as it was called
+	release string
 	root    string // directory of the containers' records
 	rootSet bool
 	systemd bool
@@ -50,8 +51,8 @@ type app struct {
 }
 
 // Main carries one command line out and returns the status to exit with.
-func Main(args []string) int {
-	a := &app{name: "servin-runtime", log: newLogger(), stdin: os.Stdin, stdout: os.Stdout, stderr: os.Stderr}
+func Main(args []string, version string) int {
+	a := &app{name: "servin-runtime", release: version, log: newLogger(), stdin: os.Stdin, stdout: os.Stdout, stderr: os.Stderr}
 	if len(args) > 0 {
 		a.name = filepath.Base(args[0])
 	}

@@ -84,15 +84,12 @@ type own struct {
 	Version     int               `json:"version"`
 	Bundle      string            `json:"bundle"`
 	Annotations map[string]string `json:"annotations,omitempty"`
-	Hooks       *specs.Hooks      `json:"hooks,omitempty"` // those still to come
-	Process     *specs.Process    `json:"process"`         // without arguments and environment
-	Mounts      []specs.Mount     `json:"mounts,omitempty"`
-	UserNS      bool              `json:"user_namespace,omitempty"`
-	Filter      *filterRecord     `json:"seccomp,omitempty"`
-	CgroupsPath string            `json:"cgroups_path,omitempty"`
-
-	Personality  *specs.LinuxPersonality  `json:"personality,omitempty"`
-	MemoryPolicy *specs.LinuxMemoryPolicy `json:"memory_policy,omitempty"`
+	// Spec is config.json without what its process is given: raw, since only some
+	// commands read it, and turning it into text again takes longer than a start may.
+	Spec        json.RawMessage `json:"spec"`
+	UserNS      bool            `json:"user_namespace,omitempty"`
+	Filter      *filterRecord   `json:"seccomp,omitempty"`
+	CgroupsPath string          `json:"cgroups_path,omitempty"`
 }
 
 // filterRecord tells how to load the compiled filter beside the record.
@@ -135,13 +132,28 @@ func (a *app) loadFrom(id, name string) (*container, error) {
 	if c.rec.Config.Cgroups.Resources == nil {
 		c.rec.Config.Cgroups.Resources = &cgroups.Resources{}
 	}
-	if c.rec.Servin.Process == nil {
-		c.rec.Servin.Process = &specs.Process{}
-	}
 	if c.cg, err = openCgroup(c.rec.Config.Cgroups, c.rec.CgroupPaths); err != nil {
 		return nil, err
 	}
 	return c, nil
+}
+
+// spec is what the container was created from, without arguments and environment.
+func (c *container) spec() (*specs.Spec, error) {
+	var s specs.Spec
+	if err := json.Unmarshal(c.rec.Servin.Spec, &s); err != nil {
+		return nil, fmt.Errorf("cannot read the records of container %s: %w", c.id, err)
+	}
+	if s.Process == nil {
+		s.Process = &specs.Process{}
+	}
+	if s.Hooks == nil {
+		s.Hooks = &specs.Hooks{}
+	}
+	if s.Linux == nil {
+		s.Linux = &specs.Linux{}
+	}
+	return &s, nil
 }
 
 // save replaces the record in one step.

@@ -5,6 +5,7 @@ import (
 	"io"
 	"os"
 	"syscall"
+	"unsafe"
 
 	"github.com/cloudos-io/cloudos/internal/fault"
 	"golang.org/x/sys/unix"
@@ -27,8 +28,9 @@ type Stage struct {
 	sock       int
 }
 
-// Launch runs the launcher and waits until it has made the stage.
-func (e *Executable) Launch(r LaunchRequest) (*Stage, error) {
+// Launch runs the launcher and waits until it has made the stage. What there is to
+// do meanwhile is done by while.
+func (e *Executable) Launch(r LaunchRequest, while func() error) (*Stage, error) {
 	sp, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return nil, os.NewSyscallError("socketpair", err)
@@ -63,15 +65,21 @@ func (e *Executable) Launch(r LaunchRequest) (*Stage, error) {
 		s.Close()
 		return nil, err
 	}
-	b, got, err := s.recv()
+	if while != nil {
+		err = while()
+	}
+	b, got, rerr := s.recv()
+	err = errors.Join(err, rerr)
 	for {
 		if _, werr := syscall.Wait4(pid, nil, 0, nil); werr != syscall.EINTR {
 			break
 		}
 	}
 	var m message
-	if err == nil {
-		m, err = decode(b)
+	if rerr == nil {
+		var derr error
+		m, derr = decode(b)
+		err = errors.Join(err, derr)
 	}
 	switch {
 	case err == nil && m.typ == ctlFailed:
@@ -81,7 +89,10 @@ func (e *Executable) Launch(r LaunchRequest) (*Stage, error) {
 	}
 	if err != nil {
 		closeAll(got)
-		s.Close()
+		s.Close() // a stage that was made ends by that
+		if m.typ == ctlCloned && len(m.body) == 4 {
+			_, _ = syscall.Wait4(int(le.Uint32(m.body)), nil, 0, nil)
+		}
 		return nil, err
 	}
 	s.PID, s.PIDFD = int(le.Uint32(m.body)), got[0]
@@ -212,10 +223,19 @@ func (s *Stage) sendmsg(b []byte, fds []int) error {
 	}
 }
 
+// await waits for something to read without letting the Go scheduler know: there
+// is nothing else to do meanwhile, and handing the processor from one thread to
+// another and back takes longer than what is waited for.
+func (s *Stage) await() {
+	p := unix.PollFd{Fd: int32(s.sock), Events: unix.POLLIN}
+	_, _, _ = unix.RawSyscall6(unix.SYS_PPOLL, uintptr(unsafe.Pointer(&p)), 1, 0, 0, 0, 0)
+}
+
 func (s *Stage) recv() ([]byte, []int, error) {
 	var buf [1024]byte
 	var oob [64]byte
 	for {
+		s.await()
 		n, oobn, flags, _, err := unix.Recvmsg(s.sock, buf[:], oob[:], unix.MSG_CMSG_CLOEXEC)
 		if err == unix.EINTR {
 			continue

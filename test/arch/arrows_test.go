@@ -68,7 +68,7 @@ var arrows = map[string][]string{
 
 	// the OCI command line, ADR 15
 	"cmd/servin-runtime":  {"internal/ociruntime"},
-	"internal/ociruntime": {"internal/plan", "internal/seccomp", "internal/shim", "internal/runtime", "api"},
+	"internal/ociruntime": {"internal/plan", "internal/seccomp", "internal/shim", "internal/runtime"},
 }
 
 // composition roots may import everything below internal/.
