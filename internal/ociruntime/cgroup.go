@@ -77,6 +77,9 @@ func legacyPaths(c *cgroups.Cgroup) (map[string]string, error) {
 	}
 	for _, m := range mounts {
 		for _, s := range m.Subsystems {
+			if _, named := own["name="+s]; named {
+				s = "name=" + s // as it is called everywhere else
+			}
 			if strings.Contains(legacyControllers, " "+s+" ") {
 				add(s, m.Mountpoint, m.Root)
 			}

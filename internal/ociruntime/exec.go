@@ -277,7 +277,7 @@ func (x *execution) launch() error {
 	opts := plan.Options{
 		ID: x.id, CgroupV2: cgroups.IsCgroup2UnifiedMode(), AppArmor: hasAppArmor(), SELinux: hasSELinux(),
 		KeepGroups: x.groupsKept(), UserNS: differs&unix.CLONE_NEWUSER != 0, Namespaces: joins | differs&unix.CLONE_NEWUSER,
-		PreserveFDs: len(x.io.extra), Lookup: true, AllCPUs: true, PlainOutput: x.io.host != nil,
+		PreserveFDs: len(x.io.extra), Unprivileged: unprivileged(), Lookup: true, AllCPUs: true, PlainOutput: x.io.host != nil,
 		Personality: spec.Linux.Personality, MemoryPolicy: spec.Linux.MemoryPolicy, Joined: joins == 0 && differs&unix.CLONE_NEWUSER == 0,
 	}
 	if x.rec.Config.NoNewKeyring {
@@ -311,6 +311,12 @@ func (x *execution) launch() error {
 			return errNotRunning
 		}
 		defer unix.Close(r.PIDNS)
+	}
+	if differs&unix.CLONE_NEWUSER != 0 && unprivileged() {
+		if r.UserNS, err = unix.Open("/proc/"+strconv.Itoa(x.rec.InitPID)+"/ns/user", unix.O_RDONLY|unix.O_CLOEXEC, 0); err != nil {
+			return errNotRunning
+		}
+		defer unix.Close(r.UserNS)
 	}
 	member, err := x.membership()
 	if err != nil {

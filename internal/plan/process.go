@@ -45,10 +45,14 @@ func Exec(process *specs.Process, o Options) (*Plan, error) {
 		ns = o.Namespaces
 	}
 	if o.UserNS {
-		ns |= unix.CLONE_NEWUSER
+		if !o.Unprivileged {
+			ns |= unix.CLONE_NEWUSER
+		} else {
+			ns &^= unix.CLONE_NEWUSER // whoever clones has had to enter it first
+		}
 		b.namespaces[specs.UserNamespace] = "joined"
 	}
-	if !o.Joined {
+	if !o.Joined && ns != 0 {
 		b.setns(init, ns, "container's namespaces")
 	}
 	if o.UserNS {

@@ -315,3 +315,52 @@ func TestKilled(t *testing.T) {
 }
 
 func sleep(us int) { unix.Select(0, nil, nil, nil, &unix.Timeval{Usec: int64(us)}) } //nolint:errcheck // a pause
+
+// TestRootless: an ordinary user runs a container in a user namespace of its own,
+// with no more than the one id that it has.
+func TestRootless(t *testing.T) {
+	b := newBundle(t)
+	uid := uint32(12345)
+	top := filepath.Dir(b.dir)
+	if out, err := exec.Command("chown", "-R", fmt.Sprintf("%d:%d", uid, uid), top).CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	b.as = &uid
+	if err := os.Remove(filepath.Join(b.dir, "config.json")); err != nil {
+		t.Fatal(err)
+	}
+	b.ok("spec", "--rootless")
+	b.edit(func(s *specs.Spec) {
+		s.Process.Terminal, s.Process.Rlimits = false, nil
+		s.Process.Args = []string{"sh", "-c", "id -u; cat /proc/self/uid_map; touch /etc/mine /tmp/x; cat /etc/given; exit 3"}
+		s.Root.Readonly = false
+		s.Mounts = append(s.Mounts, specs.Mount{Destination: "/etc/given", Type: "bind", Source: "/etc/hostname", Options: []string{"bind", "ro"}})
+	})
+	out, code := b.try("run", "x")
+	if code != 3 || !strings.HasPrefix(out, "0\n") || !strings.Contains(out, "12345          1") {
+		t.Fatalf("%d %s", code, out)
+	}
+	b.edit(args("sleep", "100"))
+	b.detached("run", "-d", "y")
+	if out := b.ok("exec", "y", "id", "-u"); out != "0\n" {
+		t.Errorf("exec: %s", out)
+	}
+	b.ok("kill", "y", "KILL")
+	b.await("y", "stopped")
+	b.ok("delete", "y")
+}
+
+// TestDevice: a network device of the host moves into the container with its address.
+func TestDevice(t *testing.T) {
+	b := newBundle(t, args("ip", "-o", "-4", "addr", "show", "dev", "inside"))
+	for _, c := range [][]string{{"link", "add", "oct0", "type", "veth", "peer", "name", "oct1"}, {"addr", "add", "192.0.2.7/24", "dev", "oct0"}, {"link", "set", "oct0", "up"}} {
+		if out, err := exec.Command("ip", c...).CombinedOutput(); err != nil {
+			t.Skipf("SKIP: ip %v: %v: %s", c, err, out)
+		}
+	}
+	t.Cleanup(func() { _ = exec.Command("ip", "link", "del", "oct1").Run() })
+	b.edit(func(s *specs.Spec) { s.Linux.NetDevices = map[string]specs.LinuxNetDevice{"oct0": {Name: "inside"}} })
+	if out := b.ok("run", "x"); !strings.Contains(out, "192.0.2.7/24") {
+		t.Fatal(out)
+	}
+}
