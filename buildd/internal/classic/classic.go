@@ -9,11 +9,13 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"net/http"
 	"os"
 	"sync"
+	"time"
 
 	"github.com/containerd/containerd/v2/core/images"
 	"github.com/moby/buildkit/client"
@@ -87,9 +89,26 @@ func fail(w http.ResponseWriter, status int, err error) {
 	_ = json.NewEncoder(w).Encode(map[string]string{"message": err.Error()})
 }
 
+// What is read of a context that is no longer wanted.
+const (
+	drainBytes = 64 << 20
+	drainTime  = 3 * time.Second
+)
+
+// drain sends the answer, then takes what still comes of the context: a sender
+// whose connection ends while it writes may see that instead of the answer.
+func drain(w http.ResponseWriter, r *http.Request) {
+	c := http.NewResponseController(w)
+	if c.Flush() != nil || r.Context().Err() != nil || c.SetReadDeadline(time.Now().Add(drainTime)) != nil {
+		return
+	}
+	_, _ = io.CopyN(io.Discard, r.Body, drainBytes)
+}
+
 // Build is POST /build.
 func (b *Builder) Build(w http.ResponseWriter, r *http.Request) {
 	_ = http.NewResponseController(w).EnableFullDuplex()
+	defer drain(w, r)
 	o, err := parse(r)
 	if err != nil {
 		fail(w, http.StatusBadRequest, err)
