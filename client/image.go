@@ -182,10 +182,8 @@ func authHeader(a *registry.AuthConfig) map[string]string {
 		return nil
 	}
 	b, _ := json.Marshal(a)
-	return map[string]string{registry.AuthHeader: base64URL(b)}
+	return map[string]string{registry.AuthHeader: base64.URLEncoding.EncodeToString(b)}
 }
-
-func base64URL(b []byte) string { return base64.URLEncoding.EncodeToString(b) }
 
 // ImageSave gives images as a tar stream that `load` reads. The caller closes it.
 func (c *Client) ImageSave(ctx context.Context, names []string, platforms []string) (io.ReadCloser, error) {

@@ -176,7 +176,7 @@ func (a *app) engine() (*engine.Engine, error) {
 		}
 	}
 	a.conn = c
-	a.eng = engine.New(engine.Config{Client: c.Client, Auth: c.Auth, Separator: a.opt.Separator(), Parallel: n, DryRun: a.dryRun})
+	a.eng = engine.New(engine.Config{Client: c.Client, Auth: c.Auth, Builder: a.builder, Separator: a.opt.Separator(), Parallel: n, DryRun: a.dryRun})
 	return a.eng, nil
 }
 
@@ -273,6 +273,7 @@ func (a *app) show(title string) (display.Progress, error) {
 	if f, ok := w.(*os.File); ok && terminal.Is(f) && a.ansiMode() != "never" {
 		o.Size = func() (int, int) { return terminal.Size(f) }
 	}
+	o.Lines = a.Stdout
 	return display.New(w, o), nil
 }
 
@@ -284,6 +285,15 @@ func (a *app) servin(ctx context.Context, args ...string) error {
 	cfg := a.Config
 	cfg.Args = append([]string{"servin"}, args...)
 	return exit(cli.Main(ctx, cfg))
+}
+
+// builder runs `servin build`.
+func (a *app) builder(ctx context.Context, args, env []string, out io.Writer) (int, error) {
+	cfg := a.Config
+	cfg.Args = append([]string{"servin"}, args...)
+	cfg.Stdout, cfg.Stderr = out, out
+	cfg.Environ = func() []string { return env }
+	return cli.Main(ctx, cfg), nil
 }
 
 // confirm asks; without a terminal the answer is no.

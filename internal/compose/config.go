@@ -104,7 +104,9 @@ func (a *app) config(ctx context.Context, o *configFlags, services []string) err
 	case "json":
 		b, err = p.MarshalJSON()
 	case "", "yaml":
-		b, err = p.MarshalYAML()
+		if b, err = p.MarshalYAML(); err == nil {
+			b, err = inOrder(b)
+		}
 	default:
 		err = fmt.Errorf("unsupported format %q: use yaml or json", o.format)
 	}
@@ -113,6 +115,53 @@ func (a *app) config(ctx context.Context, o *configFlags, services []string) err
 	}
 	// What is printed can be read again: dollars would be taken for variables.
 	return a.emit(o, bytes.ReplaceAll(b, []byte("$"), []byte("$$")))
+}
+
+// inOrder puts the keys of services into the order that people know: profiles,
+// then by name.
+func inOrder(b []byte) ([]byte, error) {
+	var doc yaml.Node
+	if err := yaml.Unmarshal(b, &doc); err != nil || len(doc.Content) == 0 {
+		return b, err
+	}
+	root := doc.Content[0]
+	for i := 0; i+1 < len(root.Content); i += 2 {
+		if root.Content[i].Value != "services" {
+			continue
+		}
+		for j := 1; j < len(root.Content[i+1].Content); j += 2 {
+			s := root.Content[i+1].Content[j]
+			if s.Kind != yaml.MappingNode {
+				continue
+			}
+			type pair [2]*yaml.Node
+			var pairs []pair
+			for k := 0; k+1 < len(s.Content); k += 2 {
+				pairs = append(pairs, pair{s.Content[k], s.Content[k+1]})
+			}
+			key := func(p pair) string {
+				if p[0].Value == "profiles" {
+					return ""
+				}
+				return p[0].Value
+			}
+			slices.SortStableFunc(pairs, func(a, b pair) int { return strings.Compare(key(a), key(b)) })
+			s.Content = s.Content[:0]
+			for _, p := range pairs {
+				s.Content = append(s.Content, p[0], p[1])
+			}
+		}
+	}
+	var buf bytes.Buffer
+	enc := yaml.NewEncoder(&buf)
+	enc.SetIndent(2)
+	if err := enc.Encode(&doc); err != nil {
+		return nil, err
+	}
+	if err := enc.Close(); err != nil {
+		return nil, err
+	}
+	return buf.Bytes(), nil
 }
 
 func (a *app) emit(o *configFlags, b []byte) error {
@@ -241,7 +290,11 @@ func (a *app) configVariables(ctx context.Context, o *configFlags) error {
 	vars := template.ExtractVariables(tree, template.DefaultPattern)
 	switch o.format {
 	case "json":
-		return printJSON(a, vars)
+		b, err := json.MarshalIndent(vars, "", "    ")
+		if err != nil {
+			return err
+		}
+		return a.emit(o, append(b, '\n'))
 	case "yaml":
 		b, err := yaml.Marshal(vars)
 		if err != nil {

@@ -3,9 +3,9 @@ package compose
 import (
 	"context"
 	"slices"
+	"strings"
 
 	"github.com/compose-spec/compose-go/v2/types"
-	"github.com/docker/go-units"
 
 	"github.com/cloudos-io/cloudos/internal/cli/command"
 	"github.com/cloudos-io/cloudos/internal/compose/engine"
@@ -71,7 +71,7 @@ func (a *app) cmdPush() *command.Command {
 func (a *app) cmdBuild() *command.Command {
 	var o engine.BuildOptions
 	var deps, push, unused bool
-	var builder, ssh, memory, provenance, sbom string
+	var builder, ssh, provenance, sbom string
 	return &command.Command{Name: "build", Args: "[SERVICE...]", Short: "Build the services' images", Max: -1, Complete: []string{"service"},
 		Flags: func(f *command.FlagSet) {
 			f.Strings(&o.Args, "build-arg", "", "Set a build argument: KEY=VALUE")
@@ -80,9 +80,15 @@ func (a *app) cmdBuild() *command.Command {
 			f.Bool(&push, "push", "", "Push the images then")
 			f.Bool(&o.Quiet, "quiet", "q", "Do not show output")
 			f.Bool(&deps, "with-dependencies", "", "Build dependencies, too")
-			f.String(&memory, "memory", "m", "Memory limit for build containers")
+			f.Bool(&o.Check, "check", "", "Check the Dockerfiles, do not build")
+			f.String(&o.Memory, "memory", "m", "Memory limit for build containers")
 			f.String(&builder, "builder", "", "").Hide()
-			f.String(&ssh, "ssh", "", "").Hide()
+			f.Add("ssh", "", "string", "", func(s string) error {
+				if ssh = s; s == "" {
+					ssh = "default"
+				}
+				return nil
+			}).Hide()
 			f.String(&provenance, "provenance", "", "").Hide()
 			f.String(&sbom, "sbom", "", "").Hide()
 			f.String(&a.progress, "progress", "", "How to show progress: auto, tty, plain, json, quiet").Hide()
@@ -96,11 +102,7 @@ func (a *app) cmdBuild() *command.Command {
 			if err != nil {
 				return err
 			}
-			if memory != "" {
-				if o.Memory, err = units.RAMInBytes(memory); err != nil {
-					return err
-				}
-			}
+			o.AllPlatforms = true
 			var names []string
 			for n, s := range p.Services {
 				if s.Build == nil {
@@ -109,7 +111,8 @@ func (a *app) cmdBuild() *command.Command {
 				names = append(names, n)
 				b := *s.Build
 				if ssh != "" {
-					b.SSH = types.SSHConfig{{ID: ssh}}
+					id, path, _ := strings.Cut(ssh, "=")
+					b.SSH = append(slices.Clone(b.SSH), types.SSHKey{ID: id, Path: path})
 				}
 				if provenance != "" {
 					b.Provenance = provenance
@@ -121,6 +124,12 @@ func (a *app) cmdBuild() *command.Command {
 				p.Services[n] = s
 			}
 			slices.Sort(names)
+			names = engine.WithBuildDependencies(p, names)
+			for _, n := range names {
+				if _, ok := p.Services[n]; !ok { // of a profile that is not enabled, or not named
+					p.Services[n] = p.AllServices()[n]
+				}
+			}
 			return a.shown(ctx, "Building", func(ctx context.Context, e *engine.Engine, sh shower) error {
 				if _, err := e.Build(ctx, p, sh, names, o); err != nil || !push {
 					return err

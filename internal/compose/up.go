@@ -237,7 +237,7 @@ servin compose up --abort-on-container-exit --exit-code-from tests`,
 			if len(services) == 0 {
 				services = shown
 			}
-			ao := engine.AttachedOptions{Options: opt, Services: services, AttachTo: shown, Cascade: cascade, ExitCodeFrom: from, Logs: logs}
+			ao := engine.AttachedOptions{Options: opt, Services: services, Stop: args, AttachTo: shown, Cascade: cascade, ExitCodeFrom: from, Logs: logs}
 			return a.upAttached(ctx, p, &m, o, ao, watch)
 		}}
 }
@@ -284,7 +284,7 @@ func (a *app) upAttached(ctx context.Context, p *types.Project, m *making, o pla
 	ao.Interrupts, ao.Out = sig, a.Stdout
 	logs := ao.Logs
 	ao.HookOutput = func(service, container string) engine.Output {
-		name := strings.TrimPrefix(container, p.Name+a.opt.Separator())
+		name := strings.TrimPrefix(container, p.Name+a.opt.Separator()) + " ->"
 		return engine.Output{Stdout: logs.Stdout(name), Stderr: logs.Stderr(name)}
 	}
 	ao.Progress = func(title string) display.Progress {

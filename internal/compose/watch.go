@@ -110,6 +110,11 @@ func (a *app) watcher(p *types.Project, o watchOptions, logs *display.Logs) (*wa
 			return nil, err
 		}
 		for _, t := range s.Develop.Watch {
+			var old bool
+			if ok, err := t.Extensions.Get("x-initialSync", &old); err == nil && ok && old && !t.InitialSync {
+				a.warn("x-initialSync is DEPRECATED, please use the official `initial_sync` attribute")
+				t.InitialSync = true
+			}
 			tr := trigger{n, t}
 			switch {
 			case t.Action == types.WatchActionRebuild && s.Build == nil:
@@ -337,6 +342,7 @@ func (w *watcher) rebuild(ctx context.Context, services []string) error {
 		return nil
 	}
 	m := *w.o.making
+	m.force = true // what was built may be the same, and was asked for
 	p := w.p
 	for n, s := range p.Services {
 		s.PullPolicy = ""

@@ -80,6 +80,8 @@ type Options struct {
 	Color  bool
 	// Size gives the terminal's; nil means that w is none.
 	Size func() (width, height int)
+	// Lines is where Print goes; nil means w.
+	Lines io.Writer
 	// Title is the word in the head of a terminal's list: "Running".
 	Title string
 }
@@ -92,7 +94,7 @@ func New(w io.Writer, o Options) Progress {
 	case m == JSON:
 		return &jsonLines{w: w, dry: o.DryRun}
 	case m == Plain || m == Auto && o.Size == nil:
-		return &plain{w: w, dry: o.DryRun}
+		return &plain{w: w, lines: o.Lines, dry: o.DryRun}
 	case o.Size == nil:
 		o.Size = func() (int, int) { return 80, 24 }
 	}
@@ -109,9 +111,9 @@ func (quiet) Close()       {}
 const dryRun = "DRY-RUN MODE - "
 
 type plain struct {
-	mu  sync.Mutex
-	w   io.Writer
-	dry bool
+	mu       sync.Mutex
+	w, lines io.Writer
+	dry      bool
 }
 
 func (p *plain) Event(e Event) {
@@ -130,6 +132,10 @@ func (p *plain) Event(e Event) {
 func (p *plain) Print(line string) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	if p.lines != nil {
+		fmt.Fprintln(p.lines, line)
+		return
+	}
 	fmt.Fprintln(p.w, line)
 }
 

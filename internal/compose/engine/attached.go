@@ -34,8 +34,10 @@ type AttachedOptions struct {
 	// Services are the ones whose end is waited for, AttachTo those whose output
 	// is shown.
 	Services, AttachTo []string
-	Cascade            Cascade
-	ExitCodeFrom       string
+	// Stop are the services that an interrupt or the cascade stops; none is all.
+	Stop         []string
+	Cascade      Cascade
+	ExitCodeFrom string
 	// Interrupts stops the project at the first signal and kills it at the second.
 	Interrupts <-chan os.Signal
 	Logs       *display.Logs
@@ -268,7 +270,7 @@ func (s *attached) halt(ctx context.Context) {
 		ob, err := s.observe(ctx)
 		if err == nil {
 			var pl *plan.Plan
-			if pl, err = plan.Stops(s.p, ob, nil); err == nil {
+			if pl, err = plan.Stops(s.p, ob, s.o.Stop); err == nil {
 				pr := s.o.Progress("Stopping")
 				err = s.e.Execute(ctx, s.p, pl, ob, pr, s.o.Options)
 				pr.Close()
@@ -318,6 +320,9 @@ func (s *attached) supervise(ctx context.Context, giveUp func()) {
 				return
 			}
 			for i := range ob.Containers {
+				if len(s.o.Stop) > 0 && !slices.Contains(s.o.Stop, model.Service(&ob.Containers[i])) {
+					continue
+				}
 				err := s.e.Client.ContainerKill(ctx, ob.Containers[i].ID, "KILL")
 				if err != nil && !client.IsNotFound(err) && !client.IsConflict(err) {
 					s.fail(err)

@@ -1,24 +1,21 @@
 package engine
 
 import (
-	"archive/tar"
-	"bufio"
+	"bytes"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"io/fs"
+	"maps"
 	"os"
-	"path"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 
 	"github.com/compose-spec/compose-go/v2/types"
-	"github.com/moby/moby/api/types/container"
-	"github.com/moby/patternmatcher"
 	"github.com/moby/patternmatcher/ignorefile"
 	"golang.org/x/sync/errgroup"
 
@@ -32,11 +29,15 @@ type BuildOptions struct {
 	Args          []string // KEY=VALUE, or KEY for the environment's
 	NoCache, Pull bool
 	Quiet         bool
-	Memory        int64
+	Check         bool
+	Memory        string
+	// AllPlatforms builds for each platform that a service names, not only for
+	// the one that it runs on.
+	AllPlatforms bool
 }
 
-// Build builds the images of the services, those that others build on first, and
-// gives their ids by name.
+// Build builds the images of the services, those that others depend or build on
+// first, and gives their ids by name.
 func (e *Engine) Build(ctx context.Context, p *types.Project, pr display.Progress, services []string, o BuildOptions) (map[string]string, error) {
 	done := map[string]chan struct{}{}
 	for _, n := range services {
@@ -48,13 +49,14 @@ func (e *Engine) Build(ctx context.Context, p *types.Project, pr display.Progres
 	for _, n := range services {
 		s := p.Services[n]
 		g.Go(func() error {
-			for _, c := range s.Build.AdditionalContexts {
-				if dep, ok := strings.CutPrefix(c, types.ServicePrefix); ok && done[dep] != nil {
-					select {
-					case <-done[dep]:
-					case <-ctx.Done():
-						return ctx.Err()
-					}
+			for _, dep := range buildsOn(&s) {
+				if done[dep] == nil {
+					continue
+				}
+				select {
+				case <-done[dep]:
+				case <-ctx.Done():
+					return ctx.Err()
 				}
 			}
 			release, err := e.slot(ctx)
@@ -80,154 +82,298 @@ func (e *Engine) Build(ctx context.Context, p *types.Project, pr display.Progres
 	return out, g.Wait()
 }
 
+// buildsOn lists the services whose images that of s may need.
+func buildsOn(s *types.ServiceConfig) []string {
+	deps := slices.Collect(maps.Keys(s.DependsOn))
+	if s.Build != nil {
+		for _, c := range s.Build.AdditionalContexts {
+			if dep, ok := strings.CutPrefix(c, types.ServicePrefix); ok {
+				deps = append(deps, dep)
+			}
+		}
+	}
+	return deps
+}
+
+// WithBuildDependencies adds services whose images the builds of others start
+// from.
+func WithBuildDependencies(p *types.Project, services []string) []string {
+	out := slices.Clone(services)
+	all := p.AllServices()
+	for i := 0; i < len(out); i++ {
+		s := all[out[i]]
+		if s.Build == nil {
+			continue
+		}
+		for _, c := range s.Build.AdditionalContexts {
+			if dep, ok := strings.CutPrefix(c, types.ServicePrefix); ok && all[dep].Build != nil && !slices.Contains(out, dep) {
+				out = append(out, dep)
+			}
+		}
+	}
+	return out
+}
+
 func (e *Engine) buildOne(ctx context.Context, p *types.Project, s *types.ServiceConfig, name string, pr display.Progress, o BuildOptions) (string, error) {
-	b := s.Build
-	if err := unsupportedBuild(b); err != nil {
-		return "", err
+	if s.Build == nil {
+		return "", errors.New("it has no build section")
 	}
 	if e.DryRun {
 		return "", nil
 	}
-	opt := client.BuildOptions{Tags: append([]string{name}, b.Tags...), Args: map[string]*string{}, CacheFrom: b.CacheFrom, Target: b.Target,
-		NetworkMode: b.Network, ExtraHosts: b.ExtraHosts.AsList(":"), NoCache: b.NoCache || o.NoCache, Pull: b.Pull || o.Pull,
-		ShmSize: int64(b.ShmSize), Memory: o.Memory, Platform: s.Platform}
-	if len(b.Platforms) == 1 {
-		opt.Platform = b.Platforms[0]
+	if e.Builder == nil {
+		return "", errors.New("there is no builder")
 	}
-	slices.Sort(opt.ExtraHosts)
-	for k, v := range b.Args {
-		opt.Args[k] = v
+	dir, err := os.MkdirTemp("", "servin-compose")
+	if err != nil {
+		return "", err
 	}
-	for k, v := range types.NewMappingWithEquals(o.Args) {
-		opt.Args[k] = v
+	defer os.RemoveAll(dir)
+	args, err := e.buildArgs(p, s, name, dir, o)
+	if err != nil {
+		return "", err
 	}
-	for k, v := range opt.Args {
+	lines := &printer{print: pr.Print, quiet: o.Quiet}
+	code, err := e.Builder(ctx, args, p.Environment.Values(), lines)
+	lines.flush()
+	switch {
+	case ctx.Err() != nil:
+		return "", ctx.Err()
+	case err != nil:
+		return "", err
+	case code != 0 && lines.last != "":
+		return "", errors.New(strings.TrimPrefix(lines.last, "servin: "))
+	case code != 0:
+		return "", fmt.Errorf("the build ended with %d", code)
+	case o.Check:
+		return "", nil
+	}
+	return e.imageID(ctx, name)
+}
+
+// buildArgs writes a service's build section as flags of `servin build`; dir is
+// for files that the build needs.
+func (e *Engine) buildArgs(p *types.Project, s *types.ServiceConfig, name, dir string, o BuildOptions) ([]string, error) {
+	b := s.Build
+	args := []string{"build", "--progress", "plain", "--tag", name}
+	add := func(flag string, values ...string) {
+		for _, v := range values {
+			if v != "" {
+				args = append(args, flag, v)
+			}
+		}
+	}
+	on := func(set bool, flag string) {
+		if set {
+			args = append(args, flag)
+		}
+	}
+	add("--tag", b.Tags...)
+	vars := types.MappingWithEquals{}
+	maps.Copy(vars, b.Args)
+	maps.Copy(vars, types.NewMappingWithEquals(o.Args))
+	for _, k := range slices.Sorted(maps.Keys(vars)) {
+		v := vars[k]
 		if v == nil {
 			if got, ok := p.Environment[k]; ok {
-				opt.Args[k] = &got
+				v = &got
 			}
 		}
-	}
-	opt.Labels = map[string]string{model.LabelProject: p.Name, model.LabelService: s.Name, model.LabelVersion: model.Version}
-	for k, v := range b.Labels {
-		opt.Labels[k] = v
-	}
-	for u, l := range b.Ulimits {
-		x := &container.Ulimit{Name: u, Soft: int64(l.Single), Hard: int64(l.Single)}
-		if l.Soft != 0 || l.Hard != 0 {
-			x.Soft, x.Hard = int64(l.Soft), int64(l.Hard)
+		if v != nil {
+			args = append(args, "--build-arg", k+"="+*v)
 		}
-		opt.Ulimits = append(opt.Ulimits, x)
 	}
-	r, dockerfile, err := e.buildContext(b)
+	labels := map[string]string{model.LabelProject: p.Name, model.LabelService: s.Name, model.LabelVersion: model.Version}
+	maps.Copy(labels, b.Labels)
+	for _, k := range slices.Sorted(maps.Keys(labels)) {
+		args = append(args, "--label", k+"="+labels[k])
+	}
+	platforms, err := platforms(p, s, o.AllPlatforms)
 	if err != nil {
-		return "", err
+		return nil, err
 	}
-	defer r.Close()
-	opt.Dockerfile = dockerfile
-	id := ""
-	err = e.Client.ImageBuild(ctx, r, opt, func(m client.Progress) error {
-		if m.Aux != nil {
-			var aux struct{ ID string }
-			if json.Unmarshal(*m.Aux, &aux) == nil && aux.ID != "" {
-				id = aux.ID
+	add("--platform", strings.Join(platforms, ","))
+	add("--target", b.Target)
+	add("--network", b.Network)
+	add("--add-host", sorted(b.ExtraHosts.AsList(":"))...)
+	add("--cache-from", b.CacheFrom...)
+	add("--cache-to", b.CacheTo...)
+	add("--no-cache-filter", b.NoCacheFilter...)
+	add("--provenance", b.Provenance)
+	add("--sbom", b.SBOM)
+	add("--allow", b.Entitlements...)
+	add("--memory", o.Memory)
+	on(b.Privileged && !slices.Contains(b.Entitlements, "security.insecure"), "--allow=security.insecure")
+	on(b.NoCache || o.NoCache, "--no-cache")
+	on(b.Pull || o.Pull, "--pull")
+	on(o.Check, "--check")
+	if b.ShmSize > 0 {
+		add("--shm-size", strconv.FormatInt(int64(b.ShmSize), 10))
+	}
+	for _, k := range slices.Sorted(maps.Keys(b.Ulimits)) {
+		if u := b.Ulimits[k]; u.Soft != 0 || u.Hard != 0 {
+			add("--ulimit", fmt.Sprintf("%s=%d:%d", k, u.Soft, u.Hard))
+		} else {
+			add("--ulimit", fmt.Sprintf("%s=%d", k, u.Single))
+		}
+	}
+	for _, k := range b.SSH {
+		if k.Path == "" {
+			if k.ID == "default" && p.Environment["SSH_AUTH_SOCK"] == "" {
+				return nil, errors.New("invalid empty ssh agent socket: make sure SSH_AUTH_SOCK is set")
 			}
+			add("--ssh", k.ID)
+		} else {
+			add("--ssh", k.ID+"="+k.Path)
 		}
-		if o.Quiet {
-			return nil
-		}
-		if t := strings.TrimRight(m.Stream, "\n"); t != "" {
-			pr.Print(t)
-		} else if m.Status != "" && m.Progress == nil {
-			pr.Print(strings.TrimSpace(m.ID + " " + m.Status))
-		}
-		return nil
-	})
-	if err != nil {
-		return "", err
 	}
-	if id == "" {
-		id, err = e.imageID(ctx, name)
+	for _, r := range b.Secrets {
+		flag, err := buildSecret(p, r, dir)
+		if err != nil {
+			return nil, err
+		}
+		add("--secret", flag)
 	}
-	return id, err
-}
-
-// unsupportedBuild names what the engine's /build cannot be told.
-func unsupportedBuild(b *types.BuildConfig) error {
+	for _, k := range slices.Sorted(maps.Keys(b.AdditionalContexts)) {
+		v := b.AdditionalContexts[k]
+		if dep, ok := strings.CutPrefix(v, types.ServicePrefix); ok {
+			d, known := p.AllServices()[dep]
+			if !known {
+				return nil, fmt.Errorf("its context %s is the unknown service %q", k, dep)
+			}
+			v = "docker-image://" + model.ImageName(&d, p.Name, e.Separator)
+		}
+		add("--build-context", k+"="+v)
+	}
 	switch {
-	case b == nil:
-		return errors.New("it has no build section")
-	case len(b.Secrets) > 0, len(b.SSH) > 0:
-		return errors.New("build secrets and ssh need a BuildKit session: build it with 'docker buildx bake', which speaks to this engine too")
-	case len(b.Platforms) > 1:
-		return errors.New("several platforms at once need a BuildKit session: build it with 'docker buildx bake', which speaks to this engine too")
-	case len(b.AdditionalContexts) > 0:
-		return errors.New("additional_contexts need a BuildKit session: build it with 'docker buildx bake', which speaks to this engine too")
-	case b.Provenance != "" && b.Provenance != "false", b.SBOM != "" && b.SBOM != "false":
-		return errors.New("attestations need a BuildKit session: build it with 'docker buildx bake', which speaks to this engine too")
-	}
-	return nil
-}
-
-// inlineDockerfile is the name in the context of a Dockerfile that is not there.
-const inlineDockerfile = ".dockerfile.compose"
-
-// buildContext opens a build's context as a tar stream and gives the name of the
-// Dockerfile in it.
-func (e *Engine) buildContext(b *types.BuildConfig) (io.ReadCloser, string, error) {
-	dir := b.Context
-	if strings.Contains(dir, "://") || strings.HasPrefix(dir, "git@") || strings.HasPrefix(dir, "github.com/") {
-		return nil, "", fmt.Errorf("cannot use the context %s: remote contexts need a BuildKit session; clone it and give the folder", dir)
-	}
-	if st, err := os.Stat(dir); err != nil {
-		return nil, "", fmt.Errorf("cannot use the build context: %w", err)
-	} else if !st.IsDir() {
-		return nil, "", fmt.Errorf("cannot use the build context %s: it is no folder", dir)
-	}
-	name, inline := b.Dockerfile, []byte(b.DockerfileInline)
-	if name == "" {
-		name = "Dockerfile"
-	}
-	abs := name
-	if !filepath.IsAbs(abs) {
-		abs = filepath.Join(dir, name)
-	}
-	rel, err := filepath.Rel(dir, abs)
-	switch {
-	case len(inline) > 0:
-		name = inlineDockerfile
-	case err != nil || rel == ".." || strings.HasPrefix(rel, ".."+string(filepath.Separator)):
-		if inline, err = os.ReadFile(abs); err != nil {
-			return nil, "", fmt.Errorf("cannot read the Dockerfile: %w", err)
+	case b.DockerfileInline != "":
+		file := filepath.Join(dir, "Dockerfile")
+		if err := os.WriteFile(file, []byte(b.DockerfileInline), 0o600); err != nil {
+			return nil, err
 		}
-		name = inlineDockerfile
+		add("--file", file)
+	case b.Dockerfile != "" && !remote(b.Context):
+		file := b.Dockerfile
+		if !filepath.IsAbs(file) {
+			file = filepath.Join(b.Context, file)
+		}
+		add("--file", file)
 	default:
-		if _, err := os.Stat(abs); err != nil {
-			return nil, "", fmt.Errorf("cannot read the Dockerfile: %w", err)
-		}
-		name = filepath.ToSlash(rel)
+		add("--file", b.Dockerfile)
 	}
-	ignore, err := readIgnore(dir, abs)
-	if err != nil {
-		return nil, "", err
-	}
-	pm, err := patternmatcher.New(ignore)
-	if err != nil {
-		return nil, "", fmt.Errorf("cannot use .dockerignore: %w", err)
-	}
-	r, w := io.Pipe()
-	go func() {
-		bw := bufio.NewWriterSize(w, 64<<10)
-		err := packContext(bw, dir, name, inline, pm)
-		if err == nil {
-			err = bw.Flush()
-		}
-		w.CloseWithError(err)
-	}()
-	return r, name, nil
+	return append(args, "--", b.Context), nil
 }
 
-// ReadIgnore reads the patterns that a build leaves out of its context.
+func sorted(l []string) []string {
+	slices.Sort(l)
+	return l
+}
+
+// remote tells of contexts that the builder fetches itself.
+func remote(context string) bool {
+	return strings.Contains(context, "://") || strings.HasPrefix(context, "git@") || strings.HasPrefix(context, "github.com/")
+}
+
+// platforms decides what to build for: all that the service names, or the one
+// that it will run on.
+func platforms(p *types.Project, s *types.ServiceConfig, all bool) ([]string, error) {
+	b := s.Build
+	one := s.Platform
+	from := "platform"
+	if one == "" {
+		one, from = p.Environment["DOCKER_DEFAULT_PLATFORM"], "DOCKER_DEFAULT_PLATFORM"
+	}
+	if one != "" {
+		if len(b.Platforms) > 0 && !slices.Contains(b.Platforms, one) {
+			if from == "platform" {
+				return nil, fmt.Errorf("service.build.platforms MUST include service.platform %q", one)
+			}
+			return nil, fmt.Errorf("service %q build.platforms does not support value set by %s: %s", s.Name, from, one)
+		}
+		if !all || len(b.Platforms) == 0 || from != "platform" {
+			return []string{one}, nil
+		}
+	}
+	if all {
+		return b.Platforms, nil
+	}
+	return nil, nil
+}
+
+// buildSecret writes one secret of a build as a flag. Values go by a file that
+// only we can read, never by arguments.
+func buildSecret(p *types.Project, r types.ServiceSecretConfig, dir string) (string, error) {
+	s, ok := p.Secrets[r.Source]
+	if !ok {
+		return "", fmt.Errorf("its build refers to the undefined secret %q", r.Source)
+	}
+	id := r.Target
+	if id == "" {
+		id = r.Source
+	}
+	switch {
+	case s.File != "":
+		return "id=" + id + ",src=" + s.File, nil
+	case s.Environment != "":
+		v, ok := p.Environment[s.Environment]
+		if !ok {
+			return "", fmt.Errorf("the environment variable %q of secret %q is not set", s.Environment, r.Source)
+		}
+		f, err := os.CreateTemp(dir, "secret")
+		if err != nil {
+			return "", err
+		}
+		_, err = io.WriteString(f, v)
+		if cerr := f.Close(); err == nil {
+			err = cerr
+		}
+		return "id=" + id + ",src=" + f.Name(), err
+	}
+	return "", fmt.Errorf("secret %q cannot be used in a build: it is neither a file nor a variable", r.Source)
+}
+
+// printer passes lines on.
+type printer struct {
+	mu    sync.Mutex
+	buf   bytes.Buffer
+	print func(string)
+	quiet bool
+	last  string // the last line that says something
+}
+
+func (p *printer) Write(b []byte) (int, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.buf.Write(b)
+	for {
+		i := bytes.IndexByte(p.buf.Bytes(), '\n')
+		if i < 0 {
+			return len(b), nil
+		}
+		p.line(strings.TrimRight(string(p.buf.Next(i+1)), "\r\n"))
+	}
+}
+
+func (p *printer) line(s string) {
+	if strings.TrimSpace(s) != "" {
+		p.last = s
+	}
+	if !p.quiet {
+		p.print(s)
+	}
+}
+
+func (p *printer) flush() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.buf.Len() > 0 {
+		p.line(p.buf.String())
+		p.buf.Reset()
+	}
+}
+
+// ReadIgnore reads the patterns that a build leaves out of its context: those of
+// the Dockerfile's own ignore file, or of the context's.
 func ReadIgnore(b *types.BuildConfig) ([]string, error) {
 	file := b.Dockerfile
 	if file == "" {
@@ -236,7 +382,22 @@ func ReadIgnore(b *types.BuildConfig) ([]string, error) {
 	if !filepath.IsAbs(file) {
 		file = filepath.Join(b.Context, file)
 	}
-	return readIgnore(b.Context, file)
+	for _, p := range []string{file + ".dockerignore", filepath.Join(b.Context, ".dockerignore")} {
+		f, err := os.Open(p)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			return nil, err
+		}
+		defer f.Close()
+		list, err := ignorefile.ReadAll(f)
+		if err != nil {
+			return nil, fmt.Errorf("cannot read %s: %w", p, err)
+		}
+		return list, nil
+	}
+	return nil, nil
 }
 
 // PruneDangling removes images of a project that builds have replaced.
@@ -255,112 +416,4 @@ func (e *Engine) PruneDangling(ctx context.Context, project string, keep map[str
 			e.Client.ImageRemove(ctx, list[i].ID, client.ImageRemoveOptions{})
 		}
 	}
-}
-
-// readIgnore reads the patterns of the Dockerfile's own ignore file, or of the
-// context's.
-func readIgnore(dir, dockerfile string) ([]string, error) {
-	for _, p := range []string{dockerfile + ".dockerignore", filepath.Join(dir, ".dockerignore")} {
-		f, err := os.Open(p)
-		if errors.Is(err, fs.ErrNotExist) {
-			continue
-		}
-		if err != nil {
-			return nil, err
-		}
-		defer f.Close()
-		list, err := ignorefile.ReadAll(f)
-		if err != nil {
-			return nil, fmt.Errorf("cannot read %s: %w", p, err)
-		}
-		return list, nil
-	}
-	return nil, nil
-}
-
-func packContext(w io.Writer, dir, dockerfile string, inline []byte, pm *patternmatcher.PatternMatcher) error {
-	tw := tar.NewWriter(w)
-	if len(inline) > 0 {
-		if err := tw.WriteHeader(&tar.Header{Name: dockerfile, Mode: 0o644, Size: int64(len(inline))}); err != nil {
-			return err
-		}
-		if _, err := tw.Write(inline); err != nil {
-			return err
-		}
-	}
-	root, err := os.OpenRoot(dir)
-	if err != nil {
-		return err
-	}
-	defer root.Close()
-	err = fs.WalkDir(root.FS(), ".", func(p string, d fs.DirEntry, err error) error {
-		if err != nil {
-			return err
-		}
-		if p == "." {
-			return nil
-		}
-		// The build needs these two, whatever is ignored.
-		if p != dockerfile && p != ".dockerignore" {
-			skip, err := pm.MatchesOrParentMatches(p)
-			if err != nil {
-				return err
-			}
-			if skip {
-				if d.IsDir() && !pm.Exclusions() {
-					return fs.SkipDir
-				}
-				if !d.IsDir() || !strings.HasPrefix(dockerfile, p+"/") {
-					return nil
-				}
-			}
-		}
-		return packEntry(tw, root, p, d)
-	})
-	if err != nil {
-		return err
-	}
-	return tw.Close()
-}
-
-func packEntry(tw *tar.Writer, root *os.Root, p string, d fs.DirEntry) error {
-	fi, err := d.Info()
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
-	}
-	if err != nil {
-		return err
-	}
-	link := ""
-	switch {
-	case fi.Mode()&fs.ModeSymlink != 0:
-		if link, err = root.Readlink(p); err != nil {
-			return err
-		}
-	case !fi.Mode().IsRegular() && !fi.IsDir():
-		return nil // sockets, pipes and devices are no content
-	}
-	h, err := tar.FileInfoHeader(fi, link)
-	if err != nil {
-		return err
-	}
-	h.Name = path.Clean(p)
-	if fi.IsDir() {
-		h.Name += "/"
-	}
-	// Who owns them here says nothing there, and caches would miss.
-	h.Uid, h.Gid, h.Uname, h.Gname = 0, 0, "", ""
-	if err := tw.WriteHeader(h); err != nil || !fi.Mode().IsRegular() {
-		return err
-	}
-	f, err := root.Open(p)
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	n, err := io.Copy(tw, io.LimitReader(f, h.Size))
-	if err == nil && n < h.Size {
-		err = fmt.Errorf("%s became shorter while it was read", p)
-	}
-	return err
 }

@@ -6,6 +6,7 @@ package engine
 import (
 	"context"
 	"fmt"
+	"io"
 	"slices"
 	"sync"
 	"time"
@@ -26,6 +27,9 @@ type Config struct {
 	Client *client.Client
 	// Auth finds credentials for an image's registry, nil for none.
 	Auth func(ctx context.Context, image string) (*registry.AuthConfig, error)
+	// Builder runs `servin build` with arguments and environment, and gives its
+	// exit code.
+	Builder func(ctx context.Context, args, env []string, out io.Writer) (int, error)
 	// Separator stands between the parts of names.
 	Separator string
 	// Parallel bounds calls to the engine at a time.

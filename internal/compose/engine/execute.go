@@ -118,7 +118,10 @@ func (r *run) step(ctx context.Context, s *plan.Step) error {
 	}
 	defer release()
 	v := verbs[s.Kind]
-	r.show(s, v.doing, display.Working)
+	// A network that is made anew is told when it is gone.
+	if s.Kind != plan.DetachNetwork && (s.Kind != plan.RemoveNetwork || s.Why == "") {
+		r.show(s, v.doing, display.Working)
+	}
 	if r.e.DryRun {
 		r.show(s, v.done, display.Done)
 		return nil
@@ -135,7 +138,7 @@ func (r *run) step(ctx context.Context, s *plan.Step) error {
 		}
 		return err
 	}
-	if s.Kind != plan.RemoveNetwork || s.Why == "" {
+	if s.Kind != plan.DetachNetwork {
 		r.show(s, v.done, display.Done)
 	}
 	return nil

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"sync"
@@ -51,7 +52,15 @@ func (e *Engine) EnsureImages(ctx context.Context, p *types.Project, pr display.
 			}
 		}
 		if len(names) > 0 {
-			built, err := e.Build(ctx, p, pr, names, *o.Build)
+			whole := *p
+			whole.Services = types.Services{}
+			maps.Copy(whole.Services, p.Services)
+			if names = WithBuildDependencies(p, names); len(names) > 0 {
+				for _, n := range names {
+					whole.Services[n] = p.AllServices()[n]
+				}
+			}
+			built, err := e.Build(ctx, &whole, pr, names, *o.Build)
 			if err != nil {
 				return err
 			}

@@ -47,7 +47,7 @@ func (r *run) wait(ctx context.Context, s *plan.Step) error {
 		return err
 	case s.Optional:
 		all("Skipped: optional dependency "+err.Error(), display.Warning)
-		r.warn("optional dependency " + s.Service + " failed: " + err.Error())
+		r.warn(fmt.Sprintf("optional dependency %q failed to start: %v", s.Service, err))
 		return nil
 	}
 	all("Error "+err.Error(), display.Failed)

@@ -80,8 +80,6 @@ func checkFiles(p *types.Project, s *types.ServiceConfig) error {
 			return fmt.Errorf("service %q refers to undefined %s %q", s.Name, kind, source)
 		case o.Driver != "" || o.TemplateDriver != "":
 			return fmt.Errorf("cannot use %s %q: drivers for %ss are a swarm's; give a file, environment or content", kind, source, kind)
-		case bool(o.External):
-			return fmt.Errorf("cannot use %s %q: external %ss are kept by a swarm, which this engine is not; give a file, environment or content", kind, source, kind)
 		}
 		return nil
 	}

@@ -29,7 +29,7 @@ func TestCheck(t *testing.T) {
 		"global":          {"services:\n  a: {image: a, deploy: {mode: global}}", "mode global is for a swarm", ""},
 		"provider":        {"services:\n  a: {provider: {type: cloud}}", "", "provider plugins are not supported"},
 		"model":           {"services:\n  a: {image: a, models: [m]}\nmodels: {m: {model: x}}", "", "models need a model runner"},
-		"external secret": {"services:\n  a: {image: a, secrets: [s]}\nsecrets: {s: {external: true}}", "", "kept by a swarm"},
+		"external secret": {"services:\n  a: {image: a, secrets: [s]}\nsecrets: {s: {external: true}}", "", ""},
 		"config driver":   {"services:\n  a: {image: a, configs: [s]}\nconfigs: {s: {file: ./x, template_driver: golang}}", "", "a swarm's"},
 		"overlay":         {"services:\n  a: {image: a, networks: [n]}\nnetworks: {n: {driver: overlay}}", "", "needs a swarm"},
 	} {

@@ -199,7 +199,7 @@ func (u *up) planNetworks() error {
 		found, ok := u.o.Networks[key]
 		switch {
 		case bool(n.External) && !ok:
-			return fmt.Errorf("network %s is declared external, but there is none of that name: make it with 'servin networks create %s'", n.Name, n.Name)
+			return fmt.Errorf("network %s declared as external, but could not be found: make it with 'servin networks create %s'", n.Name, n.Name)
 		case bool(n.External):
 			continue
 		case !ok:
@@ -462,7 +462,7 @@ func References(s *types.ServiceConfig) []string {
 	return slices.Compact(out)
 }
 
-var errNoContainer = errors.New("it has no container")
+var errNoContainer = errors.New("container missing")
 
 // Resolve gives a copy of s in which references to services are containers.
 func Resolve(s types.ServiceConfig, first func(service string) (id string, ok bool)) (types.ServiceConfig, error) {
@@ -473,7 +473,7 @@ func Resolve(s types.ServiceConfig, first func(service string) (id string, ok bo
 		}
 		id, ok := first(d)
 		if !ok {
-			return "", fmt.Errorf("service %q cannot share the %s namespace of %q: %w", s.Name, what, d, errNoContainer)
+			return "", fmt.Errorf("cannot share %s namespace with service %s: %w", what, d, errNoContainer)
 		}
 		return types.ContainerPrefix + id, nil
 	}
@@ -496,7 +496,7 @@ func Resolve(s types.ServiceConfig, first func(service string) (id string, ok bo
 		d, access, has := strings.Cut(v, ":")
 		id, ok := first(d)
 		if !ok {
-			return s, fmt.Errorf("service %q cannot take the volumes of %q: %w", s.Name, d, errNoContainer)
+			return s, fmt.Errorf("cannot share volume with service %s: %w", d, errNoContainer)
 		}
 		if s.VolumesFrom[i] = id; has && access != "rw" {
 			s.VolumesFrom[i] += ":" + access

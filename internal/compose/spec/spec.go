@@ -7,6 +7,7 @@ package spec
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"maps"
 	"net/netip"
@@ -119,6 +120,9 @@ func Container(p *types.Project, s types.ServiceConfig, name string, o Options) 
 		h.MaskedPaths, h.ReadonlyPaths = []string{}, []string{}
 	}
 	out.HostConfig = h
+	if out.Extra.Secrets, err = kept(p, &s); err != nil {
+		return fail(err)
+	}
 	return out, nil
 }
 
@@ -230,6 +234,9 @@ func healthcheck(c *types.HealthCheckConfig) (*container.HealthConfig, error) {
 		return time.Duration(*d)
 	}
 	h := &container.HealthConfig{Test: c.Test, Interval: dur(c.Interval), Timeout: dur(c.Timeout), StartPeriod: dur(c.StartPeriod), StartInterval: dur(c.StartInterval)}
+	if c.StartInterval != nil && c.StartPeriod == nil {
+		return nil, errors.New("healthcheck.start_interval requires healthcheck.start_period to be set")
+	}
 	if c.Disable {
 		h.Test = []string{"NONE"}
 	}

@@ -141,7 +141,7 @@ const everything = `services:
     - {type: volume, source: data, target: /sub, volume: {subpath: s, nocopy: true}}
     - {type: tmpfs, target: /tm, tmpfs: {size: 1048576, mode: 0o700}}
     - {type: image, source: other, target: /img, image: {subpath: d}}
-    secrets: [file, {source: env, target: renamed, uid: "1", gid: "2", mode: 0o400}]
+    secrets: [file, {source: theirs, uid: "5"}, {source: env, target: renamed, uid: "1", gid: "2", mode: 0o400}]
     configs: [inline, {source: file, target: /etc/file}]
 networks:
   front: {driver: bridge, driver_opts: {com.docker.network.bridge.name: br7}, internal: true, enable_ipv6: true, labels: {l: m},
@@ -151,6 +151,7 @@ volumes:
   data: {driver: local, driver_opts: {type: tmpfs, device: tmpfs}, labels: {l: m}}
 secrets:
   file: {file: ./tok.txt}
+  theirs: {external: true, name: real}
   env: {environment: TOKEN}
 configs:
   file: {file: ./tok.txt}

@@ -8,11 +8,14 @@ import (
 	"path"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 
 	"github.com/compose-spec/compose-go/v2/types"
 	"github.com/moby/moby/api/types/container"
 	"github.com/moby/moby/api/types/mount"
+
+	"github.com/cloudos-io/cloudos/api"
 )
 
 // volumes gives a service's mounts. Plain ones go as binds, which make a missing
@@ -196,7 +199,7 @@ func fileTarget(r types.FileReferenceConfig, dir string) string {
 func Files(p *types.Project, s *types.ServiceConfig) ([]File, error) {
 	var out []File
 	add := func(r types.FileReferenceConfig, o types.FileObjectConfig, dir, kind string) error {
-		if o.File != "" {
+		if o.File != "" || bool(o.External) {
 			return nil
 		}
 		content := o.Content
@@ -226,6 +229,47 @@ func Files(p *types.Project, s *types.ServiceConfig) ([]File, error) {
 	}
 	if len(out) > 0 && s.ReadOnly {
 		return nil, fmt.Errorf("cannot put %s into service %q: its root file system is read-only; keep it in a file instead", out[0].Target, s.Name)
+	}
+	return out, nil
+}
+
+// kept are the secrets and configs that the engine itself keeps: external ones.
+func kept(p *types.Project, s *types.ServiceConfig) ([]api.SecretRef, error) {
+	var out []api.SecretRef
+	add := func(r types.FileReferenceConfig, o types.FileObjectConfig, kind api.SecretKind, dir string) error {
+		if !bool(o.External) {
+			return nil
+		}
+		ref := api.SecretRef{Kind: kind, Name: o.Name, Target: fileTarget(r, dir)}
+		for _, v := range []struct {
+			text string
+			to   *uint32
+		}{{r.UID, &ref.UID}, {r.GID, &ref.GID}} {
+			if v.text == "" {
+				continue
+			}
+			n, err := strconv.ParseUint(v.text, 10, 32)
+			if err != nil {
+				return fmt.Errorf("%s %q: the owner %q is not a number", kind, r.Source, v.text)
+			}
+			*v.to = uint32(n)
+		}
+		if r.Mode != nil {
+			m := uint32(*r.Mode)
+			ref.Mode = &m
+		}
+		out = append(out, ref)
+		return nil
+	}
+	for _, r := range s.Secrets {
+		if err := add(types.FileReferenceConfig(r), types.FileObjectConfig(p.Secrets[r.Source]), api.KindSecret, "/run/secrets"); err != nil {
+			return nil, err
+		}
+	}
+	for _, r := range s.Configs {
+		if err := add(types.FileReferenceConfig(r), types.FileObjectConfig(p.Configs[r.Source]), api.KindConfig, "/"); err != nil {
+			return nil, err
+		}
 	}
 	return out, nil
 }
