@@ -21,6 +21,7 @@ deps: ## Install what building and running need (Debian packages; needs root)
 build: shim hello ## Build every program into bin/
 	@mkdir -p $(BIN)
 	$(GO) build -tags nri_no_wasm -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/ $(PROGRAMS:%=./cmd/%) # ADR 14
+	@scripts/toolbox-image $(BIN)/servin-toolbox.tar.gz
 	@$(MAKE) --no-print-directory buildd
 
 # A Go module of its own: BuildKit's dependencies stay out of the engine's go.mod. -mod=mod: it follows

@@ -22,7 +22,17 @@ type CreateExtra struct {
 	UsernsAuto bool `json:",omitempty"`
 	// Secrets and configs that the container gets as files in memory.
 	Secrets []SecretRef `json:",omitempty"`
+	// Debug names a container to look into: the new one, which is removed when it
+	// ends, joins its namespaces and sees its files at /target. In POST
+	// /servin/run alone; no image means the engine's own tools.
+	Debug string `json:",omitempty"`
 }
+
+// LabelDebug is on a container that looks into another, whose id it holds.
+const LabelDebug = "io.servin.debug"
+
+// ToolboxImage is the engine's own tools.
+const ToolboxImage = "servin/toolbox:latest"
 
 // Labels that carry CreateExtra through Docker's clients and Compose files.
 const (

@@ -60,6 +60,7 @@ func (a servinAPI) run(w *response, r *request) error {
 	c.Extra.PublishThrough = c.Extra.PublishThrough || body.Extra.PublishThrough
 	c.Extra.UsernsAuto = c.Extra.UsernsAuto || body.Extra.UsernsAuto
 	c.Extra.Secrets = append(c.Extra.Secrets, body.Extra.Secrets...)
+	c.Extra.Debug = body.Extra.Debug
 
 	r.noteCreate(&c.CreateRequest)
 	run, err := a.containers.ContainerRun(r.Context(), c.CreateRequest, AttachRequest{

@@ -81,6 +81,11 @@ func (e *Engine) create(ctx context.Context, req CreateRequest) (u *unit, warnin
 	if hc == nil {
 		hc = &mcontainer.HostConfig{}
 	}
+	if req.Extra.Debug != "" {
+		if err := e.debugging(ctx, &req, hc); err != nil {
+			return nil, nil, err
+		}
+	}
 	asked := hc
 	if req.member != nil { // Kubernetes' limits may be smaller than Docker's least ones
 		c := *hc

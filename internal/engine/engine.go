@@ -47,6 +47,7 @@ type Config struct {
 	DefaultRuntime string // "" is the native one
 	Snapshots      snapshot.Store
 	Images         Images
+	Toolbox        string // the archive of the image for ContainerDebug, "" for none
 	Networks       Networks
 	Volumes        *volume.Store
 	IDMaps         IDMaps

@@ -86,6 +86,10 @@ func (e *Engine) joinUser(o *unit, in *oci.Input, back *scope) error {
 	}
 	back.hold(f)
 	in.Join.User = fdPath(f)
+	// Its user namespace owns what it made: procfs and sysfs are then made anew.
+	// The host's would be bound otherwise, and show the host's processes.
+	hc := o.rec.Load().HostConfig
+	in.Join.Owned = !hc.PidMode.IsHost() && !hc.NetworkMode.IsHost() && !hc.IpcMode.IsHost()
 	return nil
 }
 

@@ -330,6 +330,13 @@ func (e *Engine) specInput(ctx context.Context, u *unit, r *container.Record, ro
 			return in, err
 		}
 	}
+	if r.Extra.Debug != "" {
+		m, err := e.debugTarget(ctx, u, r, root, back)
+		if err != nil {
+			return in, err
+		}
+		in.Mounts = append(in.Mounts, m...)
+	}
 	if err := e.ownMounts(ctx, u, r, in.Mounts, in.User, in.MountLabel, back); err != nil {
 		return in, err
 	}

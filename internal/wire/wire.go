@@ -252,7 +252,7 @@ func New(ctx context.Context, c *config.Config, inside rootless.State, log *slog
 	// The engine and its edges.
 	s.Engine, err = engine.New(engine.Config{
 		Root: c.Root, RunRoot: c.RunRoot, Version: api.Version, Driver: driver, Runtimes: runtimes, DefaultRuntime: c.DefaultRuntime,
-		Snapshots: layers, Images: images, Networks: networks, Volumes: volumes, IDMaps: ids, Secrets: secrets, Policy: rules, Bus: event.NewBus(event.Config{}),
+		Snapshots: layers, Images: images, Toolbox: toolbox(), Networks: networks, Volumes: volumes, IDMaps: ids, Secrets: secrets, Policy: rules, Bus: event.NewBus(event.Config{}),
 		Durable: durable, Ephemeral: ephemeral, Host: host, Profiles: oci.NewProfiles(seccomp), AppArmorProfile: profile,
 		CgroupParent: c.CgroupParent, CgroupV2: v2, NoCgroups: inside.Active && !v2, CgroupDriver: c.CgroupDriver, Rootless: inside.Active, Defaults: defaults,
 		LogDriver: c.Logs.Driver, LogOptions: c.Logs.Options, LogShipper: shipper, LogMaxSize: logSize, LogMaxFiles: c.Logs.MaxFiles, NoNewPrivileges: c.NoNewPrivileges, Init: c.Init,

@@ -59,7 +59,7 @@ var arrows = map[string][]string{
 	"internal/build":     {"internal/fault", "internal/image", "internal/network"},                                                           // ADR 18
 	"internal/criapi":    {"internal/audit", "internal/caller", "internal/fault", "internal/image", "internal/engine", "internal/container"}, // ADR 10
 	"internal/namespace": {"internal/fault"},                                                                                                 // ADR 10
-	"internal/cli":       {"client", "api"},
+	"internal/cli":       {"client", "internal/filesync", "api"},
 	"internal/nri":       {"internal/fault", "internal/container", "internal/engine"}, // ADR 14
 	"internal/rootless":  {"internal/fault", "internal/idmap", "internal/snapshot"},
 	"cmd/servin-compose": {"internal/compose", "internal/cli", "api"},            // ADR 21
