@@ -317,7 +317,15 @@ func oldVersion(t *testing.T, n *node) {
 // apart shows that plain containers and those of pods do not get in each other's way.
 func apart(t *testing.T, n *node) {
 	p := podConfig(t)
-	pod, id := n.up(t, p, sleeper("a"))
+	p.LogDirectory = t.TempDir()
+	conf := sleeper("a")
+	conf.LogPath, conf.Command = "a.log", []string{"sh", "-c", "echo a line; while :; do sleep 0.1; done"}
+	pod, id := n.up(t, p, conf)
+	eventually(t, "the log by name", 5*time.Second, func() bool { return n.must("logs", "k8s_a_"+p.Metadata.Name+"_test_"+p.Metadata.Uid+"_0") == "a line" })
+	seen := n.must("events", "--since", "1m", "--until", "0s", "--filter", "namespace=*")
+	if out := n.must("events", "--since", "1m", "--until", "0s"); strings.Contains(out, id) || !strings.Contains(seen, id) {
+		t.Errorf("events: %s", out)
+	}
 	ended := n.create(t, pod, p, sleeper("ended"))
 	plain := n.must("run", "-d", "--name", "plain-"+p.Metadata.Name, "bb", "sleep", "1000")
 	t.Cleanup(func() { n.must("rm", "-f", plain) })

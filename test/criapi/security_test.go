@@ -192,6 +192,19 @@ func noNewPrivileges(t *testing.T, n *node) {
 
 func userNamespaces(t *testing.T, n *node) {
 	m := []*v1.IDMapping{{ContainerId: 0, HostId: 1000, Length: 100000}}
+	// With the host's network, too.
+	host := &v1.NamespaceOption{Network: v1.NamespaceMode_NODE, Pid: v1.NamespaceMode_CONTAINER, UsernsOptions: &v1.UserNamespace{Mode: v1.NamespaceMode_POD, Uids: m, Gids: m}}
+	hp, hc := podConfig(t), sleeper("host-network")
+	hp.Linux.SecurityContext = &v1.LinuxSandboxSecurityContext{NamespaceOptions: host}
+	hc.Linux.SecurityContext = &v1.LinuxContainerSecurityContext{NamespaceOptions: host}
+	_, hid := n.up(t, hp, hc)
+	own, _ := os.Readlink("/proc/self/ns/net")
+	if s := strings.Fields(n.exec(t, hid, "sh", "-c", "readlink /proc/self/ns/net; cat /proc/self/uid_map")); !slices.Equal(s, []string{own, "0", "1000", "100000"}) {
+		t.Errorf("with the host's network: %v", s)
+	}
+	if r := n.try(t, hid, "ip", "link", "set", "lo", "down"); r.ExitCode == 0 {
+		t.Error("a pod with ids of its own changed the host's link")
+	}
 	for name, pid := range map[string]v1.NamespaceMode{"own processes": v1.NamespaceMode_CONTAINER, "shared processes": v1.NamespaceMode_POD} {
 		o := &v1.NamespaceOption{Pid: pid, UsernsOptions: &v1.UserNamespace{Mode: v1.NamespaceMode_POD, Uids: m, Gids: m}}
 		p := podConfig(t)
