@@ -28,7 +28,7 @@ func TestCNI(t *testing.T) {
 		t.Fatal(err)
 	}
 	e := start(t, "--config", writeConfig(t, dir, "version: 1\nshutdownTimeout: 1s\ncni:\n  confDir: "+conf+"\n  binDir: "+plugins+"\n"))
-	if out := e.must("networks", "ls"); !strings.Contains(out, "cni:lan") {
+	if out := e.must("networks", "ls", "--filter", "driver=cni"); !strings.Contains(out, "cni:lan") {
 		t.Errorf("networks:\n%s", out)
 	}
 	if out := e.must("run", "--rm", "--network", "name=cni:lan,ip=10.86.0.77", "bb", "ip", "-o", "-4", "addr", "show", "eth0"); !strings.Contains(out, "10.86.0.77/24") {
