@@ -25,6 +25,7 @@ type command struct {
 func commands() []command {
 	const id = "<container-id>"
 	return []command{
+		{name: "checkpoint", args: id, usage: "checkpoint a running container", min: 1, max: 1, flags: checkpointFlags, run: (*app).checkpoint},
 		{name: "create", args: id, usage: "create a container", min: 1, max: 1, flags: createFlags, run: (*app).create},
 		{name: "delete", args: id, usage: "delete any resources held by the container often used with detached container", min: 1, max: 1, flags: deleteFlags, run: (*app).delete},
 		{name: "events", args: id, usage: "display container events such as OOM notifications, cpu, memory, and IO usage statistics", min: 1, max: 1, flags: eventsFlags, run: (*app).events},
@@ -33,6 +34,7 @@ func commands() []command {
 		{name: "list", usage: "lists containers started with the given root", flags: listFlags, run: (*app).list},
 		{name: "pause", args: id, usage: "pause suspends all processes inside the container", min: 1, max: 1, run: (*app).pause},
 		{name: "ps", args: id + " [ps options]", usage: "ps displays the processes running inside a container", min: 1, max: -1, verbatim: true, flags: psFlags, run: (*app).ps},
+		{name: "restore", args: id, usage: "restore a container from a previous checkpoint", min: 1, max: 1, flags: restoreFlags, run: (*app).restore},
 		{name: "resume", args: id, usage: "resumes all processes that have been previously paused", min: 1, max: 1, run: (*app).resume},
 		{name: "run", args: id, usage: "create and run a container", min: 1, max: 1, flags: runFlags, run: (*app).runContainer},
 		{name: "spec", usage: "create a new specification file", flags: specFlags, run: (*app).spec},

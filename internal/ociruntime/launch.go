@@ -72,6 +72,17 @@ func (b *birth) launch() error {
 	if err := b.mapIDs(); err != nil {
 		return err
 	}
+	if err := b.record(); err != nil {
+		return err
+	}
+	if err := b.moveDevices(); err != nil {
+		return err
+	}
+	return b.carryOut()
+}
+
+// record writes down that there is a container now.
+func (b *birth) record() error {
 	b.rec.InitPID, b.rec.InitStart = b.proc.pid, b.proc.start
 	b.rec.CgroupPaths = b.cg.GetPaths()
 	b.rec.NamespacePaths = map[string]string{}
@@ -86,10 +97,7 @@ func (b *birth) launch() error {
 		return err
 	}
 	os.Remove(b.filePath(draftName))
-	if err := b.moveDevices(); err != nil {
-		return err
-	}
-	return b.carryOut()
+	return nil
 }
 
 func (b *birth) applyLimits() error {

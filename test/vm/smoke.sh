@@ -36,7 +36,7 @@ echo 'nameserver 192.0.2.53' > "$root/etc/resolv.conf"
 # What containers need of the kernel's modules, with what those need.
 m=lib/modules/$version
 depmod -b "$cache/x" "$version"
-want='/(overlay|ext4|quota_v2|quota_tree|crc32c_generic|virtio_blk|virtio_pci|veth|bridge|br_netfilter|nf_tables|nft_[a-z0-9_]+|nf_(nat|conntrack|dup_ipv4|dup_ipv6|reject_ipv4|reject_ipv6|defrag_ipv4|defrag_ipv6)|nfnetlink|tun|dummy)\.ko'
+want='/('${SMOKE_MODULES:+$SMOKE_MODULES|}'overlay|ext4|quota_v2|quota_tree|crc32c_generic|virtio_blk|virtio_pci|veth|bridge|br_netfilter|nf_tables|nft_[a-z0-9_]+|nf_(nat|conntrack|dup_ipv4|dup_ipv6|reject_ipv4|reject_ipv6|defrag_ipv4|defrag_ipv6)|nfnetlink|tun|dummy)\.ko'
 grep -E "$want" "$cache/x/$m/modules.dep" | tr -d ':' | tr ' ' '\n' | sort -u | while read -r ko; do
 	[ -n "$ko" ] || continue
 	mkdir -p "$root/$m/$(dirname "$ko")"
@@ -54,6 +54,13 @@ if [ -n "$suite" ]; then
 	cp "$(command -v bash)" "$root/bin/bash"
 	ldd "$root/bin/bash" | grep -o '/[^ ]*' | while read -r lib; do mkdir -p "$root$(dirname "$lib")"; cp "$lib" "$root$lib"; done
 fi
+# Further programs that a suite needs, with their libraries.
+for p in ${SMOKE_EXTRA:-}; do
+	p=$(command -v "$p") || continue
+	rm -f "$root/bin/$(basename "$p")"
+	cp -L "$p" "$root/bin/$(basename "$p")"
+	{ ldd "$p" 2>/dev/null || :; } | { grep -o '/[^ ]*' || :; } | while read -r lib; do mkdir -p "$root$(dirname "$lib")"; cp -L "$lib" "$root$lib"; done
+done
 cat > "$root/init" <<'I'
 #!/bin/sh
 # pivot_root does not work on the initramfs: move to a tmpfs root first.
