@@ -42,6 +42,7 @@ type node struct {
 	// extra is added to the kubelet's configuration.
 	extra   string
 	env     []string
+	flags   []string
 	cgroups []string
 	cni     bool
 	*registry
@@ -140,6 +141,7 @@ featureGates: {KubeletCrashLoopBackOffMax: true}
 	defer log.Close()
 	n.cmd = exec.Command(os.Getenv("KUBELET"), "--config", filepath.Join(n.dir, "kubelet.yaml"), "--root-dir", filepath.Join(n.dir, "kubelet"),
 		"--node-ip", nodeIP, "--hostname-override", "node", "-v", "2")
+	n.cmd.Args = append(n.cmd.Args, n.flags...)
 	n.cmd.Env, n.cmd.Stdout, n.cmd.Stderr = n.env, log, log
 	if err := n.cmd.Start(); err != nil {
 		n.t.Fatal(err)
