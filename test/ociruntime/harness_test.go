@@ -66,7 +66,7 @@ func program(t *testing.T) string {
 // shortDir is a directory whose name leaves room for those of sockets.
 func shortDir(t *testing.T) string {
 	t.Helper()
-	dir, err := os.MkdirTemp("/var/tmp", "oci")
+	dir, err := os.MkdirTemp("", "oci")
 	if err != nil {
 		t.Fatal(err)
 	}
