@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"strings"
 
@@ -175,8 +176,33 @@ func (m *Manager) readopt(b *box, ns *os.File) error {
 
 // sweep removes links that bear this engine's mark and belong to nobody.
 func (m *Manager) sweep() error {
-	m.mu.RLock()
+	// Meanwhile sandboxes are parked and used: a link is in the books before it is
+	// in the kernel, and goes from one book to another. So what exists is listed
+	// between two looks at the books, and a stray is in neither.
 	owned := map[string]bool{m.vethPrefix() + "i0": true, m.vethPrefix() + "i1": true}
+	m.own(owned)
+	found := map[string]int{}
+	for _, prefix := range []string{m.vethPrefix(), m.bridgePrefix()} {
+		links, err := bridge.Named(prefix)
+		if err != nil {
+			return err
+		}
+		maps.Copy(found, links)
+	}
+	m.own(owned)
+	var stray []int
+	for name, i := range found {
+		if !owned[name] {
+			stray = append(stray, i)
+		}
+	}
+	return m.links.DeleteAll(stray)
+}
+
+// own adds the names of the links in the books.
+func (m *Manager) own(owned map[string]bool) {
+	m.mu.RLock()
+	defer m.mu.RUnlock()
 	for _, b := range m.containers {
 		for _, e := range b.eps {
 			owned[e.Outer] = true
@@ -194,20 +220,6 @@ func (m *Manager) sweep() error {
 	for _, n := range m.nets {
 		owned[n.rec.Link] = true
 	}
-	m.mu.RUnlock()
-	var stray []int
-	for _, prefix := range []string{m.vethPrefix(), m.bridgePrefix()} {
-		links, err := bridge.Named(prefix)
-		if err != nil {
-			return err
-		}
-		for name, i := range links {
-			if !owned[name] {
-				stray = append(stray, i)
-			}
-		}
-	}
-	return m.links.DeleteAll(stray)
 }
 
 // Destroy removes every link, rule and address of this engine and puts back
