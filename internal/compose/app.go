@@ -215,9 +215,10 @@ func (a *app) named(ctx context.Context, services ...string) (*types.Project, er
 		if name := a.getenv("COMPOSE_PROJECT_NAME"); name == "" || a.opt.Explicit() {
 			return nil, err
 		}
-		return e.Named(ctx, strings.ToLower(a.getenv("COMPOSE_PROJECT_NAME")), services...)
+		return e.Named(ctx, strings.ToLower(a.getenv("COMPOSE_PROJECT_NAME")))
 	}
-	return e.Named(ctx, strings.ToLower(a.opt.Name), services...)
+	// Without files a name that no container has may be of one that is gone.
+	return e.Named(ctx, strings.ToLower(a.opt.Name))
 }
 
 // projectName is all that some commands need.

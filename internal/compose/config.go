@@ -19,6 +19,7 @@ import (
 	"github.com/cloudos-io/cloudos/internal/cli/command"
 	"github.com/cloudos-io/cloudos/internal/cli/format"
 	"github.com/cloudos-io/cloudos/internal/compose/model"
+	"github.com/cloudos-io/cloudos/internal/compose/plan"
 )
 
 // configFlags of config.
@@ -180,10 +181,11 @@ func (a *app) configList(p *types.Project, o *configFlags) error {
 	switch {
 	case o.services:
 		// Dependencies first, as they would start.
-		err := p.ForEachService(p.ServiceNames(), func(n string, _ *types.ServiceConfig) error { out = append(out, n); return nil })
+		order, err := plan.Order(p)
 		if err != nil {
 			return err
 		}
+		out = order
 	case o.volumes:
 		out = p.VolumeNames()
 	case o.networks:

@@ -114,8 +114,10 @@ func (a *app) cmdDown() *command.Command {
 			if err != nil {
 				return err
 			}
-			if err := plan.CheckServices(p, args); err != nil {
-				return err
+			if len(args) > 0 && a.opt.Name == "" {
+				if err := plan.CheckServices(p, args); err != nil {
+					return err
+				}
 			}
 			return a.down(ctx, p, args, timeout, volumes, orphans, rmi)
 		}}

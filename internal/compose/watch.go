@@ -111,7 +111,7 @@ func (a *app) watcher(p *types.Project, o watchOptions, logs *display.Logs) (*wa
 		}
 		for _, t := range s.Develop.Watch {
 			var old bool
-			if ok, err := t.Extensions.Get("x-initialSync", &old); err == nil && ok && old && !t.InitialSync {
+			if ok, err := t.Extensions.Get("x-initialSync", &old); err == nil && ok && old {
 				a.warn("x-initialSync is DEPRECATED, please use the official `initial_sync` attribute")
 				t.InitialSync = true
 			}
@@ -206,6 +206,9 @@ func (w *watcher) Run(ctx context.Context) error {
 	err := filesync.Watch(ctx, w.rules, func() { w.say("Watch enabled") }, func(ctx context.Context, paths []string) error {
 		if err := w.batch(ctx, paths); err != nil && ctx.Err() == nil {
 			w.say("Error handling changed files: %v", err)
+		}
+		if w.a.verbose {
+			fmt.Fprintf(w.a.Stderr, "batch complete: count[%d]\n", len(paths))
 		}
 		return nil
 	})

@@ -188,12 +188,12 @@ func (e *Engine) imageID(ctx context.Context, name string) (string, error) {
 
 // Named makes up a project for a name alone: from its containers, networks and
 // volumes.
-func (e *Engine) Named(ctx context.Context, name string, services ...string) (*types.Project, error) {
+func (e *Engine) Named(ctx context.Context, name string) (*types.Project, error) {
 	list, err := e.Containers(ctx, name, true, WithoutOneOff)
 	if err != nil {
 		return nil, err
 	}
-	p, err := model.FromContainers(name, list, services...)
+	p, err := model.FromContainers(name, list)
 	if err != nil {
 		return nil, err
 	}

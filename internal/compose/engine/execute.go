@@ -119,7 +119,7 @@ func (r *run) step(ctx context.Context, s *plan.Step) error {
 	defer release()
 	v := verbs[s.Kind]
 	// A network that is made anew is told when it is gone.
-	if s.Kind != plan.DetachNetwork && (s.Kind != plan.RemoveNetwork || s.Why == "") {
+	if !silent(s) && (s.Kind != plan.RemoveNetwork || s.Why == "") {
 		r.show(s, v.doing, display.Working)
 	}
 	if r.e.DryRun {
@@ -138,10 +138,15 @@ func (r *run) step(ctx context.Context, s *plan.Step) error {
 		}
 		return err
 	}
-	if s.Kind != plan.DetachNetwork {
+	if !silent(s) {
 		r.show(s, v.done, display.Done)
 	}
 	return nil
+}
+
+// silent steps are parts of what others tell.
+func silent(s *plan.Step) bool {
+	return s.Kind == plan.DetachNetwork || s.Kind == plan.AttachNetwork
 }
 
 // noted is a failure that is told but does not count.
@@ -150,7 +155,7 @@ type noted struct{ text string }
 func (n *noted) Error() string { return n.text }
 
 var verbs = map[plan.Kind]struct{ doing, done string }{
-	plan.CreateNetwork: {"Creating", "Created"}, plan.DetachNetwork: {"Disconnecting", "Disconnected"}, plan.RemoveNetwork: {"Removing", "Removed"},
+	plan.CreateNetwork: {"Creating", "Created"}, plan.DetachNetwork: {"Disconnecting", "Disconnected"}, plan.AttachNetwork: {"Connecting", "Connected"}, plan.RemoveNetwork: {"Removing", "Removed"},
 	plan.CreateVolume: {"Creating", "Created"}, plan.RemoveVolume: {"Removing", "Removed"}, plan.RemoveImage: {"Removing", "Removed"},
 	plan.Create: {"Creating", "Created"}, plan.Recreate: {"Recreate", "Recreated"}, plan.Rename: {"Renaming", "Renamed"},
 	plan.Start: {"Starting", "Started"}, plan.Stop: {"Stopping", "Stopped"}, plan.Restart: {"Restarting", "Started"}, plan.Kill: {"Killing", "Killed"},
@@ -160,7 +165,7 @@ var verbs = map[plan.Kind]struct{ doing, done string }{
 func (r *run) show(s *plan.Step, status string, st display.State) {
 	id := title(s.Name)
 	switch s.Kind {
-	case plan.CreateNetwork, plan.RemoveNetwork, plan.DetachNetwork:
+	case plan.CreateNetwork, plan.RemoveNetwork, plan.DetachNetwork, plan.AttachNetwork:
 		id = "Network " + s.Name
 	case plan.CreateVolume, plan.RemoveVolume:
 		id = "Volume " + s.Name
@@ -177,6 +182,13 @@ func (r *run) do(ctx context.Context, s *plan.Step) error {
 		return r.createNetwork(ctx, s)
 	case plan.DetachNetwork:
 		return gone(c.NetworkDisconnect(ctx, s.Name, network.DisconnectRequest{Container: s.Container, Force: true}))
+	case plan.AttachNetwork:
+		svc := r.p.Services[s.Service]
+		e, err := spec.Endpoint(r.p, &svc, s.Key, spec.Options{Separator: r.e.Separator, Number: s.Number, Aliases: true, Links: r.links(&svc, s.Number)})
+		if err != nil {
+			return err
+		}
+		return gone(c.NetworkConnect(ctx, s.Name, network.ConnectRequest{Container: s.Container, EndpointConfig: e}))
 	case plan.RemoveNetwork:
 		return r.removeNetwork(ctx, s)
 	case plan.CreateVolume:

@@ -77,7 +77,7 @@ func (r *run) of(service string) []named {
 
 // condition waits until it holds and gives the word for that.
 func (r *run) condition(ctx context.Context, s *plan.Step, list []named) (string, error) {
-	d := 20 * time.Millisecond
+	d, begun := 20*time.Millisecond, time.Now()
 	for {
 		holds, status := true, "Healthy"
 		for _, c := range list {
@@ -92,6 +92,10 @@ func (r *run) condition(ctx context.Context, s *plan.Step, list []named) (string
 				ok, err = completed(&in, s.Service)
 			case types.ServiceConditionHealthy:
 				ok, err = healthy(&in, c.name, false)
+				// One that fails right away is better told by its end.
+				if errors.Is(err, errNoHealth) && time.Since(begun) < grace {
+					ok, err = false, nil
+				}
 			case plan.RunningOrHealthy:
 				ok, err = healthy(&in, c.name, true)
 			default:
@@ -137,7 +141,7 @@ func healthy(in *container.InspectResponse, name string, runningWillDo bool) (bo
 	}
 	if st.Health == nil || st.Health.Status == container.NoHealthcheck {
 		if !runningWillDo {
-			return false, failed(false, "container %s has no healthcheck configured", name)
+			return false, fmt.Errorf("dependency failed to start: container %s %w", name, errNoHealth)
 		}
 		return st.Status == container.StateRunning, nil
 	}
@@ -150,6 +154,11 @@ func healthy(in *container.InspectResponse, name string, runningWillDo bool) (bo
 	return false, nil
 }
 
+var errNoHealth = errors.New("has no healthcheck configured")
+
+// grace is how long a container may take to show that it ends.
+const grace = 500 * time.Millisecond
+
 func failed(whole bool, format string, args ...any) error {
 	err := fmt.Errorf(format, args...)
 	if whole {
@@ -157,6 +166,3 @@ func failed(whole bool, format string, args ...any) error {
 	}
 	return fmt.Errorf("dependency failed to start: %w", err)
 }
-
-// ErrTimeout says that --wait-timeout was over.
-var ErrTimeout = errors.New("not in time")

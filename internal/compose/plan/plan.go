@@ -20,8 +20,10 @@ type Kind int
 // Kinds of steps.
 const (
 	CreateNetwork Kind = iota
-	// DetachNetwork takes a container off a network that is to be made anew.
+	// DetachNetwork takes a container off a network that is to be made anew,
+	// AttachNetwork puts it on the new one.
 	DetachNetwork
+	AttachNetwork
 	RemoveNetwork
 	CreateVolume
 	RemoveVolume
@@ -46,7 +48,7 @@ const (
 	Barrier
 )
 
-var kindNames = [...]string{"create network", "detach", "remove network", "create volume", "remove volume", "remove image", "keep", "create", "recreate",
+var kindNames = [...]string{"create network", "detach", "attach", "remove network", "create volume", "remove volume", "remove image", "keep", "create", "recreate",
 	"rename", "start", "stop", "restart", "kill", "pause", "unpause", "remove", "wait", "barrier"}
 
 func (k Kind) String() string { return kindNames[k] }

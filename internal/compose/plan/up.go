@@ -58,6 +58,10 @@ type up struct {
 	remade  map[string]bool
 	byName  map[string][]container.Summary
 	stopped map[string][]int // container id → the steps that stop it
+	rejoin  map[string][]int // container id → the steps that put it on networks made anew
+	// cleared lists, by service, the steps that remove leftovers: their names are
+	// taken until then.
+	cleared map[string][]int
 	starts  []pending
 	barrier int
 }
@@ -71,7 +75,7 @@ type pending struct {
 // Up plans what makes a project run.
 func Up(p *types.Project, o Observed, opt UpOptions) (*Plan, error) {
 	u := &up{p: p, o: o, opt: opt, networks: map[string][]int{}, volumes: map[string][]int{}, made: map[string][]int{}, started: map[string][]int{},
-		fresh: map[string]bool{}, freshVolumes: map[string]bool{}, remade: map[string]bool{}, byName: map[string][]container.Summary{}, stopped: map[string][]int{}, barrier: -1}
+		fresh: map[string]bool{}, freshVolumes: map[string]bool{}, remade: map[string]bool{}, byName: map[string][]container.Summary{}, stopped: map[string][]int{}, rejoin: map[string][]int{}, cleared: map[string][]int{}, barrier: -1}
 	order, err := Order(p)
 	if err != nil {
 		return nil, err
@@ -160,7 +164,8 @@ func (u *up) leftovers() {
 			continue
 		}
 		if slices.ContainsFunc(u.o.Containers, func(x container.Summary) bool { return strings.HasPrefix(x.ID, old) }) {
-			u.add(Step{Kind: Remove, Service: model.Service(&c), Name: model.Name(&c), Container: c.ID, Why: "left over from a replacement that was cut off"})
+			id := u.add(Step{Kind: Remove, Service: model.Service(&c), Name: model.Name(&c), Container: c.ID, Why: "left over from a replacement that was cut off"})
+			u.cleared[model.Service(&c)] = append(u.cleared[model.Service(&c)], id)
 			continue
 		}
 		id := u.add(Step{Kind: Rename, Service: model.Service(&c), Number: model.Number(&c), Name: name, Container: c.ID, Why: "its replacement was cut off"})
@@ -187,7 +192,7 @@ func (u *up) orphans() {
 		case !orphan:
 		case u.opt.RemoveOrphans:
 			u.add(Step{Kind: Remove, Service: model.Service(c), Name: model.Name(c), Container: c.ID, Gentle: true, Why: "its service is not in the project any more"})
-		case !u.opt.IgnoreOrphans && !model.IsOneOff(c):
+		case !u.opt.IgnoreOrphans:
 			u.Orphans = append(u.Orphans, model.Name(c))
 		}
 	}
@@ -222,6 +227,7 @@ func (u *up) planNetworks() error {
 		}
 		// Made anew: whoever is on it leaves first.
 		var gone []int
+		var off []Step
 		for _, name := range u.p.ServiceNames() {
 			s := u.p.Services[name]
 			if _, on := s.Networks[key]; !on {
@@ -230,12 +236,18 @@ func (u *up) planNetworks() error {
 			for i := range u.byName[name] {
 				c := &u.byName[name][i]
 				stop := u.stop(c, "its network changes")
-				gone = append(gone, u.add(Step{Kind: DetachNetwork, Key: key, Name: n.Name, Container: c.ID, Service: name, After: stop}))
+				st := Step{Kind: DetachNetwork, Key: key, Name: n.Name, Container: c.ID, Service: name, Number: model.Number(c), After: stop}
+				gone = append(gone, u.add(st))
+				off = append(off, st)
 			}
 		}
 		rm := u.add(Step{Kind: RemoveNetwork, Key: key, Name: n.Name, After: gone, Why: "its configuration changed"})
-		u.fresh[key] = true
-		u.networks[key] = []int{u.add(Step{Kind: CreateNetwork, Key: key, Name: n.Name, After: []int{rm}})}
+		made := u.add(Step{Kind: CreateNetwork, Key: key, Name: n.Name, After: []int{rm}})
+		u.networks[key] = []int{made}
+		for _, st := range off {
+			st.Kind, st.After = AttachNetwork, []int{made}
+			u.rejoin[st.Container] = append(u.rejoin[st.Container], u.add(st))
+		}
 	}
 	return nil
 }
@@ -363,7 +375,7 @@ func (u *up) service(name string) error {
 		}
 		return cmp.Or(cmp.Compare(model.Number(&x), model.Number(&y)), cmp.Compare(y.Created, x.Created))
 	})
-	after := u.needs(&s)
+	after := append(u.needs(&s), u.cleared[name]...)
 	next := 1
 	for i := range have {
 		next = max(next, model.Number(&have[i])+1)
@@ -388,13 +400,13 @@ func (u *up) service(name string) error {
 				n, next = next, next+1
 			}
 			st := Step{Kind: Recreate, Service: name, Number: n, Name: model.ContainerName(u.p.Name, &s, u.opt.Separator, n), Container: c.ID, Why: why[c.ID],
-				After: append(slices.Clone(after), u.stopped[c.ID]...)}
+				After: append(append(slices.Clone(after), u.stopped[c.ID]...), u.rejoin[c.ID]...)}
 			id := u.add(st)
 			u.made[name] = append(u.made[name], id)
 			u.remade[name] = true
 			u.starts = append(u.starts, pending{name, Step{Kind: Start, Service: name, Number: n, Name: st.Name, After: []int{id}}})
 		default:
-			u.keep(&s, c, u.stopped[c.ID])
+			u.keep(&s, c, append(slices.Clone(u.stopped[c.ID]), u.rejoin[c.ID]...))
 		}
 	}
 	for i := len(have); i < want; i++ {
@@ -555,7 +567,7 @@ func (u *up) obsolete(s types.ServiceConfig, c *container.Summary, policy Policy
 		if u.fresh[key] {
 			return "its network changed", nil
 		}
-		if c.State == container.StateRunning && !connected(c, u.o.Networks[key].ID) {
+		if c.State == container.StateRunning && len(u.rejoin[c.ID]) == 0 && !connected(c, u.o.Networks[key].ID) {
 			return "it is not on network " + u.p.Networks[key].Name, nil
 		}
 	}

@@ -52,6 +52,11 @@ func networks(p *types.Project, s *types.ServiceConfig, name string, o *Options)
 	return container.NetworkMode(p.Networks[keys[0]].Name), cfg, nil
 }
 
+// Endpoint is what a container of a service gets in one of its networks.
+func Endpoint(p *types.Project, s *types.ServiceConfig, key string, o Options) (*network.EndpointSettings, error) {
+	return endpoint(s, model.ContainerName(p.Name, s, o.Separator, o.Number), key, &o)
+}
+
 func endpoint(s *types.ServiceConfig, name, key string, o *Options) (*network.EndpointSettings, error) {
 	c := s.Networks[key]
 	e := &network.EndpointSettings{Aliases: []string{name}, Links: o.Links}
