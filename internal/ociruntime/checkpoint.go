@@ -180,7 +180,8 @@ func (a *app) checkpoint(f *flags) error {
 		return err
 	}
 	if status == statusCreated || status == statusStopped {
-		return fmt.Errorf("Container cannot be checkpointed in %s state", status) //nolint:staticcheck // as callers know it
+		//lint:ignore ST1005 as callers know it
+		return fmt.Errorf("Container cannot be checkpointed in %s state", status)
 	}
 	im, err := openImages(f)
 	if err != nil {
@@ -239,7 +240,8 @@ func (c *container) dump(f *flags, im *images) error {
 		host, port, err := net.SplitHostPort(ps)
 		n, perr := strconv.Atoi(port)
 		if err != nil || perr != nil || host == "" {
-			return errors.New("Use --page-server ADDRESS:PORT to specify page server") //nolint:staticcheck // as callers know it
+			//lint:ignore ST1005 as callers know it
+			return errors.New("Use --page-server ADDRESS:PORT to specify page server")
 		}
 		var p pb
 		p.str(1, host)

@@ -238,7 +238,8 @@ func (b *birth) restoreNamespaces(o *pb) (extra []*os.File, err error) {
 		case specs.NetworkNamespace, specs.PIDNamespace:
 			ns, err := os.Open(n.Path)
 			if err != nil {
-				return extra, fmt.Errorf("Requested network namespace %v does not exist", n.Path) //nolint:staticcheck // as callers know it
+				//lint:ignore ST1005 as callers know it
+				return extra, fmt.Errorf("Requested network namespace %v does not exist", n.Path)
 			}
 			name := map[specs.LinuxNamespaceType]string{specs.NetworkNamespace: "net", specs.PIDNamespace: "pid"}[n.Type]
 			var fd pb
@@ -247,7 +248,8 @@ func (b *birth) restoreNamespaces(o *pb) (extra []*os.File, err error) {
 			o.bytes(optInheritFD, fd)
 			extra = append(extra, ns)
 		case specs.CgroupNamespace:
-			return extra, fmt.Errorf("Do not know how to handle namespace %v", n.Type) //nolint:staticcheck // as callers know it
+			//lint:ignore ST1005 as callers know it
+			return extra, fmt.Errorf("Do not know how to handle namespace %v", n.Type)
 		default:
 			name := string(n.Type)
 			if n.Type == specs.MountNamespace {
