@@ -33,6 +33,9 @@ const (
 // that unread input does not turn the end of the stream into a reset.
 const linger = time.Second
 
+// headerPatience is how long output waits for a client to read the header.
+const headerPatience = 50 * time.Millisecond
+
 const (
 	contentTypeRaw         = "application/vnd.docker.raw-stream"
 	contentTypeMultiplexed = "application/vnd.docker.multiplexed-stream"
@@ -45,6 +48,8 @@ type duplex struct {
 	conn net.Conn
 	in   io.Reader // conn, after what the server had read ahead
 	mu   sync.Mutex
+	// answered is when the header went out alone; zero once output may follow.
+	answered time.Time
 
 	input    chan struct{} // closed when reading has ended; nil before pump
 	gone     atomic.Bool   // the client has closed its end altogether
@@ -71,7 +76,33 @@ func takeOver(w *response) (*duplex, error) {
 func (d *duplex) Write(p []byte) (int, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	if !d.answered.IsZero() {
+		d.headerRead()
+	}
 	return d.conn.Write(p)
+}
+
+// headerRead holds output back until the client has read the header, for a
+// moment at most. Clients that read the header through a buffer and go on below
+// it (Python's) would lose output that came along with it.
+func (d *duplex) headerRead() {
+	since := d.answered
+	d.answered = time.Time{}
+	limit, unread := 2*time.Millisecond, func() bool { return true }
+	if c, ok := d.conn.(*net.UnixConn); ok {
+		// The kernel tells what the peer has not read yet.
+		if rc, err := c.SyscallConn(); err == nil {
+			limit = headerPatience
+			unread = func() bool {
+				n := 0
+				_ = rc.Control(func(fd uintptr) { n, _ = unix.IoctlGetInt(int(fd), unix.SIOCOUTQ) })
+				return n > 0
+			}
+		}
+	}
+	for pause := 20 * time.Microsecond; time.Since(since) < limit && unread(); pause = min(2*pause, time.Millisecond) {
+		time.Sleep(pause)
+	}
 }
 
 // accept answers the request that asked for the stream: 101 if it asked for an
@@ -94,6 +125,9 @@ func (d *duplex) accept(upgrade bool, contentType string, h http.Header, extra [
 	}
 	b = append(append(b, "\r\n"...), extra...)
 	_, err := d.Write(b)
+	if extra == nil {
+		d.answered = time.Now()
+	}
 	return err
 }
 

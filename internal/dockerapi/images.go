@@ -134,7 +134,7 @@ type olderImageConfig struct {
 	legacyImageConfig
 }
 
-func shapeImageInspect(i *mimage.InspectResponse, v version) any {
+func shapeImageInspect(i *mimage.InspectResponse, parent string, v version) any {
 	if i.RepoTags == nil {
 		i.RepoTags = []string{}
 	}
@@ -153,7 +153,7 @@ func shapeImageInspect(i *mimage.InspectResponse, v version) any {
 	if i.GraphDriver == nil {
 		i.GraphDriver = &storage.DriverData{Name: "overlay2"}
 	}
-	l := legacyImage{InspectResponse: i, Comment: i.Comment, Author: i.Author}
+	l := legacyImage{InspectResponse: i, Parent: parent, Comment: i.Comment, Author: i.Author}
 	var c legacyImageConfig
 	if ic := i.Config; ic != nil {
 		c = legacyImageConfig{
@@ -195,7 +195,11 @@ func (a imagesAPI) inspect(w *response, r *request) error {
 	if err != nil {
 		return err
 	}
-	return w.json(http.StatusOK, shapeImageInspect(&i, r.version))
+	parent := ""
+	if p, ok := a.b.(Parents); ok && r.version < 52 {
+		parent = p.Parent(r.Context(), i.ID)
+	}
+	return w.json(http.StatusOK, shapeImageInspect(&i, parent, r.version))
 }
 
 func (a imagesAPI) history(w *response, r *request) error {

@@ -34,6 +34,12 @@ type Searcher interface {
 	Search(ctx context.Context, term string, limit int, f Filters, auth *registry.AuthConfig) ([]registry.SearchResult, error)
 }
 
+// Parents is the optional ability to tell the image that another was committed
+// from; answers up to 1.51 have it.
+type Parents interface {
+	Parent(ctx context.Context, id string) string
+}
+
 // PlatformRemover is the optional ability behind DELETE /images/{name}?platforms=.
 type PlatformRemover interface {
 	RemovePlatforms(ctx context.Context, ref string, only []ocispec.Platform, o image.RemoveOptions) ([]mimage.DeleteResponse, error)

@@ -58,7 +58,9 @@ func (a volumesAPI) update(*response, *request) error {
 }
 
 func (a volumesAPI) remove(w *response, r *request) error {
-	if err := a.b.VolumeRemove(r.Context(), r.name, r.flag("force")); err != nil {
+	force := r.flag("force")
+	err := a.b.VolumeRemove(r.Context(), r.name, force)
+	if err != nil && !(force && fault.Is(err, fault.NotFound)) {
 		return err
 	}
 	return w.noContent()

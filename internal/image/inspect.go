@@ -7,6 +7,7 @@ import (
 
 	mimage "github.com/moby/moby/api/types/image"
 	"github.com/moby/moby/api/types/storage"
+	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/cloudos-io/cloudos/internal/fault"
@@ -157,4 +158,13 @@ func (s *Service) History(ctx context.Context, ref, platform string) ([]mimage.H
 		out[0].ID, out[0].Tags = v.id.String(), tags
 	}
 	return out, nil
+}
+
+// Parent is the image that an image was committed from, "" where that is not known.
+func (s *Service) Parent(ctx context.Context, id string) string {
+	e, err := s.entryOf(ctx, digest.Digest(id))
+	if err != nil {
+		return ""
+	}
+	return s.parentOf(s.ctx(ctx), e).String()
 }

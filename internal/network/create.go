@@ -250,8 +250,9 @@ func (m *Manager) address(ctx context.Context, r *netRecord, req network.CreateR
 	}
 	ours := m.ourLinks()
 	r.EnableIPv4 = req.EnableIPv4 == nil || *req.EnableIPv4
-	has6 := false
+	has6, chosen := false, false
 	for _, c := range in.Config {
+		chosen = chosen || c.Subnet.IsValid()
 		has6 = has6 || c.Subnet.IsValid() && c.Subnet.Addr().Is6()
 	}
 	switch {
@@ -259,7 +260,7 @@ func (m *Manager) address(ctx context.Context, r *netRecord, req network.CreateR
 		r.EnableIPv6 = *req.EnableIPv6
 	case has6 || m.cfg.IPv6 == "on":
 		r.EnableIPv6 = true
-	case m.cfg.IPv6 != "off":
+	case m.cfg.IPv6 != "off" && !chosen: // who names subnets has named all
 		r.EnableIPv6 = m.six && r.Driver == "bridge" && bridge.HasIPv6(ours)
 	}
 	if !r.EnableIPv4 && !r.EnableIPv6 {

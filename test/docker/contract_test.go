@@ -160,7 +160,7 @@ func contractCases() []contractCase {
 		{op: "DELETE /images/{name}", path: "/images/none", want: 404},
 		{op: "POST /images/prune", path: `/images/prune?filters={"dangling":["true"]}`, want: 200},
 		{op: "POST /build", path: "/build?t=built:1&version=1&rm=1", body: "CONTEXT", header: "Content-Type: application/x-tar", want: 200},
-		{op: "POST /build", path: "/build?version=1&memory=much", body: "CONTEXT", header: "Content-Type: application/x-tar", want: 400},
+		{op: "POST /build", path: "/build?version=1&memory=much", header: "Content-Type: application/x-tar", want: 400},
 		{op: "POST /build/prune", path: "/build/prune?all=1", want: 200},
 		{op: "POST /session", path: "/session", want: 400},
 		{op: "POST /session", path: "/session", header: "Upgrade: h2c", want: 101},
