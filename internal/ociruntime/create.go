@@ -283,6 +283,15 @@ func (b *birth) prepare(keepKeyring bool) error {
 	if b.dirs, names, err = byHierarchy(b.cg.GetPaths()); err != nil {
 		return err
 	}
+	if cfg.Rootless {
+		// Those that we may not make are not there.
+		for h, dir := range b.dirs {
+			if _, err := os.Stat(dir); err != nil {
+				delete(b.dirs, h)
+			}
+		}
+		names = slices.DeleteFunc(names, func(h string) bool { return b.dirs[h] == "" })
+	}
 	b.opts = plan.Options{
 		ID: b.id, CgroupV2: cgroups.IsCgroup2UnifiedMode(), V1Controllers: names, CgroupPaths: b.dirs, CgroupEntered: cfg.Systemd,
 		AppArmor: hasAppArmor(), SELinux: hasSELinux(), BindDevices: inUserNamespace(), KeepGroups: setgroupsDenied(spec),

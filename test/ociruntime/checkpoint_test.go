@@ -134,8 +134,11 @@ func TestSecondKernel(t *testing.T) {
 		cache = dir
 	}
 	cmd := exec.Command("../vm/smoke.sh", bin, filepath.Join(cache, "servin-test", "kernel"), filepath.Join(dir, "suite.test"))
-	cmd.Env = append(os.Environ(), "SMOKE_TIMEOUT=1500", "SMOKE_EXTRA="+bin+"/servin-runtime criu iptables-restore ip6tables-restore iptables-save ip6tables-save nft setpriv unshare",
+	cmd.Env = append(os.Environ(), "SMOKE_TIMEOUT=1500", "SMOKE_EXTRA="+bin+"/servin-runtime criu iptables-restore ip6tables-restore iptables-save ip6tables-save nft setpriv unshare tar gzip",
 		"SMOKE_MODULES=xt_mark|xt_conntrack|nft_compat|x_tables|inet_diag|tcp_diag|udp_diag|raw_diag|unix_diag|af_packet_diag|netlink_diag")
+	// What iptables loads by itself, for criu to lock the network with.
+	libs, _ := filepath.Glob("/usr/lib/*/xtables/lib*t_*.so")
+	cmd.Env = append(cmd.Env, "SMOKE_FILES="+strings.Join(libs, " "))
 	out, code := output(t, cmd)
 	if code == 77 {
 		t.Skip(out)

@@ -332,9 +332,9 @@ func TestRootless(t *testing.T) {
 	b.ok("spec", "--rootless")
 	b.edit(func(s *specs.Spec) {
 		s.Process.Terminal, s.Process.Rlimits = false, nil
-		s.Process.Args = []string{"sh", "-c", "id -u; cat /proc/self/uid_map; touch /etc/mine /tmp/x; cat /etc/given; exit 3"}
+		s.Process.Args = []string{"sh", "-c", "id -u; cat /proc/self/uid_map; touch /etc/mine /tmp/x; grep -c ociVersion /etc/given; exit 3"}
 		s.Root.Readonly = false
-		s.Mounts = append(s.Mounts, specs.Mount{Destination: "/etc/given", Type: "bind", Source: "/etc/hostname", Options: []string{"bind", "ro"}})
+		s.Mounts = append(s.Mounts, specs.Mount{Destination: "/etc/given", Type: "bind", Source: filepath.Join(b.dir, "config.json"), Options: []string{"bind", "ro"}})
 	})
 	out, code := b.try("run", "x")
 	if code != 3 || !strings.HasPrefix(out, "0\n") || !strings.Contains(out, "12345          1") {

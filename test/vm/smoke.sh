@@ -61,6 +61,9 @@ for p in ${SMOKE_EXTRA:-}; do
 	cp -L "$p" "$root/bin/$(basename "$p")"
 	{ ldd "$p" 2>/dev/null || :; } | { grep -o '/[^ ]*' || :; } | while read -r lib; do mkdir -p "$root$(dirname "$lib")"; cp -L "$lib" "$root$lib"; done
 done
+for f in ${SMOKE_FILES:-}; do
+	[ ! -e "$f" ] || { mkdir -p "$root$(dirname "$f")" && cp -L "$f" "$root$f"; }
+done
 cat > "$root/init" <<'I'
 #!/bin/sh
 # pivot_root does not work on the initramfs: move to a tmpfs root first.
