@@ -21,7 +21,7 @@ type env struct {
 	servin, docker       []string // command with its --host
 	servinCold           []string // an engine without parked sandboxes
 	podman, ctr          []string
-	bundle               string
+	bundle, runtime      string
 	servind, dockerd     *exec.Cmd
 	containerd           *exec.Cmd
 	procs                []*exec.Cmd
@@ -86,6 +86,7 @@ func setup(ctx context.Context, dir, bin string) (*env, error) {
 	}
 	// Servin.
 	e.servHost = "unix://" + dir + "/servin.sock"
+	e.runtime = filepath.Join(bin, "servin-runtime")
 	e.servin = []string{filepath.Join(bin, "servin"), "--host", e.servHost}
 	var err error
 	if e.servind, err = e.start("servind", filepath.Join(bin, "servind"), "--root", dir+"/servin", "--run-root", dir+"/servin-run", "--listen", e.servHost); err != nil {

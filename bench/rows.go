@@ -88,6 +88,15 @@ func (b *bench) all() error {
 			})
 		},
 		func() error {
+			return b.row("OCI runtime: run", "ms", "less", "not slower than crun, 2 times faster than runc", "crun", func(r *row) error {
+				ociRun := func(name, bin, root string) contestant {
+					return always(name, []string{bin, "--root", e.dir + "/" + root, "run", "-b", e.bundle, "bench-oci-" + root})
+				}
+				b.alternate(r, n, ociRun("servin", e.runtime, "oci-servin"), ociRun("crun", "crun", "oci-crun"), ociRun("runc", "runc", "oci-runc"))
+				return nil
+			})
+		},
+		func() error {
 			return b.row("run --rm, bridge", "ms", "less", "12 times faster", "docker", func(r *row) error {
 				b.alternate(r, n, always("servin", rm(e.servin)), always("docker", rm(e.docker)), always("podman", podRm()))
 				return nil
