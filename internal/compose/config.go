@@ -72,7 +72,7 @@ func (a *app) config(ctx context.Context, o *configFlags, services []string) err
 	}
 	lists := o.services || o.volumes || o.networks || o.models || o.hash != "" || o.profiles || o.images || o.environment
 	d := o.Details
-	d.KeepEnv = d.KeepEnv || lists && o.hash == ""
+	d.KeepEnv = d.KeepEnv || lists
 	if lists && !o.profiles && !o.images && !o.environment {
 		services = nil
 	}

@@ -89,6 +89,32 @@ func TestHashes(t *testing.T) {
 	}
 }
 
+// TestHashIsDockers has what `docker compose config --hash` of 2.40.3 prints.
+func TestHashIsDockers(t *testing.T) {
+	p, err := project(t, `services:
+  a:
+    image: a
+    command: [x, y]
+    environment: {B: "2"}
+    healthcheck: {test: ["CMD", "true"], interval: 5s}
+    volumes: ["/srv:/srv:ro", "data:/data"]
+    ports: ["8080:80"]
+    networks: {default: {aliases: [z]}}
+    deploy: {replicas: 2, resources: {limits: {memory: 50M}}}
+    develop: {watch: [{path: /srv, action: restart}]}
+    stop_grace_period: 3s
+    post_start: [{command: ["true"]}]
+volumes: {data: {}}
+`)
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, err := ServiceHash(p.Services["a"])
+	if want := "dd95e3c71cb4c46bb33e73771a161e37c1f1476335beb43fd6e0df64c993db9a"; got != want || err != nil {
+		t.Errorf("got %s, %v; want %s", got, err, want)
+	}
+}
+
 func TestSelection(t *testing.T) {
 	const yaml = "services:\n  a: {image: a, depends_on: [b]}\n  b: {image: b}\n  c: {image: c}\n  d: {image: d, profiles: [x]}"
 	for want, services := range map[string][]string{"a b c": nil, "a b": {"a"}, "d": {"d"}} {
