@@ -22,6 +22,7 @@ import (
 	"time"
 
 	"github.com/moby/moby/api/types/build"
+	mnetwork "github.com/moby/moby/api/types/network"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 
@@ -35,6 +36,7 @@ import (
 type Networks interface {
 	Attach(ctx context.Context, req network.AttachRequest) (network.Attachment, error)
 	Release(ctx context.Context, containerID string) error
+	Inspect(ctx context.Context, nameOrID string) (mnetwork.Inspect, error)
 }
 
 // Config of a Builder.

@@ -98,9 +98,19 @@ func inNamespace(ctx context.Context) (context.Context, error) {
 }
 
 // Settings answers what the builder needs to know.
-func (s *services) Settings(context.Context) (contract.Settings, error) {
+func (s *services) Settings(ctx context.Context) (contract.Settings, error) {
 	set := s.cfg.Settings
-	set.Bridge = s.cfg.Networks != nil
+	if s.cfg.Networks == nil {
+		return set, nil
+	}
+	set.Bridge = true
+	if n, err := s.cfg.Networks.Inspect(ctx, "bridge"); err == nil {
+		for _, c := range n.IPAM.Config {
+			if c.Gateway.Is4() || set.Gateway == "" && c.Gateway.IsValid() {
+				set.Gateway = c.Gateway.String()
+			}
+		}
+	}
 	return set, nil
 }
 

@@ -99,11 +99,11 @@ func TestClassicRemote(t *testing.T) {
 func TestClassicLimits(t *testing.T) {
 	e := start(t, "")
 	ctx := e.context(map[string]string{"Dockerfile": "FROM bb\nRUN ip -o link | cut -d: -f2; grep . /etc/hosts; ulimit -n; df /dev/shm | tail -1\n"})
-	r := e.classic("--network", "none", "--add-host", "box:10.9.8.7", "--ulimit", "nofile=77:77", "--shm-size", "1m", ctx)
+	r := e.classic("--network", "none", "--add-host", "box:10.9.8.7", "--add-host", "up:host-gateway", "--ulimit", "nofile=77:77", "--shm-size", "1m", ctx)
 	if r.code != 0 {
 		t.Fatal(r)
 	}
-	contains(t, r.out, "10.9.8.7", "77\n", " 1024 ")
+	contains(t, r.out, "10.9.8.7", "77\n", " 1024 ", "172.17.0.1\tup")
 	if strings.Contains(r.out, "eth0") {
 		t.Error("network none has a link")
 	}

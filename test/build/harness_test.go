@@ -102,11 +102,12 @@ func (e *engine) boot() {
 	e.exited = make(chan struct{})
 	go func(cmd *exec.Cmd, done chan struct{}) { _ = cmd.Wait(); close(done) }(e.cmd, e.exited)
 	eventually(e.t, "the daemon answers", 20*time.Second, func() bool {
-		c, err := net.Dial("unix", e.sock)
-		if err == nil {
-			_ = c.Close()
+		resp, err := e.http().Get("http://engine/_ping")
+		if err != nil {
+			return false
 		}
-		return err == nil
+		_ = resp.Body.Close()
+		return resp.StatusCode == http.StatusOK
 	})
 }
 
@@ -114,6 +115,8 @@ func (e *engine) boot() {
 func (e *engine) kill() {
 	_ = e.cmd.Process.Kill()
 	<-e.exited
+	// A program that it was just starting may hold its socket a moment longer.
+	_ = os.Remove(e.sock)
 }
 
 // close ends everything and looks for traces.

@@ -115,13 +115,14 @@ func New(ctx context.Context, e *engine.Engine, set contract.Settings, log *slog
 			"local":    localcache.ResolveCacheImporterFunc(s.sessions),
 			"registry": registrycache.ResolveCacheImporterFunc(s.sessions, base.ContentStore(), hosts),
 		},
-		CacheManager:   solver.NewCacheManager(ctx, "local", cache, worker.NewCacheResultStorage(wc)),
-		Entitlements:   []string{string(entitlements.EntitlementNetworkHost), string(entitlements.EntitlementSecurityInsecure)},
-		HistoryDB:      history,
-		CacheStore:     cache,
-		LeaseManager:   base.LeaseManager(),
-		ContentStore:   base.ContentStore(),
-		HistoryConfig:  &config.HistoryConfig{MaxAge: config.Duration{Duration: 48 * time.Hour}, MaxEntries: &entries},
+		CacheManager: solver.NewCacheManager(ctx, "local", cache, worker.NewCacheResultStorage(wc)),
+		Entitlements: []string{string(entitlements.EntitlementNetworkHost), string(entitlements.EntitlementSecurityInsecure)},
+		HistoryDB:    history,
+		CacheStore:   cache,
+		LeaseManager: base.LeaseManager(),
+		ContentStore: base.ContentStore(),
+		// A record goes when it is too old and too many: the number alone is to count.
+		HistoryConfig:  &config.HistoryConfig{MaxAge: config.Duration{Duration: time.Minute}, MaxEntries: &entries},
 		GarbageCollect: base.GarbageCollect,
 		GracefulStop:   ctx.Done(),
 	})
@@ -129,7 +130,7 @@ func New(ctx context.Context, e *engine.Engine, set contract.Settings, log *slog
 		return nil, err
 	}
 	s.grpc = grpc.NewServer(
-		grpc.ChainUnaryInterceptor(grpcerrors.UnaryServerInterceptor),
+		grpc.ChainUnaryInterceptor(grpcerrors.UnaryServerInterceptor, hostGateway(set.Gateway)),
 		grpc.StreamInterceptor(grpcerrors.StreamServerInterceptor),
 		grpc.MaxRecvMsgSize(maxMessage),
 	)

@@ -47,6 +47,8 @@ type Settings struct {
 	Rootless     bool
 	// Bridge tells whether the engine has a network to attach steps to.
 	Bridge bool
+	// Gateway is the host's address there, which the name host-gateway stands for.
+	Gateway string
 	// Nameservers, Search and Options override the host's resolv.conf.
 	Nameservers, Search, Options []string
 	// Budget is how many bytes of cache are kept, MinFree how many bytes of the
