@@ -334,6 +334,10 @@ func (x *execution) launch() error {
 			unix.Close(fd)
 		}
 	}
+	if err != nil && r.Cgroup >= 0 && x.rec.Config.RootlessCgroups && (errors.Is(err, unix.EACCES) || errors.Is(err, unix.EPERM)) {
+		r.Cgroup = -1 // not delegated; the child stays where it is
+		st, err = exe.Launch(r, nil)
+	}
 	if err != nil {
 		return err
 	}

@@ -7,12 +7,9 @@ import (
 	"io"
 	"math"
 	"os"
-	osexec "os/exec"
 	"path/filepath"
 	"slices"
 	"strconv"
-	"strings"
-	"syscall"
 
 	"github.com/cloudos-io/cloudos/internal/plan"
 	"github.com/cloudos-io/cloudos/internal/runtime/source"
@@ -237,23 +234,6 @@ func (b *birth) clone() error {
 	return nil
 }
 
-// readMappings reads the mapping of ids that a process lives with.
-func readMappings(pid int, file string) ([]specs.LinuxIDMapping, error) {
-	data, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/" + file)
-	if err != nil {
-		return nil, err
-	}
-	var out []specs.LinuxIDMapping
-	for line := range strings.Lines(string(data)) {
-		var m specs.LinuxIDMapping
-		if _, err := fmt.Sscan(line, &m.ContainerID, &m.HostID, &m.Size); err != nil {
-			return nil, fmt.Errorf("cannot parse %s: %w", file, err)
-		}
-		out = append(out, m)
-	}
-	return out, nil
-}
-
 func flagOf(t specs.LinuxNamespaceType) uint64 {
 	for _, n := range namespaces {
 		if n.kind == t {
@@ -261,104 +241,6 @@ func flagOf(t specs.LinuxNamespaceType) uint64 {
 		}
 	}
 	return 0
-}
-
-// pidInside is the process's number in its own pid namespace.
-func pidInside(pid int) int {
-	b, _ := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/status")
-	for line := range strings.Lines(string(b)) {
-		if v, ok := strings.CutPrefix(line, "NSpid:"); ok {
-			f := strings.Fields(v)
-			if len(f) > 0 {
-				n, _ := strconv.Atoi(f[len(f)-1])
-				return n
-			}
-		}
-	}
-	return pid
-}
-
-// mapIDs maps the ids of a new user namespace, and sets what takes privileges over
-// the host that the process will not have in there.
-func (b *birth) mapIDs() error {
-	if b.p.CloneFlags&unix.CLONE_NEWUSER == 0 {
-		return nil
-	}
-	var err error
-	if unprivileged() {
-		err = mapUnprivileged(b.proc.pid, b.p.UIDMap, b.p.GIDMap)
-	} else {
-		err = source.WriteIDMaps(b.proc.pid, b.p.UIDMap, b.p.GIDMap)
-	}
-	if err != nil {
-		return err
-	}
-	if err := raiseLimits(b.proc.pid, b.spec.Process); err != nil {
-		return err
-	}
-	return b.proc.stage.Mapped()
-}
-
-// raiseLimits sets limits and scores of a process in a user namespace from outside.
-func raiseLimits(pid int, p *specs.Process) error {
-	if p.OOMScoreAdj != nil {
-		// Where it is not permitted the stage will say so, or has nothing to lower.
-		_ = os.WriteFile("/proc/"+strconv.Itoa(pid)+"/oom_score_adj", []byte(strconv.Itoa(*p.OOMScoreAdj)), 0)
-	}
-	for _, l := range p.Rlimits {
-		n, ok := rlimits[l.Type]
-		if !ok {
-			return fmt.Errorf("invalid rlimit type: %s", l.Type)
-		}
-		var now unix.Rlimit
-		if err := unix.Prlimit(pid, n, nil, &now); err != nil || l.Hard <= now.Max {
-			continue // lowering takes no privilege, and would bind the stage too early
-		}
-		if err := unix.Prlimit(pid, n, &unix.Rlimit{Cur: max(l.Soft, now.Cur), Max: l.Hard}, nil); err != nil && !unprivileged() {
-			return fmt.Errorf("error setting rlimit type %d: %w", n, err)
-		}
-	}
-	return nil
-}
-
-var rlimits = map[string]int{
-	"RLIMIT_AS": unix.RLIMIT_AS, "RLIMIT_CORE": unix.RLIMIT_CORE, "RLIMIT_CPU": unix.RLIMIT_CPU, "RLIMIT_DATA": unix.RLIMIT_DATA,
-	"RLIMIT_FSIZE": unix.RLIMIT_FSIZE, "RLIMIT_LOCKS": unix.RLIMIT_LOCKS, "RLIMIT_MEMLOCK": unix.RLIMIT_MEMLOCK,
-	"RLIMIT_MSGQUEUE": unix.RLIMIT_MSGQUEUE, "RLIMIT_NICE": unix.RLIMIT_NICE, "RLIMIT_NOFILE": unix.RLIMIT_NOFILE,
-	"RLIMIT_NPROC": unix.RLIMIT_NPROC, "RLIMIT_RSS": unix.RLIMIT_RSS, "RLIMIT_RTPRIO": unix.RLIMIT_RTPRIO,
-	"RLIMIT_RTTIME": unix.RLIMIT_RTTIME, "RLIMIT_SIGPENDING": unix.RLIMIT_SIGPENDING, "RLIMIT_STACK": unix.RLIMIT_STACK,
-}
-
-// mapUnprivileged maps ids as an ordinary user may: one's own, or through the
-// setuid programs that know which others one has.
-func mapUnprivileged(pid int, uids, gids []specs.LinuxIDMapping) error {
-	proc := "/proc/" + strconv.Itoa(pid) + "/"
-	for _, m := range []struct {
-		file, program string
-		ids           []specs.LinuxIDMapping
-		own           int
-	}{{"gid_map", "newgidmap", gids, os.Getegid()}, {"uid_map", "newuidmap", uids, os.Geteuid()}} {
-		if len(m.ids) == 1 && m.ids[0].Size == 1 && int(m.ids[0].HostID) == m.own {
-			if m.file == "gid_map" {
-				if err := os.WriteFile(proc+"setgroups", []byte("deny"), 0); err != nil && !errors.Is(err, os.ErrNotExist) {
-					return err
-				}
-			}
-			line := fmt.Sprintf("%d %d 1\n", m.ids[0].ContainerID, m.ids[0].HostID)
-			if err := os.WriteFile(proc+m.file, []byte(line), 0); err != nil {
-				return err
-			}
-			continue
-		}
-		args := []string{strconv.Itoa(pid)}
-		for _, l := range m.ids {
-			args = append(args, fmt.Sprint(l.ContainerID), fmt.Sprint(l.HostID), fmt.Sprint(l.Size))
-		}
-		if out, err := osexec.Command(m.program, args...).CombinedOutput(); err != nil {
-			return fmt.Errorf("cannot map ids with %s: %w: %s", m.program, err, strings.TrimSpace(string(out)))
-		}
-	}
-	return nil
 }
 
 // carryOut sends the plan, with the hooks of the creation in between.
@@ -412,19 +294,6 @@ func (b *birth) stageHooks(hooks []specs.Hook) error {
 		}
 	}
 	return nil
-}
-
-func hookError(err error) error {
-	se := (*shim.StageError)(nil)
-	switch {
-	case !errors.As(err, &se):
-		return err
-	case se.Err == unix.ECHILD && se.Hook.Signaled():
-		return fmt.Errorf("signal: %v", se.Hook.Signal())
-	case se.Err == unix.ECHILD:
-		return fmt.Errorf("exit status %d", se.Hook.ExitStatus())
-	}
-	return se.Err
 }
 
 // runPlan sends one plan and waits for what comes of it. The plan's operations are
@@ -481,68 +350,6 @@ func (p *process) converse(io_ *streams, agent func(fd int) error, late func(slo
 			return false, err
 		}
 	}
-}
-
-// explain turns the failure of an operation into words that callers know.
-func (b *birth) explain(err error, from int) error {
-	var se *shim.StageError
-	if !errors.As(err, &se) {
-		return err
-	}
-	i := se.Op + from
-	if se.Op < 0 || i >= len(b.p.Ops) {
-		return fmt.Errorf("error during container init: %w", err)
-	}
-	if n, ok := b.hookAt[i]; ok {
-		return fmt.Errorf("error during container init: error running startContainer hook #%d: %w", n, hookError(err))
-	}
-	return fmt.Errorf("error during container init: %w", explain(se, b.p.Ops[i].Kind, b.spec.Process, b.rec.Config.Cgroups.CpusetCpus))
-}
-
-func explain(se *shim.StageError, kind plan.Kind, p *specs.Process, cpus string) error {
-	switch kind {
-	case plan.OpLookup, plan.OpExec:
-		return execError(p.Args[0], se.Err, kind == plan.OpExec)
-	case plan.OpCwd:
-		return fmt.Errorf("chdir to cwd (%q) set in config.json failed: %w", p.Cwd, se.Err)
-	case plan.OpMount, plan.OpMove, plan.OpReceive, plan.OpSource:
-		if kind == plan.OpMount && se.Err == unix.ELOOP {
-			return fmt.Errorf("error mounting: %w: it must be mounted on ordinary directory", se)
-		}
-		return fmt.Errorf("error mounting: %w", se)
-	case plan.OpScheduler:
-		if se.Err == unix.EPERM && p.Scheduler != nil && cpus != "" {
-			return fmt.Errorf("process scheduler can't be used together with AllowedCPUs: %w", se.Err)
-		}
-	case plan.OpRlimits:
-		return fmt.Errorf("error setting rlimits: %w", se.Err)
-	case plan.OpCreds:
-		if errors.Is(se.Err, unix.EINVAL) {
-			return fmt.Errorf("cannot %s: %w (is the id mapped in the container's user namespace?)", se.Name, se.Err)
-		}
-	}
-	return se
-}
-
-// notExecuted: a program was found, and the kernel would not run it.
-type notExecuted struct {
-	name  string
-	errno syscall.Errno
-}
-
-func (e *notExecuted) Error() string { return "exec " + e.name + ": " + e.errno.Error() }
-func (e *notExecuted) Unwrap() error { return e.errno }
-
-func execError(name string, errno syscall.Errno, ran bool) error {
-	switch {
-	case ran:
-		return &notExecuted{name, errno}
-	case !strings.Contains(name, "/"):
-		return fmt.Errorf("exec: %q: %w", name, osexec.ErrNotFound)
-	case errno == unix.ENOENT || errno == unix.ENOTDIR:
-		return fmt.Errorf("exec: %q: stat %s: %w", name, name, errno)
-	}
-	return fmt.Errorf("exec: %q: %w", name, errno)
 }
 
 // openSlots supplies the descriptors of the plan.
@@ -623,24 +430,6 @@ func (b *birth) sharedRoot() (int, error) {
 		return -1, &os.PathError{Op: "bind", Path: root, Err: err}
 	}
 	return unix.Open(root, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
-}
-
-// unprivileged tells whether mounts and ids are beyond us.
-func unprivileged() bool { return os.Geteuid() != 0 }
-
-func inUserNamespace() bool {
-	b, err := os.ReadFile("/proc/self/uid_map")
-	return err == nil && !slices.Equal(strings.Fields(string(b)), []string{"0", "0", "4294967295"})
-}
-
-// setgroupsDenied tells whether the container's processes cannot set groups.
-func setgroupsDenied(spec *specs.Spec) bool {
-	if unprivileged() {
-		g := spec.Linux.GIDMappings
-		return len(g) == 1 && g[0].Size == 1
-	}
-	b, _ := os.ReadFile("/proc/self/setgroups")
-	return strings.TrimSpace(string(b)) == "deny"
 }
 
 // filePath is a file of the container's records.
