@@ -31,6 +31,10 @@ type CreateExtra struct {
 // LabelDebug is on a container that looks into another, whose id it holds.
 const LabelDebug = "io.servin.debug"
 
+// LabelLease has a container, network or volume removed when nobody holds the
+// lease that it names any more (POST /servin/lease).
+const LabelLease = "io.servin.lease"
+
 // ToolboxImage is the engine's own tools.
 const ToolboxImage = "servin/toolbox:latest"
 

@@ -17,6 +17,7 @@ func routes(c Config) []route {
 	bld := buildsAPI{c.Builds}
 	own := servinAPI{c.Containers, c.System, c.Version, c.Problems, c.Builds}
 	alerts := alertAPI{c.Alerts}
+	lse := leaseAPI{c.Containers, c.Networks, c.Volumes, c.Logger, leaseGrace, &leases{n: map[string]int{}}}
 
 	return []route{
 		{"GET", "/_ping", 0, ping},
@@ -146,6 +147,7 @@ func routes(c Config) []route {
 		{"GET", "/servin/drained", 0, own.drained},
 		{"POST", "/servin/prune", 0, own.prune},
 		{"POST", "/servin/shutdown", 0, own.shutdown},
+		{"POST", "/servin/lease", 0, lse.hold},
 		{"GET", "/servin/volumes/{id}/backup", 0, cpy.backup},
 		{"GET", "/servin/volumes/{id}/export", 0, cpy.export},
 		{"POST", "/servin/volumes/{id}/restore", 0, cpy.restore},

@@ -173,6 +173,7 @@ var routeCases = []routeCase{
 	{method: "GET", path: "/servin/drained?full=1", status: 204, call: "drained full=true"},
 	{method: "POST", path: "/servin/prune", body: `{"All":true}`, status: 200, call: `prune {"All":true}`},
 	{method: "POST", path: "/servin/shutdown", body: `{"Containers":true}`, status: 204, call: "shutdown containers=true"},
+	{method: "POST", path: "/servin/lease?id=short", status: 400, answer: "cannot hold lease"},
 	{method: "GET", path: "/servin/alerts", status: 404, answer: "no alert rules"},
 	{method: "POST", path: "/servin/alerts/x/test", status: 404, answer: "no alert rules"},
 	{method: "GET", path: "/metrics", status: 200, call: "metrics", answer: "servin_up 1"},
@@ -362,6 +363,7 @@ Our own routes (types in package ` + "`api`" + `):
 | ` + "`GET /servin/drained?full=1`" + ` | 204 once no teardown is pending and, with full, the pool of parked sandboxes is full |
 | ` + "`POST /servin/prune`" + ` | ` + "`PruneRequest`" + ` to ` + "`PruneReport`" + ` |
 | ` + "`POST /servin/shutdown`" + ` | ` + "`ShutdownRequest`" + `; 204 before the daemon leaves |
+| ` + "`POST /servin/lease?id=ID`" + ` | answers at once and goes on as long as the client holds it; ten seconds after the last holder left, what has the label ` + "`io.servin.lease=ID`" + ` is removed |
 | ` + "`GET /servin/volumes/{name}/backup?pause=1&size=1`" + ` | streams an archive of a volume (zstd); the connection is cut when something fails midway |
 | ` + "`POST /servin/volumes/{name}/restore?replace=1`" + ` | makes a volume, or replaces its content, of such an archive: ` + "`VolumeArchive`" + ` |
 | ` + "`GET /servin/volumes/{name}/export`" + `, ` + "`POST …/import`" + ` | the same with a plain tar |

@@ -64,6 +64,7 @@ var arrows = map[string][]string{
 	"internal/rootless":  {"internal/fault", "internal/idmap", "internal/snapshot"},
 	"cmd/servin-compose": {"internal/compose", "internal/cli", "api"},            // ADR 21
 	"internal/compose":   {"internal/cli", "internal/filesync", "client", "api"}, // ADR 21
+	"servintest":         {"client", "api"},                                      // ADR 23
 	"internal/filesync":  {"client"},                                             // ADR 21
 
 	// the OCI command line, ADR 15
