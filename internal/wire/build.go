@@ -25,7 +25,7 @@ func newBuilder(c *config.Config, inside rootless.State, instance, armor string,
 		disk = int64(st.Blocks) * int64(st.Bsize)
 	}
 	set := contract.Settings{
-		Root: filepath.Join(c.Root, "build"), RunRoot: c.RunRoot, Registries: registries(c), Runtimes: buildRuntimes(c),
+		Root: filepath.Join(c.Root, "build"), RunRoot: c.RunRoot, Registries: registries(c), Runtimes: buildRuntimes(c, inside.Active),
 		AppArmor: armor, Rootless: inside.Active, Nameservers: c.Network.DNS, Search: c.Network.Search, Options: c.Network.Options, Version: api.Version,
 	}
 	if !inside.Active {
@@ -37,10 +37,14 @@ func newBuilder(c *config.Config, inside rootless.State, instance, armor string,
 	})
 }
 
-// buildRuntimes are the programs that may run build steps.
-func buildRuntimes(c *config.Config) []string {
+// buildRuntimes are the programs that may run build steps. Ours wants a cgroup,
+// which an ordinary user has none of where the host has cgroups v1.
+func buildRuntimes(c *config.Config, ordinary bool) []string {
 	if len(c.Build.Runtimes) > 0 {
 		return c.Build.Runtimes
+	}
+	if ordinary && !cgroupV2() {
+		return []string{"runc", "crun"}
 	}
 	l := []string{"servin-runtime", "runc", "crun"}
 	if exe, err := os.Executable(); err == nil {

@@ -105,6 +105,9 @@ func drain(w http.ResponseWriter, r *http.Request) {
 	_, _ = io.CopyN(io.Discard, r.Body, drainBytes)
 }
 
+// noDockerfile is Docker's text, which its clients look for.
+const noDockerfile = "Cannot locate specified Dockerfile"
+
 // Build is POST /build.
 func (b *Builder) Build(w http.ResponseWriter, r *http.Request) {
 	_ = http.NewResponseController(w).EnableFullDuplex()
@@ -152,7 +155,7 @@ func (b *Builder) Build(w http.ResponseWriter, r *http.Request) {
 		}
 		defer tree.Close()
 		if name := o.attrs["filename"]; !tree.Has(name) {
-			fail(w, http.StatusBadRequest, fmt.Errorf("Cannot locate specified Dockerfile: %s", name)) //nolint:staticcheck // Docker's words
+			fail(w, http.StatusBadRequest, fmt.Errorf("%s: %s", noDockerfile, name))
 			return
 		}
 	}
