@@ -1,6 +1,9 @@
 package build
 
 import (
+	"bytes"
+	"encoding/json"
+	"io"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -112,4 +115,50 @@ func TestClassicLimits(t *testing.T) {
 	contains(t, host.out, "lo")
 	mem := e.context(map[string]string{"Dockerfile": "FROM bb\nRUN cat /sys/fs/cgroup/memory/memory.limit_in_bytes /sys/fs/cgroup/memory.max 2>/dev/null; true\n"})
 	contains(t, e.classic("--memory", "64m", mem).out, "67108864")
+}
+
+// TestTraced is POST /build with version=2: BuildKit's status as it is.
+func TestTraced(t *testing.T) {
+	e := start(t, "")
+	var body bytes.Buffer
+	writeTar(&body, map[string]string{"Dockerfile": "FROM bb\nRUN echo traced > /f\n"})
+	resp, err := e.http().Post("http://engine/v1.47/build?version=2&t=traced&buildid=b1", "application/x-tar", &body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	var trace int
+	var id string
+	for dec := json.NewDecoder(resp.Body); ; {
+		var m struct {
+			ID    string
+			Aux   json.RawMessage
+			Error string
+		}
+		if err := dec.Decode(&m); err == io.EOF {
+			break
+		} else if err != nil {
+			t.Fatal(err)
+		}
+		switch m.ID {
+		case "moby.buildkit.trace":
+			trace++
+		case "moby.image.id":
+			var a struct{ ID string }
+			_ = json.Unmarshal(m.Aux, &a)
+			id = a.ID
+		}
+		if m.Error != "" {
+			t.Error(m.Error)
+		}
+	}
+	if trace == 0 || id != e.must("images", "inspect", "--format", "{{.Id}}", "traced") {
+		t.Errorf("%d traces, image %q", trace, id)
+	}
+	if resp, err := e.http().Post("http://engine/build?version=2&remote=client-session", "", nil); err != nil || resp.StatusCode != 200 {
+		t.Errorf("no session: %v %v", resp, err)
+	} else {
+		b, _ := io.ReadAll(resp.Body)
+		contains(t, string(b), "session")
+	}
 }
