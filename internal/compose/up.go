@@ -8,6 +8,7 @@ import (
 	"os/signal"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -145,7 +146,7 @@ func (a *app) cmdUp() *command.Command {
 	var from string
 	var attach, noAttach []string
 	var waitTimeout int
-	menu := true
+	var menu *bool
 	return &command.Command{Name: "up", Args: "[SERVICE...]", Short: "Create and start the services", Max: -1, Complete: []string{"service"},
 		Example: `servin compose up -d
 servin compose up --build --watch
@@ -171,7 +172,7 @@ servin compose up --abort-on-container-exit --exit-code-from tests`,
 			f.Bool(&wait, "wait", "", "Wait until the services run and are healthy (implies --detach)")
 			f.Int(&waitTimeout, "wait-timeout", "", "Seconds to wait at most")
 			f.Bool(&watch, "watch", "w", "Watch files and bring changes into the containers")
-			f.Bool(&menu, "menu", "", "Offer keys: d detaches, w watches").Hide()
+			f.OptBool(&menu, "menu", "", "Offer keys: d detaches, w watches (default on a terminal)")
 		},
 		Run: func(ctx context.Context, args []string) error {
 			if from != "" && !onFailure {
@@ -238,7 +239,7 @@ servin compose up --abort-on-container-exit --exit-code-from tests`,
 				services = shown
 			}
 			ao := engine.AttachedOptions{Options: opt, Services: services, Stop: args, AttachTo: shown, Cascade: cascade, ExitCodeFrom: from, Logs: logs}
-			return a.upAttached(ctx, p, &m, o, ao, watch)
+			return a.upAttached(ctx, p, &m, o, ao, watch, menu)
 		}}
 }
 
@@ -266,7 +267,7 @@ func (a *app) upDetached(ctx context.Context, p *types.Project, m *making, o pla
 	return err
 }
 
-func (a *app) upAttached(ctx context.Context, p *types.Project, m *making, o plan.UpOptions, ao engine.AttachedOptions, watch bool) error {
+func (a *app) upAttached(ctx context.Context, p *types.Project, m *making, o plan.UpOptions, ao engine.AttachedOptions, watch bool, menu *bool) error {
 	pr, err := a.show("Running")
 	if err != nil {
 		return err
@@ -294,14 +295,30 @@ func (a *app) upAttached(ctx context.Context, p *types.Project, m *making, o pla
 		}
 		return pr
 	}
+	w, werr := a.watcher(p, watchOptions{services: o.Services, prune: true, making: m}, logs)
+	if watch && werr != nil {
+		return werr
+	}
 	if watch {
-		w, err := a.watcher(p, watchOptions{services: o.Services, prune: true, making: m}, logs)
-		if err != nil {
-			return err
-		}
 		ao.Started = w.Run
 	}
-	keys := a.menu(logs)
+	var begin func(context.Context)
+	kctx, end := context.WithCancel(ctx)
+	var watching sync.WaitGroup
+	defer watching.Wait()
+	defer end()
+	if !watch && werr == nil {
+		begin = func(ctx context.Context) {
+			watching.Add(1)
+			go func() {
+				defer watching.Done()
+				if err := w.Run(ctx); err != nil && ctx.Err() == nil {
+					a.warn(err.Error())
+				}
+			}()
+		}
+	}
+	keys := a.keys(kctx, menu, begin)
 	defer keys.close()
 	ao.Detach = keys.detach
 	code, err := a.eng.Attached(ctx, p, pl, ob, pr, ao)

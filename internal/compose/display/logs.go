@@ -24,27 +24,11 @@ type Logs struct {
 	o        LogOptions
 	colors   map[string]string
 	width    int
-	// keep has a part of the screen that lines must not run into: it is taken
-	// away before and put back after.
-	keep Footer
-}
-
-// Footer is a line at the bottom of the screen.
-type Footer interface {
-	Hide()
-	Show()
 }
 
 // NewLogs shows standard output on out and standard error on err.
 func NewLogs(out, err io.Writer, o LogOptions) *Logs {
 	return &Logs{out: out, err: err, o: o, colors: map[string]string{}}
-}
-
-// Keep has f hidden while lines are written.
-func (l *Logs) Keep(f Footer) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.keep = f
 }
 
 // Register makes room for a name, in the order of which colours are given.
@@ -79,10 +63,6 @@ func (l *Logs) prefix(name string) string {
 func (l *Logs) write(w io.Writer, name, line string) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.keep != nil {
-		l.keep.Hide()
-		defer l.keep.Show()
-	}
 	text := l.prefix(name)
 	if l.o.Timestamps {
 		text += time.Now().UTC().Format("2006-01-02T15:04:05.000000000Z07:00") + " "
@@ -94,10 +74,6 @@ func (l *Logs) write(w io.Writer, name, line string) {
 func (l *Logs) Status(name, text string) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.keep != nil {
-		l.keep.Hide()
-		defer l.keep.Show()
-	}
 	c := l.register(name)
 	s := name + " " + text
 	if l.o.Color {
