@@ -2,6 +2,7 @@ package engine
 
 import (
 	"context"
+	"errors"
 	"io"
 	"maps"
 	"slices"
@@ -12,6 +13,7 @@ import (
 	mcontainer "github.com/moby/moby/api/types/container"
 	"github.com/moby/moby/api/types/events"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
 
 	"github.com/cloudos-io/cloudos/internal/container"
 	"github.com/cloudos-io/cloudos/internal/fault"
@@ -239,6 +241,9 @@ func (e *Engine) ExecStart(ctx context.Context, id string, req mcontainer.ExecSt
 	x.mu.Unlock()
 
 	proc, err := e.runExec(context.WithoutCancel(ctx), u, t, x, req.Detach)
+	if err != nil && (gone(t) || errors.Is(err, unix.ESRCH)) {
+		err = fault.New(fault.Conflict, "container %s is not running", u.id) // it ended meanwhile
+	}
 	if err != nil {
 		code := startExitCode(err)
 		if c := fault.ExitCode(err); c != 125 { // the cause says otherwise

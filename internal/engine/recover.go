@@ -156,6 +156,16 @@ func (e *Engine) restore(ctx context.Context, u *unit, r *container.Record) *os.
 		e.lost(u, r, err)
 		return nil
 	}
+	if !r.State.Running() && !gone(t) {
+		// The daemon died between the start and the record of it. Nobody was told
+		// that it runs, and what its networks gave it is not known: it is undone.
+		ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
+		defer cancel()
+		if err := end(ctx, t); err != nil {
+			e.log.Error("cannot undo a start that was cut short", "container", u.id, "cause", err)
+		}
+		return nil
+	}
 	for _, p := range r.Mounts {
 		if p.Type == mount.TypeVolume {
 			if _, err := e.cfg.Volumes.Use(ctx, p.Name, r.ID); err != nil {
@@ -168,7 +178,7 @@ func (e *Engine) restore(ctx context.Context, u *unit, r *container.Record) *os.
 	u.noRestart = r.State.ManualStop
 	n := r.Clone()
 	if !r.State.Running() {
-		// The daemon died between the start and the record of it.
+		// It has ended, and so soon that its start was not recorded.
 		n.State.Status, n.State.StartedAt, n.State.BootID = mcontainer.StateRunning, t.StartedAt().UTC(), e.bootID
 	}
 	n.State.Pid = t.Pid()
@@ -179,6 +189,7 @@ func (e *Engine) restore(ctx context.Context, u *unit, r *container.Record) *os.
 		return nil
 	}
 	e.logStarted(n)
+	e.settleFreezer(ctx, u, t, n.State.Status == mcontainer.StatePaused)
 	e.spawn(func() { e.await(u, t) })
 	e.startHealth(u, n, t)
 	if ns, err := t.NetNS(); err == nil && len(r.Attached) > 0 {
@@ -246,6 +257,11 @@ func killOrphan(ctx context.Context, d runtime.Driver, id string) error {
 		}
 		return err
 	}
+	return end(ctx, t)
+}
+
+// end kills a task that no container is to have, and clears it.
+func end(ctx context.Context, t runtime.Task) error {
 	if !gone(t) {
 		if err := t.Signal(ctx, int(unix.SIGKILL), true); err != nil && !gone(t) {
 			return err
@@ -257,6 +273,18 @@ func killOrphan(ctx context.Context, d runtime.Driver, id string) error {
 		}
 	}
 	return t.Delete(ctx)
+}
+
+// settleFreezer makes the kernel agree with the record: the daemon may have died
+// between freezing or thawing a container and saying so, or in a commit.
+func (e *Engine) settleFreezer(ctx context.Context, u *unit, t runtime.Task, paused bool) {
+	act := t.Resume
+	if paused {
+		act = t.Pause
+	}
+	if err := act(ctx); err != nil && (paused || !fault.Is(err, fault.Unsupported)) && !gone(t) {
+		e.log.Debug("cannot settle whether a container is paused", "container", u.id, "cause", err)
+	}
 }
 
 // dropUnknown removes layers, directories and logs that belong to no container:

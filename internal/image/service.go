@@ -237,6 +237,24 @@ func (s *Service) dropStaleLeases(ctx context.Context) error {
 			s.markDirty()
 		}
 	}
+	return s.dropIngests(ctx)
+}
+
+// dropIngests lets go of what a killed engine was storing. Downloads stay: the
+// next pull goes on with them.
+func (s *Service) dropIngests(ctx context.Context) error {
+	l, err := s.content.ListStatuses(ctx)
+	if err != nil {
+		return fmt.Errorf("cannot list what was being stored: %w", err)
+	}
+	for _, st := range l {
+		if !strings.HasPrefix(st.Ref, "servin-stream-") && !strings.HasPrefix(st.Ref, "servin-blob-") && !strings.HasPrefix(st.Ref, "servin-hold-") {
+			continue
+		}
+		if err := s.content.Abort(ctx, st.Ref); err != nil && !errdefs.IsNotFound(err) {
+			return fmt.Errorf("cannot let go of what was being stored: %w", err)
+		}
+	}
 	return nil
 }
 
