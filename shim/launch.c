@@ -55,6 +55,11 @@ int launch_main(void)
 	int cgroup = -1, userns = -1, pidfd = -1, k = 0, pidns = -1;
 	struct clone3_args a = { .flags = CLONE_PARENT | CLONE_PIDFD, .pidfd = (uint64_t)(uintptr_t)&pidfd };
 
+	/* Whoever ran the command may have left descriptors open to it: none of
+	 * them may stay with a process that waits inside a container. What is meant
+	 * for it comes in messages. */
+	if (syscall(SYS_close_range, 4, ~0U, 0) < 0)
+		return 1;
 	for (int i = 0; i < MAXCTL; i++)
 		M.ctl[i] = -1;
 	M.ctl[0] = 3;
