@@ -5,6 +5,7 @@ import (
 	"io"
 	"net/http"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -27,6 +28,8 @@ func TestCNI(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(conf, "10-lan.conflist"), []byte(list), 0o644); err != nil {
 		t.Fatal(err)
 	}
+	// The plugin keeps its bridge, as it always does.
+	t.Cleanup(func() { _ = exec.Command("ip", "link", "del", "cninative0").Run() })
 	e := start(t, "--config", writeConfig(t, dir, "version: 1\nshutdownTimeout: 1s\ncni:\n  confDir: "+conf+"\n  binDir: "+plugins+"\n"))
 	if out := e.must("networks", "ls", "--filter", "driver=cni"); !strings.Contains(out, "cni:lan") {
 		t.Errorf("networks:\n%s", out)

@@ -287,6 +287,7 @@ func TestShutdownLeavesNothing(t *testing.T) {
 	}
 	time.Sleep(1200 * time.Millisecond)
 	if tr := e.take(); tr != (traces{}) {
-		t.Errorf("traces left: %+v", tr)
+		links, _ := exec.Command("ip", "-d", "-o", "link").CombinedOutput()
+		t.Errorf("traces left: %+v; links:\n%s", tr, links)
 	}
 }
