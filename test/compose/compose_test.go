@@ -135,6 +135,12 @@ func TestConvergence(t *testing.T) {
 		t.Error("not just the service that changed was made anew")
 	}
 	p.want("web-1  | from a variable\nweb-1  | config of changed\nweb-1  | from a file", "logs", "web")
+	web = p.id("web-1")
+	p.write("compose.yaml", strings.Replace(app, "config of", "other config of", 1))
+	p.must("up", "-d")
+	if out := p.must("exec", "-T", "web", "cat", "/etc/cfg"); out != "other config of changed" || p.id("web-1") == web {
+		t.Errorf("the changed config did not reach the container: %q", out)
+	}
 	p.write("compose.yaml", strings.Replace(app, "touch /tmp/ok;", "touch /tmp/ok; true;", 1))
 	p.must("up", "-d")
 	if p.id("db-1") == db {

@@ -128,3 +128,24 @@ func digest(b []byte) string {
 	sum := sha256.Sum256(b)
 	return hex.EncodeToString(sum[:])
 }
+
+// ConfigsHash is a digest of what a service's configs say that come from
+// variables or the Compose file, "" if it has none. Secrets are left out: a label
+// must tell nothing of them.
+func ConfigsHash(p *types.Project, s *types.ServiceConfig) (string, error) {
+	said := map[string]string{}
+	for _, r := range s.Configs {
+		c, ok := p.Configs[r.Source]
+		if !ok || c.File != "" || bool(c.External) {
+			continue
+		}
+		said[r.Source] = c.Content
+		if c.Content == "" {
+			said[r.Source] = p.Environment[c.Environment]
+		}
+	}
+	if len(said) == 0 {
+		return "", nil
+	}
+	return hash(said)
+}

@@ -22,6 +22,10 @@ const (
 	LabelDependsOn   = "com.docker.compose.depends_on"
 	LabelVersion     = "com.docker.compose.version"
 	LabelReplace     = "com.docker.compose.replace"
+
+	// LabelConfigs is ours: the digest of the configs that are copied into a
+	// container, which Docker Compose's hash does not see.
+	LabelConfigs = "io.servin.compose.configs"
 )
 
 // Version is the release of Docker Compose whose behaviour and labels we follow.

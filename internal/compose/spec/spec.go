@@ -55,7 +55,7 @@ func Container(p *types.Project, s types.ServiceConfig, name string, o Options) 
 	fail := func(err error) (client.ContainerCreateOptions, error) {
 		return out, fmt.Errorf("cannot use service %q: %w", s.Name, err)
 	}
-	labels, err := containerLabels(&s, &o)
+	labels, err := containerLabels(p, &s, &o)
 	if err != nil {
 		return fail(err)
 	}
@@ -126,7 +126,7 @@ func Container(p *types.Project, s types.ServiceConfig, name string, o Options) 
 	return out, nil
 }
 
-func containerLabels(s *types.ServiceConfig, o *Options) (map[string]string, error) {
+func containerLabels(p *types.Project, s *types.ServiceConfig, o *Options) (map[string]string, error) {
 	labels := map[string]string{}
 	maps.Copy(labels, s.Labels)
 	maps.Copy(labels, s.CustomLabels)
@@ -136,6 +136,11 @@ func containerLabels(s *types.ServiceConfig, o *Options) (map[string]string, err
 		return nil, err
 	}
 	labels[model.LabelHash] = h
+	if h, err = model.ConfigsHash(p, s); err != nil {
+		return nil, err
+	} else if h != "" {
+		labels[model.LabelConfigs] = h
+	}
 	if o.Number > 0 {
 		labels[model.LabelNumber] = strconv.Itoa(o.Number)
 	}
