@@ -160,6 +160,7 @@ func (b *bench) all() error {
 		b.throughput,
 		b.memory,
 		b.pull,
+		b.api,
 		b.network,
 	}
 	for _, s := range steps {

@@ -36,7 +36,7 @@ func (a containersAPI) list(w *response, r *request) error {
 		l = []container.Summary{}
 	}
 	shapeSummaries(l, r.version)
-	return w.json(http.StatusOK, l)
+	return jsonList(w, http.StatusOK, l)
 }
 
 func (a containersAPI) create(w *response, r *request) error {

@@ -88,6 +88,57 @@ func (w *response) json(status int, v any) error {
 	return err
 }
 
+// listPiece is how much of a list is sent at a time: the client reads while the
+// rest is encoded, and no buffer has the size of the list.
+const listPiece = 64 << 10
+
+// jsonList writes a list. A short one goes out in one piece with its length.
+func jsonList[T any](w *response, status int, l []T) error {
+	buf := buffers.Get().(*bytes.Buffer)
+	defer func() {
+		if buf.Cap() <= keepBuffer {
+			buf.Reset()
+			buffers.Put(buf)
+		}
+	}()
+	enc := json.NewEncoder(buf)
+	enc.SetEscapeHTML(false)
+	h := w.Header()
+	h["Content-Type"] = headerJSON
+	buf.WriteByte('[')
+	for i := range l {
+		if i > 0 {
+			buf.Truncate(buf.Len() - 1) // the encoder's newline
+			buf.WriteByte(',')
+		}
+		if err := enc.Encode(&l[i]); err != nil {
+			return err
+		}
+		if buf.Len() < listPiece || i == len(l)-1 {
+			continue
+		}
+		if !w.began {
+			w.WriteHeader(status)
+		}
+		last := buf.Len() - 1
+		if _, err := w.Write(buf.Bytes()[:last]); err != nil {
+			return err
+		}
+		buf.Reset()
+		buf.WriteByte('\n') // stands for the newline that was not sent
+	}
+	if len(l) > 0 {
+		buf.Truncate(buf.Len() - 1)
+	}
+	buf.WriteString("]\n")
+	if !w.began {
+		h["Content-Length"] = []string{strconv.Itoa(buf.Len())}
+		w.WriteHeader(status)
+	}
+	_, err := w.Write(buf.Bytes())
+	return err
+}
+
 func (w *response) noContent() error {
 	w.WriteHeader(http.StatusNoContent)
 	return nil

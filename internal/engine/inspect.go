@@ -112,6 +112,18 @@ func inspectState(s container.State) *mcontainer.State {
 	return out
 }
 
+// sharedEndpoints is endpointsOf without a copy, for who only shows them: what a
+// published record holds is not changed.
+func sharedEndpoints(r *container.Record) map[string]*network.EndpointSettings {
+	if len(r.Attached) > 0 {
+		return r.Attached
+	}
+	if r.Endpoints == nil {
+		return map[string]*network.EndpointSettings{}
+	}
+	return r.Endpoints
+}
+
 // endpointsOf are the networks of a container: in use while it runs, else as asked.
 func endpointsOf(r *container.Record) map[string]*network.EndpointSettings {
 	eps := r.Attached

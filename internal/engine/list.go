@@ -60,7 +60,7 @@ func summary(r *container.Record, now time.Time) mcontainer.Summary {
 	s := mcontainer.Summary{
 		ID: r.ID, Names: []string{"/" + r.Name}, Image: r.Image.Ref, ImageID: r.Image.ID, Command: command(r),
 		Created: r.Created.Unix(), Ports: portSummary(r), Labels: r.Config.Labels, State: r.State.Status, Status: status(r.State, now),
-		NetworkSettings: &mcontainer.NetworkSettingsSummary{Networks: endpointsOf(r)}, Mounts: mountPoints(r),
+		NetworkSettings: &mcontainer.NetworkSettingsSummary{Networks: sharedEndpoints(r)}, Mounts: mountPoints(r),
 	}
 	s.HostConfig.NetworkMode = string(r.HostConfig.NetworkMode)
 	s.HostConfig.Annotations = r.HostConfig.Annotations

@@ -62,6 +62,8 @@ func (s *Service) markDirty() {
 func (s *Service) Run(ctx context.Context) error {
 	hourly := time.NewTicker(time.Hour)
 	defer hourly.Stop()
+	graced := time.NewTicker(grace)
+	defer graced.Stop()
 	var lazy sync.WaitGroup
 	lazy.Go(func() { s.runLazy(ctx) })
 	defer lazy.Wait()
@@ -77,6 +79,10 @@ func (s *Service) Run(ctx context.Context) error {
 				s.log.Warn("cannot write layers to disk", "cause", err)
 			}
 			continue
+		case <-graced.C:
+			if !s.graced.Swap(false) {
+				continue
+			}
 		case <-hourly.C:
 		case <-start.C:
 		case <-s.dirty:
@@ -122,6 +128,9 @@ func (s *Service) Collect(ctx context.Context) error {
 	ctx = s.ctx(ctx)
 	if err := s.pin(ctx); err != nil {
 		return err
+	}
+	if len(s.ready.recent()) > 0 {
+		s.graced.Store(true) // what is kept for a moment goes later
 	}
 	if !s.swept {
 		err := s.distrust(ctx)

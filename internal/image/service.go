@@ -11,6 +11,7 @@ import (
 	"runtime"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/containerd/containerd/v2/core/content"
@@ -84,7 +85,8 @@ type Service struct {
 
 	// mutate serialises changes of references, and collection with them.
 	mutate sync.Mutex
-	swept  bool // the first collection looks harder; guarded by mutate
+	swept  bool        // the first collection looks harder; guarded by mutate
+	graced atomic.Bool // the last collection kept layers for who was given them lately
 	cat    catalog
 	ready  readyCache
 
