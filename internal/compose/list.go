@@ -366,13 +366,17 @@ type imageRow struct {
 }
 
 func (a *app) cmdImages() *command.Command {
-	quiet, tmpl := false, "table"
+	quiet, jsonOut, tmpl := false, false, "table"
 	return &command.Command{Name: "images", Args: "[SERVICE...]", Short: "List the images of containers", Max: -1, Complete: []string{"service"},
 		Flags: func(f *command.FlagSet) {
 			f.String(&tmpl, "format", "", "table or json")
+			f.Bool(&jsonOut, "json", "", "Same as --format json")
 			f.Bool(&quiet, "quiet", "q", "Show ids only")
 		},
 		Run: func(ctx context.Context, args []string) error {
+			if jsonOut {
+				tmpl = "json"
+			}
 			name, err := a.projectName(ctx)
 			if err != nil {
 				return err

@@ -21,17 +21,21 @@ import (
 type projectRow struct{ Name, Status, ConfigFiles string }
 
 func (a *app) cmdLs() *command.Command {
-	var quiet, all bool
+	var quiet, all, jsonOut bool
 	tmpl := "table"
 	var filters []string
 	return &command.Command{Name: "ls", Short: "List projects",
 		Flags: func(f *command.FlagSet) {
 			f.String(&tmpl, "format", "", "table or json")
+			f.Bool(&jsonOut, "json", "", "Same as --format json")
 			f.Bool(&quiet, "quiet", "q", "Show names only")
 			f.Bool(&all, "all", "a", "Show stopped projects too")
 			f.Strings(&filters, "filter", "", "Show what passes: name=NAME")
 		},
 		Run: func(ctx context.Context, args []string) error {
+			if jsonOut {
+				tmpl = "json"
+			}
 			var names []string
 			for _, s := range filters {
 				k, v, ok := strings.Cut(s, "=")
@@ -109,13 +113,17 @@ func projects(list []container.Summary) []projectRow {
 }
 
 func (a *app) cmdVolumes() *command.Command {
-	quiet, tmpl := false, ""
+	quiet, jsonOut, tmpl := false, false, ""
 	return &command.Command{Name: "volumes", Args: "[SERVICE...]", Short: "List the project's volumes", Max: -1, Complete: []string{"service"},
 		Flags: func(f *command.FlagSet) {
 			f.Bool(&quiet, "quiet", "q", "Show names only")
 			f.String(&tmpl, "format", "", "table, json or a template")
+			f.Bool(&jsonOut, "json", "", "Same as --format json")
 		},
 		Run: func(ctx context.Context, args []string) error {
+			if jsonOut {
+				tmpl = "json"
+			}
 			p, err := a.named(ctx, args...)
 			if err != nil {
 				return err

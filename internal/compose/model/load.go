@@ -40,7 +40,7 @@ type Details struct {
 func (o *Options) loader(d Details) (*cli.ProjectOptions, error) {
 	fns := []cli.ProjectOptionsFn{
 		cli.WithInterpolation(!d.NoInterpolate), cli.WithNormalization(!d.NoNormalize), cli.WithResolvedPaths(!d.NoPaths), cli.WithConsistency(!d.NoConsistency),
-		cli.WithDiscardEnvFile, cli.WithoutEnvironmentResolution,
+		cli.WithDiscardEnvFile, cli.WithoutEnvironmentResolution, cli.WithResourceLoader(remote{}),
 		cli.WithWorkingDirectory(o.Directory), cli.WithOsEnv,
 	}
 	if _, ok := os.LookupEnv("PWD"); !ok {

@@ -241,3 +241,43 @@ func FuzzDependencies(f *testing.F) {
 		}
 	})
 }
+
+func TestRemoteFilesAreRefused(t *testing.T) {
+	for _, yaml := range []string{
+		"include: ['https://example.com/a.git']\nservices: {}",
+		"include: ['oci://example.com/a']\nservices: {}",
+		"services: {a: {extends: {file: 'git@example.com:a.git', service: a}}}",
+	} {
+		if _, err := project(t, yaml); err == nil || !strings.Contains(err.Error(), "from disk only") {
+			t.Errorf("%s: got %v", yaml, err)
+		}
+	}
+	for _, path := range []string{"a.yaml", "./https:/a", "/git@x", "github.com.yaml", "c://a"} {
+		if (remote{}).Accept(path) {
+			t.Errorf("%s was taken for an address", path)
+		}
+	}
+}
+
+func TestConfigsHash(t *testing.T) {
+	hash := func(yaml string) string {
+		t.Helper()
+		p, err := project(t, yaml)
+		if err != nil {
+			t.Fatal(err)
+		}
+		h, err := ConfigsHash(p, new(p.Services["a"]))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return h
+	}
+	const service = "services:\n  a: {image: a, configs: [c], secrets: [s]}\nsecrets: {s: {environment: PATH}}\n"
+	one := hash(service + "configs: {c: {content: one}}")
+	if one == "" || one == hash(service+"configs: {c: {content: two}}") || one != hash(service+"configs: {c: {content: one}, other: {content: x}}") {
+		t.Error("it does not tell contents apart, or counts others")
+	}
+	if h := hash(service + "configs: {c: {file: ./f}}"); h != "" {
+		t.Errorf("a bound file counts: %s", h)
+	}
+}
