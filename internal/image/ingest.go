@@ -10,7 +10,8 @@ import (
 
 // dropTornIngests removes downloads that nothing can name any more: a process
 // that was killed while it made or removed one leaves its directory without the
-// reference, and the store passes over those for good.
+// reference, and the store passes over those for good; or without a byte, before
+// the database knew of it.
 func dropTornIngests(dir string) error {
 	list, err := os.ReadDir(dir)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -21,7 +22,9 @@ func dropTornIngests(dir string) error {
 	}
 	for _, e := range list {
 		path := filepath.Join(dir, e.Name())
-		if ref, err := os.ReadFile(filepath.Join(path, "ref")); err == nil && len(ref) > 0 {
+		ref, noRef := os.Stat(filepath.Join(path, "ref"))
+		data, noData := os.Stat(filepath.Join(path, "data"))
+		if noRef == nil && noData == nil && ref.Size() > 0 && data.Size() > 0 {
 			continue
 		}
 		if err := os.RemoveAll(path); err != nil {

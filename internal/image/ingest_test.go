@@ -9,7 +9,7 @@ import (
 func TestDropTornIngests(t *testing.T) {
 	dir := t.TempDir()
 	for name, files := range map[string]map[string]string{
-		"whole": {"ref": "layer-1", "startedat": "x", "data": "half"}, "torn": {"startedat": "x"}, "empty": {"ref": ""}, "bare": {},
+		"whole": {"ref": "layer-1", "startedat": "x", "data": "half"}, "unborn": {"ref": "layer-2", "data": ""}, "dataless": {"ref": "layer-3", "startedat": "x", "total": "5", "updatedat": "x"}, "torn": {"startedat": "x"}, "empty": {"ref": ""}, "bare": {},
 	} {
 		if err := os.Mkdir(filepath.Join(dir, name), 0o755); err != nil {
 			t.Fatal(err)

@@ -106,6 +106,10 @@ func (m *Manager) create(ctx context.Context, req network.CreateRequest, link st
 		return nil, fault.New(fault.NotFound, "cannot create network %s: network driver %q not found; there are bridge, macvlan and ipvlan, and plugins", r.Name, r.Driver)
 	}
 	wired := r.wired()
+	if r.Driver == "bridge" && !r.ConfigOnly {
+		// From the look at what is taken to the bridge that takes it.
+		defer m.turn(ctx)()
+	}
 	if wired && !r.ConfigOnly {
 		if m.broken != nil && !predefined(r.Name) {
 			return nil, m.broken

@@ -24,8 +24,9 @@ import (
 
 const (
 	// settle is how long the directory must be quiet before it is read: files
-	// come in several writes.
-	settle = 100 * time.Millisecond
+	// come in several writes. One that never is gets read after settleMost.
+	settle     = 100 * time.Millisecond
+	settleMost = time.Second
 	// verdictFor is how long a plugin's STATUS counts.
 	verdictFor = 10 * time.Second
 	// retryWide bounds the attachments that are undone at a time.
@@ -51,7 +52,16 @@ func (s *Service) watch(ctx context.Context) error {
 		return fmt.Errorf("cannot watch %s: %w", s.cfg.ConfDir, err)
 	}
 	defer w.Close()
-	var quiet <-chan time.Time
+	var (
+		quiet <-chan time.Time
+		since time.Time // the first event that was not acted on
+	)
+	stirred := func() {
+		if quiet == nil {
+			since = time.Now()
+		}
+		quiet = time.After(min(settle, max(0, settleMost-time.Since(since))))
+	}
 	s.aim(w)
 	s.reload()
 	for {
@@ -62,14 +72,14 @@ func (s *Service) watch(ctx context.Context) error {
 			if !ok {
 				return nil
 			}
-			quiet = time.After(settle)
+			stirred()
 		case err, ok := <-w.Errors:
 			if !ok {
 				return nil
 			}
 			// Events may be lost: look again.
 			s.log.Debug("the watch of the CNI configuration stumbled", "cause", err)
-			quiet = time.After(settle)
+			stirred()
 		case <-quiet:
 			quiet = nil
 			s.aim(w)
