@@ -88,9 +88,12 @@ type Log struct {
 	failed error         // of the last write, nil when it went well
 	lost   int           // records that could not be written
 
+	// A read beside a write may see half of each: the kernel makes neither whole.
+	headMu sync.Mutex
+	head   *os.File
+
 	// The writer's own.
 	f    *os.File
-	head *os.File
 	size int64
 	seq  uint64
 	prev string
@@ -236,7 +239,9 @@ func (l *Log) continueFrom(name string, attrs map[string]string) error {
 func (l *Log) readHead() (api.AuditHead, bool) {
 	var h api.AuditHead
 	b := make([]byte, 128)
+	l.headMu.Lock()
 	n, _ := l.head.ReadAt(b, 0)
+	l.headMu.Unlock()
 	if _, err := fmt.Sscanf(string(b[:n]), "%d %64s\n", &h.Seq, &h.Hash); err != nil || len(h.Hash) != 64 {
 		return h, false
 	}
@@ -378,7 +383,10 @@ func (l *Log) append(group []*line) error {
 	l.size += int64(n)
 	l.seq, l.prev = seq, prev
 	// Not synced: it may lag behind after a crash, it is never ahead.
-	if _, err := l.head.WriteAt(fmt.Appendf(nil, "%020d %s\n", seq, prev), 0); err != nil {
+	l.headMu.Lock()
+	_, err = l.head.WriteAt(fmt.Appendf(nil, "%020d %s\n", seq, prev), 0)
+	l.headMu.Unlock()
+	if err != nil {
 		l.log.Warn("cannot note the head of the audit log", "cause", err)
 	}
 	return nil
