@@ -5,6 +5,7 @@ package deps
 
 import (
 	_ "filippo.io/age"
+	_ "github.com/beevik/ntp"
 	_ "github.com/compose-spec/compose-go/v2/cli"
 	_ "github.com/compose-spec/compose-go/v2/template"
 	_ "github.com/containerd/containerd/v2/core/diff/apply"

@@ -67,6 +67,14 @@ var arrows = map[string][]string{
 	"servintest":         {"client", "api"},                                      // ADR 23
 	"internal/filesync":  {"client"},                                             // ADR 21
 
+	// the image, ADR 38
+	"internal/vmwire":  {},
+	"internal/osimage": {"internal/fault", "internal/vmwire", "internal/osinit/config"},
+	"internal/osinit":  {"internal/fault", "internal/vmwire", "internal/store"},
+	"internal/slots":   {"internal/fault"},
+	"cmd/cloudos":      {"internal/osimage", "internal/fault", "internal/vmwire", "client", "api"},
+	"cmd/cloudos-init": {"internal/osinit"},
+
 	// the OCI command line, ADR 15
 	"cmd/servin-runtime":  {"internal/ociruntime"},
 	"internal/ociruntime": {"internal/plan", "internal/seccomp", "internal/shim", "internal/runtime"},
