@@ -13,12 +13,14 @@ func UserRuntimeDir() string {
 	if dir := os.Getenv("XDG_RUNTIME_DIR"); dir != "" {
 		return dir
 	}
-	uid := strconv.Itoa(os.Getuid())
+	uid := uidText()
 	if dir := "/run/user/" + uid; isDir(dir) {
 		return dir
 	}
 	return filepath.Join(os.TempDir(), "servin-"+uid)
 }
+
+func uidText() string { return strconv.Itoa(os.Getuid()) }
 
 func isDir(path string) bool {
 	fi, err := os.Stat(path)
