@@ -161,6 +161,7 @@ func (b *bench) all() error {
 		b.memory,
 		b.pull,
 		b.api,
+		b.pods,
 		b.network,
 	}
 	for _, s := range steps {
