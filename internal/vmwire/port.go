@@ -19,19 +19,30 @@ import (
 )
 
 // A port survives the processes at its ends, so bytes of an earlier
-// conversation may be in it. Each conversation begins with a greeting:
+// conversation, and half a frame of it, may be in it. Each conversation begins
+// with four lines, each after a newline:
 //
-//	host:  "\ncloudos-port 1 hello NONCE\n"
-//	guest: "\ncloudos-port 1 ready NONCE\n"
+//	host:  cloudos-port 1 hello NONCE    again every second until it is answered
+//	guest: cloudos-port 1 ready NONCE    for each hello
+//	host:  cloudos-port 1 start NONCE
+//	guest: cloudos-port 1 go NONCE
 //
-// The guest drops everything before a greeting, the host everything before the
-// answer to its own. Then both speak yamux, the host as its client.
+// Who waits for a line drops everything else. Behind their last line both speak
+// yamux, the host as its client. The host's first hello comes after more newlines
+// than a frame is long: a guest that still waits for the rest of a frame then meets
+// what is none, and ends the earlier conversation.
 const (
-	greeting   = "cloudos-port 1 hello "
-	answer     = "cloudos-port 1 ready "
+	hello = "cloudos-port 1 hello "
+	ready = "cloudos-port 1 ready "
+	start = "cloudos-port 1 start "
+	begin = "cloudos-port 1 go "
+
 	nonceLen   = 32
 	maxHeader  = 600
 	maxSkipped = 64 << 20
+	maxFrame   = 64 << 10
+	flush      = maxFrame + 1<<10
+	repeat     = time.Second
 )
 
 // config is the multiplexer's. Nothing in it is timed: a paused machine is not a
@@ -43,6 +54,7 @@ func config() *yamux.Config {
 	c.ConnectionWriteTimeout = never
 	c.MaxIncomingStreams = 4096
 	c.MaxStreamWindowSize = 4 << 20
+	c.MaxMessageSize = maxFrame
 	c.ReadBufSize = 0 // the greeting's buffer serves
 	c.LogOutput = io.Discard
 	return c
@@ -102,27 +114,35 @@ func readLine(r *bufio.Reader, skipped *int) (string, error) {
 }
 
 // Host begins a conversation from the host's side, waiting for the guest to
-// come up. Closing conn ends it.
+// come up. The session owns conn from then on.
 func Host(ctx context.Context, conn io.ReadWriteCloser) (*Session, error) {
-	nonce := make([]byte, nonceLen/2)
-	if _, err := rand.Read(nonce); err != nil {
+	raw := make([]byte, nonceLen/2)
+	if _, err := rand.Read(raw); err != nil {
 		return nil, err
 	}
-	want := answer + hex.EncodeToString(nonce)
+	nonce := hex.EncodeToString(raw)
 	stop := context.AfterFunc(ctx, func() { conn.Close() })
 	defer stop()
-	if _, err := io.WriteString(conn, "\n"+greeting+hex.EncodeToString(nonce)+"\n"); err != nil {
-		return nil, fmt.Errorf("cannot greet the machine: %w", errors.Join(ctx.Err(), err))
+	answered, asked := make(chan struct{}), make(chan error, 1)
+	go func() { asked <- ask(conn, nonce, answered) }()
+	r := bufio.NewReaderSize(conn, maxFrame)
+	err := await(r, ready+nonce)
+	close(answered)
+	if err != nil {
+		conn.Close() // also ends a write that waits
 	}
-	r, skipped := bufio.NewReaderSize(conn, 64<<10), 0
-	for {
-		line, err := readLine(r, &skipped)
-		if err != nil {
-			return nil, fmt.Errorf("the machine did not answer: %w", errors.Join(ctx.Err(), err))
-		}
-		if line == want {
-			break
-		}
+	if werr := <-asked; err == nil {
+		err = werr
+	}
+	if err == nil {
+		_, err = io.WriteString(conn, "\n"+start+nonce+"\n")
+	}
+	if err == nil {
+		err = await(r, begin+nonce)
+	}
+	if err != nil {
+		conn.Close()
+		return nil, fmt.Errorf("the machine did not answer: %w", errors.Join(ctx.Err(), err))
 	}
 	mux, err := yamux.Client(joined{r, conn}, config(), nil)
 	if err != nil {
@@ -131,37 +151,67 @@ func Host(ctx context.Context, conn io.ReadWriteCloser) (*Session, error) {
 	return &Session{mux: mux}, nil
 }
 
-// Guest waits for a host's greeting on the port and answers it.
-func Guest(conn io.ReadWriteCloser) (*Session, error) {
-	r, skipped := bufio.NewReaderSize(conn, 64<<10), 0
+// ask says hello until the answer is there.
+func ask(w io.Writer, nonce string, answered <-chan struct{}) error {
+	line := []byte("\n" + hello + nonce + "\n")
+	if _, err := w.Write(append(bytes.Repeat([]byte{'\n'}, flush), line...)); err != nil {
+		return err
+	}
+	t := time.NewTicker(repeat)
+	defer t.Stop()
 	for {
+		select {
+		case <-answered:
+			return nil
+		case <-t.C:
+			if _, err := w.Write(line); err != nil {
+				return err
+			}
+		}
+	}
+}
+
+// await drops lines until the wanted one.
+func await(r *bufio.Reader, want string) error {
+	for skipped := 0; ; {
+		line, err := readLine(r, &skipped)
+		if err != nil {
+			return err
+		}
+		if line == want {
+			return nil
+		}
+	}
+}
+
+// Guest waits for a host's greeting on the port and answers it. Bytes that the
+// session's end leaves in the port are the next conversation's.
+func Guest(conn io.ReadWriteCloser) (*Session, error) {
+	r := bufio.NewReaderSize(conn, maxFrame)
+	last := ""
+	for skipped := 0; ; {
 		line, err := readLine(r, &skipped)
 		if err != nil {
 			return nil, err
 		}
-		nonce, ok := strings.CutPrefix(line, greeting)
-		if !ok || len(nonce) != nonceLen || strings.Trim(nonce, "0123456789abcdef") != "" {
-			continue
+		if nonce, ok := strings.CutPrefix(line, hello); ok && len(nonce) == nonceLen && strings.Trim(nonce, "0123456789abcdef") == "" {
+			last, skipped = nonce, 0
+			if _, err := io.WriteString(conn, "\n"+ready+nonce+"\n"); err != nil {
+				return nil, err
+			}
 		}
-		// A host that gave up and came again has left several: the last counts.
-		if bytes.Contains(peek(r), []byte("\n"+greeting)) {
-			continue
+		if nonce, ok := strings.CutPrefix(line, start); ok && last != "" && nonce == last {
+			break
 		}
-		if _, err := io.WriteString(conn, "\n"+answer+nonce+"\n"); err != nil {
-			return nil, err
-		}
-		break
+	}
+	if _, err := io.WriteString(conn, "\n"+begin+last+"\n"); err != nil {
+		return nil, err
 	}
 	mux, err := yamux.Server(joined{r, conn}, config(), nil)
 	if err != nil {
 		return nil, err
 	}
 	return &Session{mux: mux}, nil
-}
-
-func peek(r *bufio.Reader) []byte {
-	b, _ := r.Peek(r.Buffered())
-	return b
 }
 
 // Close ends the conversation and all its streams.

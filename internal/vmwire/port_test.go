@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 )
@@ -56,8 +57,8 @@ func TestConversation(t *testing.T) {
 	for name, c := range map[string][2]string{
 		"clean":               {"", ""},
 		"noise":               {noise, noise},
-		"an earlier greeting": {"\n" + greeting + strings.Repeat("0", nonceLen) + "\n", "\n" + answer + strings.Repeat("1", nonceLen) + "\n"},
-		"half a greeting":     {"\n" + greeting + "12", "\n" + answer},
+		"an earlier greeting": {"\n" + hello + strings.Repeat("0", nonceLen) + "\n", "\n" + ready + strings.Repeat("1", nonceLen) + "\n"},
+		"half a greeting":     {"\n" + hello + "12", "\n" + ready},
 	} {
 		t.Run(name, func(t *testing.T) {
 			host, guest := pair(t, c[0], c[1])
@@ -99,6 +100,87 @@ func TestConversation(t *testing.T) {
 		})
 	}
 }
+
+// TestHostComesAgain greets a guest that is in the middle of a frame of a host
+// that is gone, as the port has it: no end of file between.
+func TestHostComesAgain(t *testing.T) {
+	dir := t.TempDir()
+	l, err := net.Listen("unix", dir+"/host")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	port, machine := net.Pipe()
+	defer port.Close()
+	var host net.Conn
+	var mu sync.Mutex
+	go func() { // the machine: what hosts say reaches the port, without an end
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			mu.Lock()
+			host = c
+			mu.Unlock()
+			go io.Copy(machine, c)
+		}
+	}()
+	go func() {
+		b := make([]byte, 4096)
+		for {
+			n, err := machine.Read(b)
+			if err != nil {
+				return
+			}
+			mu.Lock()
+			c := host
+			mu.Unlock()
+			c.Write(b[:n])
+		}
+	}()
+	go func() {
+		for {
+			s, err := Guest(keep{port})
+			if err != nil {
+				return
+			}
+			go func() {
+				for {
+					in, err := s.Accept()
+					if err != nil {
+						return
+					}
+					in.Purpose(time.Second)
+					in.Answer(nil)
+				}
+			}()
+			<-s.Done()
+		}
+	}()
+	for range 3 {
+		conn, err := net.Dial("unix", l.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+		host, err := Host(ctx, conn)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := host.Open(ctx, Purpose{Kind: API}); err != nil {
+			t.Fatal(err)
+		}
+		cancel()
+		// The host is gone within a frame.
+		conn.Write([]byte{0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0xff, 0xff, 'x'})
+		conn.Close()
+	}
+}
+
+type keep struct{ net.Conn }
+
+func (keep) Close() error { return nil }
 
 func TestHostGivesUp(t *testing.T) {
 	h, g := net.Pipe()
