@@ -24,9 +24,8 @@ func readSpec(name string) (*specs.Spec, error) {
 	return spec, err
 }
 
-// readRawSpec gives the text, too, less the process's arguments and environment
-// and the seccomp profile: what records may hold.
-func readRawSpec(name string) (*specs.Spec, json.RawMessage, error) {
+// readRawSpec gives the text, too.
+func readRawSpec(name string) (*specs.Spec, []byte, error) {
 	f, err := os.Open(name)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil, fmt.Errorf("JSON specification file %s not found", name)
@@ -53,14 +52,20 @@ func readRawSpec(name string) (*specs.Spec, json.RawMessage, error) {
 	if err := checkProcess(spec.Process); err != nil {
 		return nil, nil, err
 	}
-	raw, err := without(b, "process", "args", "env")
+	return &spec, b, nil
+}
+
+// recordable is the text of a spec less the process's arguments and environment and
+// the seccomp profile: what records may hold.
+func recordable(spec *specs.Spec, doc []byte) (json.RawMessage, error) {
+	raw, err := without(doc, "process", "args", "env")
 	if err == nil && spec.Linux != nil && spec.Linux.Seccomp != nil {
 		raw, err = without(raw, "linux", "seccomp")
 	}
 	if err != nil {
-		return nil, nil, fmt.Errorf("cannot read %s: %w", name, err)
+		return nil, fmt.Errorf("cannot read %s: %w", configName, err)
 	}
-	return &spec, raw, nil
+	return raw, nil
 }
 
 // without leaves fields of one object out of a document.

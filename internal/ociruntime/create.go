@@ -64,7 +64,7 @@ func (a *app) runContainer(f *flags) error {
 type birth struct {
 	*container
 	spec *specs.Spec
-	raw  json.RawMessage
+	doc  []byte // the spec's text
 	opts plan.Options
 	p    *plan.Plan
 	io   *streams
@@ -93,7 +93,7 @@ func (a *app) launchContainer(f *flags, hold bool) (status int, err error) {
 			return 0, err
 		}
 	}
-	spec, raw, err := readRawSpec(configName)
+	spec, doc, err := readRawSpec(configName)
 	if err != nil {
 		return 0, err
 	}
@@ -106,7 +106,7 @@ func (a *app) launchContainer(f *flags, hold bool) (status int, err error) {
 	if err := checkTerminal(spec.Process, detach, socket); err != nil {
 		return 0, err
 	}
-	b := &birth{spec: spec, raw: raw, hold: hold, gate: -1, container: &container{app: a, id: id, dir: filepath.Join(a.root, id)}}
+	b := &birth{spec: spec, doc: doc, hold: hold, gate: -1, container: &container{app: a, id: id, dir: filepath.Join(a.root, id)}}
 	defer func() {
 		if err != nil {
 			b.undo()
@@ -270,7 +270,7 @@ func (b *birth) prepare(keepKeyring bool) error {
 	if b.locked, err = b.lock(); err != nil {
 		return err
 	}
-	if err := b.saveAs(draftName); err != nil {
+	if err := b.saveDraft(); err != nil {
 		return err
 	}
 	if !cfg.Systemd {
@@ -374,7 +374,7 @@ func (b *birth) describe(bundle string, cfg *cgroups.Cgroup, keepKeyring bool) {
 			Version: spec.Version, NoNewKeyring: keepKeyring, RootlessEUID: os.Geteuid() != 0, RootlessCgroups: cfg.Rootless,
 			Capabilities: spec.Process.Capabilities, AppArmor: spec.Process.ApparmorProfile, Label: spec.Process.SelinuxLabel,
 		},
-		Servin: own{Version: 1, Bundle: bundle, Annotations: spec.Annotations, Spec: b.raw, CgroupsPath: l.CgroupsPath},
+		Servin: own{Version: 1, Bundle: bundle, Annotations: spec.Annotations, CgroupsPath: l.CgroupsPath},
 	}
 	if b.rec.Config.Version == "" {
 		b.rec.Config.Version = specs.Version

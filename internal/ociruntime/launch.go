@@ -78,8 +78,19 @@ func (b *birth) launch() error {
 	return b.carryOut()
 }
 
+// recordSpec puts what may be known of the spec into the record.
+func (b *birth) recordSpec() (err error) {
+	if b.rec.Servin.Spec == nil {
+		b.rec.Servin.Spec, err = recordable(b.spec, b.doc)
+	}
+	return err
+}
+
 // record writes down that there is a container now.
 func (b *birth) record() error {
+	if err := b.recordSpec(); err != nil {
+		return err
+	}
 	b.rec.InitPID, b.rec.InitStart = b.proc.pid, b.proc.start
 	b.rec.CgroupPaths = b.cg.GetPaths()
 	b.rec.NamespacePaths = map[string]string{}
@@ -197,6 +208,14 @@ func (b *birth) clone() error {
 	b.app.log.Debugf("runc exeseal: using /proc/self/exe clone: a sealed memory file, in the place of \"runc exeseal: using overlayfs for sealed /proc/self/exe\"")
 	b.app.log.Debugf("nsexec container setup: clone with namespaces %#x", r.Namespaces)
 	st, err := b.exe.Launch(r, func() error {
+		// The child needs its time: what only the record wants is done now, and the
+		// record's encoder made.
+		if err := b.recordSpec(); err != nil {
+			return err
+		}
+		if _, err := json.Marshal(&b.rec); err != nil {
+			return err
+		}
 		if b.rec.Config.Cgroups.Systemd {
 			return nil // there is no cgroup yet
 		}

@@ -38,6 +38,27 @@ type record struct {
 	Servin         own               `json:"servin"`
 }
 
+// draft is what a record has before there is a process: as much as removing takes.
+// Making text of a whole record costs as much as several steps of a start, and is
+// done while others work.
+type draft struct {
+	ID     string `json:"id"`
+	Config struct {
+		Cgroups draftCgroup `json:"cgroups"`
+	} `json:"config"`
+	CgroupPaths map[string]string `json:"cgroup_paths,omitempty"`
+}
+
+// draftCgroup has fields of cgroups.Cgroup, by their names there.
+type draftCgroup struct {
+	Name        string `json:"name,omitempty"`
+	Parent      string `json:"parent,omitempty"`
+	Path        string `json:"path"`
+	ScopePrefix string `json:"scope_prefix"`
+	Systemd     bool
+	Rootless    bool
+}
+
 // config is the part of runc's configuration that is read by others.
 type config struct {
 	Rootfs          string                     `json:"rootfs"`
@@ -157,10 +178,18 @@ func (c *container) spec() (*specs.Spec, error) {
 }
 
 // save replaces the record in one step.
-func (c *container) save() error { return c.saveAs(recordName) }
+func (c *container) save() error { return c.saveAs(recordName, &c.rec) }
 
-func (c *container) saveAs(name string) error {
-	b, err := json.Marshal(&c.rec)
+// saveDraft writes what somebody needs to know who finds the container half made.
+func (c *container) saveDraft() error {
+	cg := c.rec.Config.Cgroups
+	d := draft{ID: c.id, CgroupPaths: c.rec.CgroupPaths}
+	d.Config.Cgroups = draftCgroup{cg.Name, cg.Parent, cg.Path, cg.ScopePrefix, cg.Systemd, cg.Rootless}
+	return c.saveAs(draftName, &d)
+}
+
+func (c *container) saveAs(name string, rec any) error {
+	b, err := json.Marshal(rec)
 	if err != nil {
 		return err
 	}

@@ -43,7 +43,7 @@ func (a *app) restoreContainer(f *flags, im *images) (status int, err error) {
 			return 0, err
 		}
 	}
-	spec, raw, err := readRawSpec(configName)
+	spec, doc, err := readRawSpec(configName)
 	if err != nil {
 		return 0, err
 	}
@@ -55,7 +55,7 @@ func (a *app) restoreContainer(f *flags, im *images) (status int, err error) {
 	if err := checkTerminal(spec.Process, detach, socket); err != nil {
 		return 0, err
 	}
-	b := &birth{spec: spec, raw: raw, gate: -1, container: &container{app: a, id: id, dir: filepath.Join(a.root, id)}}
+	b := &birth{spec: spec, doc: doc, gate: -1, container: &container{app: a, id: id, dir: filepath.Join(a.root, id)}}
 	defer func() {
 		if err != nil {
 			b.undo()

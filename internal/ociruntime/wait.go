@@ -3,6 +3,7 @@ package ociruntime
 import (
 	"os"
 	"os/signal"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -10,10 +11,14 @@ import (
 // foreground waits for a process as its parent and passes signals on to it.
 type foreground struct{ ch chan os.Signal }
 
+// allAfter is how long only the usual signals are passed on: each of the others
+// takes Go a round between threads, together longer than many a program runs.
+const allAfter = 20 * time.Millisecond
+
 // watchSignals begins to collect signals, before there is a process that could end.
 func watchSignals() *foreground {
 	f := &foreground{ch: make(chan os.Signal, 128)}
-	signal.Notify(f.ch)
+	signal.Notify(f.ch, unix.SIGCHLD, unix.SIGHUP, unix.SIGINT, unix.SIGQUIT, unix.SIGTERM)
 	return f
 }
 
@@ -23,12 +28,21 @@ func (f *foreground) stop() { signal.Stop(f.ch) }
 // a subreaper may get, are buried meanwhile.
 func (f *foreground) wait(p *process, io *streams) (int, error) {
 	defer p.release()
+	all := time.NewTimer(allAfter)
+	defer all.Stop()
 	for {
 		if status, ended := reap(p.pid); ended {
 			io.drain()
 			return status, nil
 		}
-		switch s := (<-f.ch).(unix.Signal); s {
+		var got os.Signal
+		select {
+		case got = <-f.ch:
+		case <-all.C:
+			signal.Notify(f.ch)
+			continue
+		}
+		switch s := got.(unix.Signal); s {
 		case unix.SIGCHLD, unix.SIGURG, unix.SIGPIPE:
 			// ours
 		case unix.SIGWINCH:
