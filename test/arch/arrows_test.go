@@ -68,12 +68,17 @@ var arrows = map[string][]string{
 	"internal/filesync":  {"client"},                                             // ADR 21
 
 	// the image, ADR 38
-	"internal/vmwire":  {},
-	"internal/osimage": {"internal/fault", "internal/vmwire", "internal/osinit/config"},
-	"internal/osinit":  {"internal/fault", "internal/vmwire", "internal/store"},
-	"internal/slots":   {"internal/fault"},
-	"cmd/cloudos":      {"internal/osimage", "internal/fault", "internal/vmwire", "client", "api"},
-	"cmd/cloudos-init": {"internal/osinit"},
+	"internal/vmwire":      {},
+	"internal/osimage":     {"internal/fault", "internal/vmwire", "internal/osinit/config"},
+	"internal/osinit":      {"internal/fault", "internal/vmwire", "internal/store"},
+	"internal/slots":       {"internal/fault"},
+	"cmd/cloudos":          {"client", "api"},
+	"cmd/cloudos-image":    {"internal/osimage", "internal/fault", "internal/vmwire", "api"},
+	"cmd/cloudos-modprobe": {"internal/osinit"},
+	"cmd/cloudos-init":     {"internal/osinit"},
+
+	"cmd/servin-vmd": {"internal/vm", "api"},                       // ADR 41
+	"internal/vm":    {"internal/fault", "internal/vmwire", "api"}, // ADR 41
 
 	// the OCI command line, ADR 15
 	"cmd/servin-runtime":  {"internal/ociruntime"},
@@ -85,9 +90,12 @@ var roots = []string{"internal/wire", "internal/daemon", "test", "bench"}
 
 // links lists modules that a program must never link.
 var links = map[string][]string{
-	"cmd/servin":       {"github.com/containerd/containerd/v2", "github.com/vishvananda/netlink", "go.etcd.io/bbolt", "google.golang.org/grpc", "github.com/cloudos-io/cloudos/internal/engine"},
-	"cmd/servin-hello": {"github.com/"},
-	"cmd/servind":      {"k8s.io/kubernetes", "github.com/moby/moby/client"},
+	"cmd/servin":           {"github.com/containerd/containerd/v2", "github.com/vishvananda/netlink", "go.etcd.io/bbolt", "google.golang.org/grpc", "github.com/cloudos-io/cloudos/internal/engine"},
+	"cmd/servin-hello":     {"github.com/"},
+	"cmd/cloudos":          {"github.com/cloudos-io/cloudos/internal/", "github.com/vishvananda/netlink"},
+	"cmd/cloudos-init":     {"github.com/containerd", "google.golang.org/grpc", "go.etcd.io/bbolt", "github.com/cloudos-io/cloudos/internal/engine"},
+	"cmd/cloudos-modprobe": {"net", "github.com/vishvananda/netlink"},
+	"cmd/servind":          {"k8s.io/kubernetes", "github.com/moby/moby/client"},
 
 	"cmd/servin-runtime": {"github.com/containerd/containerd/v2", "go.etcd.io/bbolt", "google.golang.org/grpc", "github.com/cloudos-io/cloudos/internal/engine"},
 }

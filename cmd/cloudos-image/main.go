@@ -1,0 +1,103 @@
+// Command cloudos-image builds images of the operating system and tells what is
+// in them. The program cloudos runs it as "cloudos image".
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"runtime"
+	"syscall"
+
+	"github.com/spf13/pflag"
+
+	"github.com/cloudos-io/cloudos/api"
+	"github.com/cloudos-io/cloudos/internal/osimage"
+)
+
+const usage = `Usage:
+  cloudos image build [--arch amd64|arm64] [--format vm] -o DIR
+
+`
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	if err := run(ctx, os.Args[1:]); err != nil {
+		fmt.Fprintln(os.Stderr, "cloudos image:", err)
+		os.Exit(1)
+	}
+}
+
+func run(ctx context.Context, args []string) error {
+	if len(args) == 0 || args[0] == "help" || args[0] == "--help" || args[0] == "-h" {
+		fmt.Print(usage)
+		return nil
+	}
+	switch args[0] {
+	case "build":
+		return build(ctx, args[1:])
+	default:
+		return fmt.Errorf("there is no command %q\n\n%s", args[0], usage)
+	}
+}
+
+func build(ctx context.Context, args []string) error {
+	f := pflag.NewFlagSet("build", pflag.ContinueOnError)
+	f.SortFlags = false
+	f.SetOutput(io.Discard)
+	var o osimage.Options
+	f.StringVar(&o.Arch, "arch", runtime.GOARCH, "amd64 or arm64")
+	f.StringVar(&o.Format, "format", "vm", "vm: kernel, initrd and root for VM mode")
+	f.StringVarP(&o.Output, "output", "o", "", "folder that the image is written to")
+	f.StringVar(&o.Programs, "programs", "", "folder with the programs for the architecture (default: where this program is)")
+	f.StringVar(&o.KernelPackage, "kernel", "", "file of a kernel's Debian package (default: the newest one, through apt)")
+	f.StringVar(&o.Cache, "cache", "", "folder where packages are kept (default: the user's cache folder)")
+	quiet := f.BoolP("quiet", "q", false, "say nothing but errors")
+	if err := f.Parse(args); err != nil {
+		if errors.Is(err, pflag.ErrHelp) {
+			fmt.Print(usage, f.FlagUsages())
+			return nil
+		}
+		return err
+	}
+	if f.NArg() > 0 || o.Output == "" {
+		return errors.New("build takes -o DIR and no arguments")
+	}
+	if o.Programs == "" {
+		exe, err := os.Executable()
+		if err != nil {
+			return err
+		}
+		o.Programs = filepath.Dir(exe)
+	}
+	if o.Cache == "" {
+		base, err := os.UserCacheDir()
+		if err != nil {
+			return fmt.Errorf("%w: name a folder with --cache", err)
+		}
+		o.Cache = filepath.Join(base, "cloudos", "packages")
+	}
+	o.Version = api.Version
+	o.Log = func(format string, args ...any) {
+		if !*quiet {
+			fmt.Fprintf(os.Stderr, format+"\n", args...)
+		}
+	}
+	img, err := osimage.Build(ctx, o)
+	if err != nil {
+		return err
+	}
+	if !*quiet {
+		for _, role := range []string{"kernel", "initrd", "root"} {
+			if file, ok := img.Files[role]; ok {
+				fmt.Printf("%-8s %9.1f MB  %s\n", role, float64(file.Size)/1e6, filepath.Join(o.Output, file.Name))
+			}
+		}
+	}
+	return nil
+}

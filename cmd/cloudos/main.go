@@ -1,0 +1,79 @@
+// Command cloudos is the command line of the operating system and of clusters.
+// Commands that link much are programs of their own beside it: "cloudos image"
+// runs cloudos-image.
+package main
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+
+	"github.com/cloudos-io/cloudos/api"
+)
+
+const usage = `Usage: cloudos COMMAND
+
+Commands:
+  image      Build images of the operating system, and look into them
+  version    Print the version
+`
+
+func main() {
+	code, err := run(os.Args[1:])
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "cloudos:", err)
+	}
+	os.Exit(code)
+}
+
+func run(args []string) (int, error) {
+	if len(args) == 0 {
+		fmt.Fprint(os.Stderr, usage)
+		return 2, nil
+	}
+	switch args[0] {
+	case "image":
+		return beside("cloudos-image", args[1:])
+	case "version", "--version":
+		fmt.Println("cloudos", api.Version)
+		return 0, nil
+	case "help", "--help", "-h":
+		fmt.Print(usage)
+		return 0, nil
+	}
+	return 2, fmt.Errorf("there is no command %q\n\n%s", args[0], usage)
+}
+
+// beside runs a program from this one's folder, or else from the PATH.
+func beside(name string, args []string) (int, error) {
+	path := ""
+	if exe, err := os.Executable(); err == nil {
+		if p := filepath.Join(filepath.Dir(exe), name); exists(p) {
+			path = p
+		}
+	}
+	if path == "" {
+		var err error
+		if path, err = exec.LookPath(name); err != nil {
+			return 1, fmt.Errorf("cannot find the program %s: it is installed beside cloudos", name)
+		}
+	}
+	cmd := exec.Command(path, args...)
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
+	err := cmd.Run()
+	var ee *exec.ExitError
+	if errors.As(err, &ee) && ee.ExitCode() > 0 {
+		return ee.ExitCode(), nil // it has said why
+	}
+	if err != nil {
+		return 1, err
+	}
+	return 0, nil
+}
+
+func exists(p string) bool {
+	st, err := os.Stat(p)
+	return err == nil && st.Mode().IsRegular()
+}

@@ -1,0 +1,161 @@
+// Package osimage builds images of the operating system: the same kernel, initial
+// file system and read-only root in the shapes that machines start from. It needs
+// no privileges, and the same inputs give the same bytes: nothing in an image depends on
+// when, where or by whom it was built. The program cloudos-image imports it.
+//
+// Inputs are Debian's kernel package (package kernel), Debian's CA certificates and
+// our programs from a folder. docs/cloudos-image.md is the guide.
+package osimage
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+
+	"github.com/cloudos-io/cloudos/internal/fault"
+	"github.com/cloudos-io/cloudos/internal/osimage/cpio"
+	"github.com/cloudos-io/cloudos/internal/osimage/kernel"
+	"github.com/cloudos-io/cloudos/internal/osimage/squashfs"
+	"github.com/cloudos-io/cloudos/internal/vmwire"
+)
+
+// Options say what to build.
+type Options struct {
+	// Arch is amd64 or arm64, Format vm.
+	Arch, Format string
+	// Output is a folder, made if it is missing.
+	Output string
+	// Programs is the folder with our programs for Arch.
+	Programs string
+	// Version is that of the programs.
+	Version string
+	// Cache is a folder for packages.
+	Cache string
+	// KernelPackage is the file of a kernel's package; empty is Debian's newest.
+	KernelPackage string
+	// Log takes progress.
+	Log func(format string, args ...any)
+}
+
+// epoch is the time of everything in an image: 2024-01-01, seconds since 1970.
+// Later than 1980, for FAT's sake, and before any real clock.
+const epoch = 1704067200
+
+// Build builds an image.
+func Build(ctx context.Context, o Options) (*vmwire.Image, error) {
+	if o.Arch != "amd64" && o.Arch != "arm64" {
+		return nil, fault.New(fault.Invalid, "cannot build an image for %q: it is amd64 or arm64", o.Arch)
+	}
+	if err := os.MkdirAll(o.Output, 0o755); err != nil {
+		return nil, err
+	}
+	switch o.Format {
+	case "vm":
+		return buildVM(ctx, o)
+	default:
+		return nil, fault.New(fault.Invalid, "cannot build an image of the format %q: it is vm", o.Format)
+	}
+}
+
+func buildVM(ctx context.Context, o Options) (*vmwire.Image, error) {
+	apt := &kernel.Apt{Cache: o.Cache, Arch: o.Arch, Log: o.Log}
+	k, err := kernel.Get(ctx, apt, kernel.Cloud, o.Arch, o.KernelPackage)
+	if err != nil {
+		return nil, err
+	}
+	o.Log("kernel %s from %s", k.Version, k.Package)
+	initrd, err := initialRoot(o, k)
+	if err != nil {
+		return nil, err
+	}
+	root, err := systemRoot(ctx, o, apt, k, cloudModules)
+	if err != nil {
+		return nil, err
+	}
+	img := &vmwire.Image{
+		FormatVersion: vmwire.FormatVersion, Format: o.Format, Version: o.Version, Arch: o.Arch,
+		Kernel: k.Version, KernelPackage: k.Package,
+		CommandLine: commandLine(o.Arch), Files: map[string]vmwire.File{},
+	}
+	if err := writeFile(img, o.Output, "kernel", "kernel", "", func(f *os.File) error { _, err := f.Write(k.Image); return err }); err != nil {
+		return nil, err
+	}
+	if err := writeFile(img, o.Output, "initrd", "initrd", "", func(f *os.File) error { return cpio.Write(f, initrd) }); err != nil {
+		return nil, err
+	}
+	if err := writeFile(img, o.Output, "root", "root.img", "squashfs", func(f *os.File) error {
+		_, err := squashfs.Write(f, root, epoch)
+		return err
+	}); err != nil {
+		return nil, err
+	}
+	b, err := json.MarshalIndent(img, "", "  ")
+	if err != nil {
+		return nil, err
+	}
+	return img, replace(filepath.Join(o.Output, vmwire.Manifest), func(f *os.File) error { _, err := f.Write(append(b, '\n')); return err })
+}
+
+func commandLine(arch string) string {
+	console := "console=ttyS0"
+	if arch == "arm64" {
+		console = "console=ttyAMA0"
+	}
+	return console + " quiet loglevel=4 panic=10 random.trust_cpu=on rdinit=/init"
+}
+
+// writeFile writes one file of an image and notes it.
+func writeFile(img *vmwire.Image, dir, role, name, format string, write func(*os.File) error) error {
+	p := filepath.Join(dir, name)
+	if err := replace(p, write); err != nil {
+		return fmt.Errorf("cannot write %s: %w", p, err)
+	}
+	f, err := os.Open(p)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	h := sha256.New()
+	n, err := io.Copy(h, f)
+	if err != nil {
+		return err
+	}
+	img.Files[role] = vmwire.File{Name: name, Size: n, SHA256: hex.EncodeToString(h.Sum(nil)), Format: format}
+	return nil
+}
+
+// replace writes a file beside its place and moves it there when it is whole.
+func replace(p string, write func(*os.File) error) error {
+	f, err := os.CreateTemp(filepath.Dir(p), "."+filepath.Base(p)+"-")
+	if err != nil {
+		return err
+	}
+	defer os.Remove(f.Name())
+	err = write(f)
+	if err == nil {
+		err = f.Chmod(0o644)
+	}
+	if err == nil {
+		err = f.Sync()
+	}
+	if cerr := f.Close(); err == nil {
+		err = cerr
+	}
+	if err != nil {
+		return err
+	}
+	return os.Rename(f.Name(), p)
+}
+
+// index returns the index of modules.
+func index(picked []*kernel.Module) ([]byte, error) {
+	var b bytes.Buffer
+	err := kernel.Index(&b, picked)
+	return b.Bytes(), err
+}

@@ -1,0 +1,150 @@
+// Package osinit is the first process of the operating system: it finds the
+// read-only root and the data disk, brings the network up, starts the engine and
+// keeps it running, answers the machine's host (package guest), and stops the machine
+// in good order. It runs in the initial file system and goes on, as the same process,
+// in the root. There is no shell and no other program: what it cannot do, it says.
+//
+// docs/flows/vm-image.md and docs/cloudos-image.md describe what surrounds it.
+package osinit
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"os/signal"
+	"runtime/debug"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/cloudos-io/cloudos/internal/osinit/guest"
+	"github.com/cloudos-io/cloudos/internal/osinit/modules"
+	"github.com/cloudos-io/cloudos/internal/osinit/process"
+	"github.com/cloudos-io/cloudos/internal/osinit/uevent"
+	"github.com/cloudos-io/cloudos/internal/osinit/uplink"
+	"github.com/cloudos-io/cloudos/internal/vmwire"
+)
+
+// Main runs the machine; it returns only where it is not the first process.
+func Main(version string) {
+	if os.Getpid() != 1 {
+		fmt.Fprintln(os.Stderr, "cloudos-init is the first process of CloudOS; it does nothing elsewhere")
+		return
+	}
+	m := newMachine(version)
+	defer func() {
+		// The kernel panics when the first process ends, and then starts again
+		// (panic=10): what went wrong is on the console until then.
+		if r := recover(); r != nil {
+			m.log.Printf("the first process failed: %v\n%s", r, debug.Stack())
+		}
+		unix.Sync()
+		time.Sleep(2 * time.Second)
+		os.Exit(1)
+	}()
+	reboot := m.run(context.Background())
+	m.log.Printf("the machine is down")
+	how := unix.LINUX_REBOOT_CMD_POWER_OFF
+	if reboot {
+		how = unix.LINUX_REBOOT_CMD_RESTART
+	}
+	unix.Sync()
+	if err := unix.Reboot(how); err != nil {
+		m.log.Printf("cannot stop the machine: %v", err)
+	}
+	select {}
+}
+
+// run brings the machine up and returns when it is down again.
+func (m *machine) run(ctx context.Context) (reboot bool) {
+	debug.SetGCPercent(50)
+	debug.SetMemoryLimit(64 << 20)
+	m.early()
+	m.mark("init")
+	initial, err := modules.Open("/")
+	if err != nil {
+		m.fatal(err)
+	}
+	listener, err := uevent.Listen()
+	if err != nil {
+		m.problem(err)
+	}
+	if err := m.findRoot(initial); err != nil {
+		m.fatal(err)
+	}
+	m.mark("root")
+	ctx, stop := context.WithCancel(ctx)
+	defer stop()
+	var parts sync.WaitGroup
+	m.modules, err = modules.Open("/system")
+	if err != nil {
+		m.fatal(err)
+	}
+	m.later()
+	parts.Go(func() { m.table.Run(ctx) })
+	if listener != nil {
+		parts.Go(func() { m.devices(ctx, listener) })
+	}
+	// The engine needs its data, the loopback link and a few modules; all else goes on beside it.
+	data := make(chan struct{})
+	parts.Go(func() { m.mountData(); close(data) })
+	parts.Go(func() { m.preload() })
+	m.net = uplink.New(uplink.Options{Hostname: m.hostname(), Resolv: etc + "/resolv.conf", Log: m.log.Printf, Changed: m.change})
+	if err := uplink.Loopback(); err != nil {
+		m.problem(err)
+	}
+	links := m.come.subscribe()
+	parts.Go(func() { m.net.Run(ctx, links) })
+	m.port = &guest.Port{Engine: m.dialEngine, Log: m.log.Printf}
+	m.port.Control = guest.NewControl(m, m.port.Streams)
+	ports := m.come.subscribe()
+	parts.Go(func() {
+		if err := m.port.Run(ctx, ports); err != nil && ctx.Err() == nil {
+			m.problem(err)
+		}
+	})
+	<-data
+	m.mark("data")
+	engineCtx, stopEngine := context.WithCancel(ctx)
+	engineDone := make(chan struct{})
+	if m.engineAllowed() {
+		go func() { defer close(engineDone); m.runEngine(engineCtx) }()
+	} else {
+		close(engineDone)
+	}
+	parts.Go(func() { m.clock(ctx) })
+	parts.Go(func() { m.growAtStart() })
+	signals := make(chan os.Signal, 4)
+	signal.Notify(signals, unix.SIGTERM, unix.SIGINT, unix.SIGPWR, unix.SIGUSR1, unix.SIGUSR2)
+	order := order{patience: 15 * time.Second}
+	select {
+	case order = <-m.orders:
+	case s := <-signals:
+		// As with others: SIGINT is what the keyboard's reboot sends.
+		order.reboot = s == unix.SIGINT
+	}
+	m.setState(vmwire.StateStopping)
+	m.stopEngine(order.patience)
+	stopEngine()
+	<-engineDone
+	stop()
+	m.down()
+	return order.reboot
+}
+
+type order struct {
+	reboot   bool
+	patience time.Duration
+}
+
+var _ guest.Machine = (*machine)(nil)
+
+// newMachine returns a machine of which nothing is known yet.
+func newMachine(version string) *machine {
+	m := &machine{version: version, table: process.NewTable(), orders: make(chan order, 1), state: vmwire.StateStarting,
+		changed: make(chan struct{}), ready: make(chan struct{}), boot: map[string]float64{}, dataKind: "memory"}
+	m.log = newLog("cloudos: ", 256<<10)
+	m.engineLog = newLog("", 512<<10)
+	return m
+}

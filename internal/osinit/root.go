@@ -1,0 +1,286 @@
+package osinit
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/cloudos-io/cloudos/internal/osinit/data"
+	"github.com/cloudos-io/cloudos/internal/osinit/modules"
+	"github.com/cloudos-io/cloudos/internal/vmwire"
+)
+
+// etc holds the files of /etc that are made at each start.
+const etc = "/run/cloudos/etc"
+
+type mount struct {
+	source, target, kind string
+	flags                uintptr
+	options              string
+}
+
+// early mounts what everything needs and opens the console.
+func (m *machine) early() {
+	for _, x := range []mount{
+		{"proc", "/proc", "proc", unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC, ""},
+		{"sysfs", "/sys", "sysfs", unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC, ""},
+		{"devtmpfs", "/dev", "devtmpfs", unix.MS_NOSUID, "mode=755"},
+	} {
+		if err := unix.Mount(x.source, x.target, x.kind, x.flags, x.options); err != nil && !errors.Is(err, unix.EBUSY) {
+			m.problem(fmt.Errorf("cannot mount %s: %w", x.target, err))
+		}
+	}
+	if f, err := os.OpenFile("/dev/console", os.O_WRONLY|unix.O_NOCTTY, 0); err == nil {
+		m.log.console = f
+	}
+	b, err := os.ReadFile("/proc/cmdline")
+	if err != nil {
+		m.problem(err)
+	}
+	m.cmdline = parseCommandLine(string(b))
+}
+
+// parseCommandLine returns the words of ours, "cloudos.KEY=VALUE".
+func parseCommandLine(s string) map[string]string {
+	out := map[string]string{}
+	for _, w := range strings.Fields(s) {
+		if k, v, _ := strings.Cut(w, "="); strings.HasPrefix(k, "cloudos.") {
+			out[strings.TrimPrefix(k, "cloudos.")] = v
+		}
+	}
+	return out
+}
+
+// patience with disks: some controllers take their time.
+const patience = 30 * time.Second
+
+// findRoot mounts the read-only root and makes it the machine's.
+func (m *machine) findRoot(set *modules.Set) error {
+	spec := m.cmdline["root"]
+	if spec == "" {
+		spec = "serial=" + vmwire.SerialRoot
+	}
+	if err := set.LoadAll("virtio_pci", "virtio_blk", "squashfs", "quota_v2"); err != nil {
+		m.problem(err)
+	}
+	dev, ok := data.Find(spec)
+	for end := time.Now().Add(patience); !ok; dev, ok = data.Find(spec) {
+		if time.Now().After(end) {
+			return fmt.Errorf("no disk with the root (%s) came within %v", spec, patience)
+		}
+		time.Sleep(5 * time.Millisecond)
+	}
+	const place = "/new"
+	if err := unix.Mount("root", place, "tmpfs", unix.MS_NODEV|unix.MS_NOATIME, "mode=755,size=16m"); err != nil {
+		return fmt.Errorf("cannot mount the root: %w", err)
+	}
+	for _, d := range []string{"system", "proc", "sys", "dev", "run", "tmp", "var", "home", "mnt", "media", "opt", "srv"} {
+		if err := os.Mkdir(filepath.Join(place, d), 0o755); err != nil {
+			return err
+		}
+	}
+	for _, l := range []string{"bin", "etc", "lib"} {
+		if err := os.Symlink("system/"+l, filepath.Join(place, l)); err != nil {
+			return err
+		}
+	}
+	for link, to := range map[string]string{"sbin": "bin", "usr": "system", "root": "var/root"} {
+		if err := os.Symlink(to, filepath.Join(place, link)); err != nil {
+			return err
+		}
+	}
+	if err := unix.Mount(dev.Path, filepath.Join(place, "system"), "squashfs", unix.MS_RDONLY|unix.MS_NODEV, ""); err != nil {
+		return fmt.Errorf("cannot mount the root from %s: %w", dev.Path, err)
+	}
+	for _, d := range []string{"/proc", "/sys", "/dev"} {
+		if err := unix.Mount(d, place+d, "", unix.MS_MOVE, ""); err != nil {
+			return fmt.Errorf("cannot move %s: %w", d, err)
+		}
+	}
+	// What the kernel unpacked is memory: it is given back. The program itself
+	// stays for as long as it runs.
+	for _, d := range []string{"/init", "/lib"} {
+		os.RemoveAll(d)
+	}
+	if err := unix.Chdir(place); err != nil {
+		return err
+	}
+	if err := unix.Mount(".", "/", "", unix.MS_MOVE, ""); err != nil {
+		return fmt.Errorf("cannot make the root the machine's: %w", err)
+	}
+	if err := unix.Chroot("."); err != nil {
+		return err
+	}
+	return unix.Chdir("/")
+}
+
+// later mounts the rest, in the root.
+func (m *machine) later() {
+	os.MkdirAll("/dev/pts", 0o755)
+	os.MkdirAll("/dev/shm", 0o1777)
+	os.MkdirAll("/dev/mqueue", 0o755)
+	const plain = unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC
+	for _, x := range []mount{
+		{"tmpfs", "/run", "tmpfs", unix.MS_NOSUID | unix.MS_NODEV, "mode=755"},
+		{"tmpfs", "/tmp", "tmpfs", unix.MS_NOSUID | unix.MS_NODEV, "mode=1777"},
+		{"cgroup2", "/sys/fs/cgroup", "cgroup2", plain, "nsdelegate,memory_recursiveprot"},
+		{"devpts", "/dev/pts", "devpts", unix.MS_NOSUID | unix.MS_NOEXEC, "gid=5,mode=620,ptmxmode=666"},
+		{"tmpfs", "/dev/shm", "tmpfs", unix.MS_NOSUID | unix.MS_NODEV, "mode=1777"},
+		{"mqueue", "/dev/mqueue", "mqueue", plain, ""},
+		{"securityfs", "/sys/kernel/security", "securityfs", plain, ""},
+		{"bpf", "/sys/fs/bpf", "bpf", plain, "mode=700"},
+	} {
+		if err := unix.Mount(x.source, x.target, x.kind, x.flags, x.options); err != nil {
+			m.log.Printf("cannot mount %s: %v", x.target, err)
+		}
+	}
+	for link, to := range map[string]string{"/dev/fd": "/proc/self/fd", "/dev/stdin": "/proc/self/fd/0", "/dev/stdout": "/proc/self/fd/1", "/dev/stderr": "/proc/self/fd/2"} {
+		os.Symlink(to, link)
+	}
+	if err := os.MkdirAll(etc, 0o755); err != nil {
+		m.problem(err)
+	}
+	id := "uninitialized\n"
+	if b, err := os.ReadFile("/proc/sys/kernel/random/boot_id"); err == nil {
+		m.bootID = strings.TrimSpace(string(b))
+		id = strings.ReplaceAll(m.bootID, "-", "") + "\n"
+	}
+	for name, text := range map[string]string{
+		"hostname": m.hostname() + "\n", "machine-id": id, "resolv.conf": "",
+		"hosts": "127.0.0.1 localhost\n::1 localhost ip6-localhost ip6-loopback\n127.0.1.1 " + m.hostname() + "\n",
+	} {
+		if err := os.WriteFile(filepath.Join(etc, name), []byte(text), 0o644); err != nil {
+			m.problem(err)
+		}
+	}
+	unix.Sethostname([]byte(m.hostname()))
+	for key, value := range map[string]string{
+		"kernel/modprobe":               "/bin/cloudos-modprobe",
+		"kernel/panic":                  "10",
+		"kernel/kptr_restrict":          "2",
+		"kernel/dmesg_restrict":         "1",
+		"kernel/sysrq":                  "0",
+		"kernel/core_pattern":           "|/bin/false",
+		"kernel/pid_max":                "4194304",
+		"vm/overcommit_memory":          "1",
+		"vm/max_map_count":              "1048576",
+		"fs/inotify/max_user_watches":   "1048576",
+		"fs/inotify/max_user_instances": "8192",
+		"fs/protected_hardlinks":        "1",
+		"fs/protected_symlinks":         "1",
+		"net/ipv4/ip_forward":           "1",
+		"net/core/somaxconn":            "4096",
+	} {
+		if err := os.WriteFile("/proc/sys/"+key, []byte(value), 0); err != nil {
+			m.log.Printf("cannot set %s: %v", strings.ReplaceAll(key, "/", "."), err)
+		}
+	}
+}
+
+// mountData mounts what is kept at /var.
+func (m *machine) mountData() {
+	spec := m.cmdline["data"]
+	if spec == "" {
+		spec = "serial=" + vmwire.SerialData
+	}
+	dev, ok := data.Find(spec)
+	if !ok {
+		time.Sleep(50 * time.Millisecond)
+		dev, ok = data.Find(spec)
+	}
+	if ok {
+		err := dev.Mount("/var")
+		if err == nil {
+			m.mu.Lock()
+			m.data, m.dataKind = dev, "disk"
+			m.mu.Unlock()
+		} else {
+			m.problem(err)
+			ok = false
+		}
+	} else if spec != "none" {
+		m.log.Printf("there is no data disk (%s): what is kept is in memory and gone with the machine", spec)
+	}
+	if !ok {
+		if err := unix.Mount("var", "/var", "tmpfs", unix.MS_NODEV, "mode=755"); err != nil {
+			m.problem(err)
+		}
+	}
+	for _, d := range []string{"/var/lib", "/var/lib/servin", "/var/lib/cloudos", "/var/log", "/var/root", "/var/tmp"} {
+		perm := os.FileMode(0o755)
+		if d == "/var/root" || d == "/var/lib/cloudos" {
+			perm = 0o700
+		}
+		if err := os.Mkdir(d, perm); err != nil && !errors.Is(err, os.ErrExist) {
+			m.problem(err)
+		}
+	}
+	os.Chmod("/var/tmp", 0o1777|os.ModeSticky)
+	os.Symlink("/run", "/var/run")
+}
+
+// growAtStart gives the file system what the disk has more than it.
+func (m *machine) growAtStart() {
+	m.mu.Lock()
+	dev, kind := m.data, m.dataKind
+	m.mu.Unlock()
+	if kind != "disk" {
+		return
+	}
+	if _, err := dev.Grow("/var"); err != nil {
+		m.problem(err)
+	}
+	m.change()
+}
+
+// preload loads what the engine is about to use, before it asks the kernel.
+func (m *machine) preload() {
+	if err := m.modules.LoadAll("virtio_console", "virtio_net", "overlay", "bridge", "veth", "nf_tables"); err != nil {
+		m.problem(err)
+	}
+	m.come.notify()
+	if err := m.modules.LoadAll("br_netfilter", "nft_chain_nat", "nft_ct", "nft_fib_inet", "nft_masq", "nft_nat", "nft_reject_inet", "nft_redir",
+		"nft_log", "nft_limit", "nft_numgen", "nft_objref", "nft_quota", "nft_tproxy", "nft_socket", "virtio_balloon", "virtio_rng", "tun", "dummy", "loop"); err != nil {
+		m.log.Printf("%v", err)
+	}
+	if err := m.modules.Devices(); err != nil {
+		m.log.Printf("%v", err)
+	}
+	m.come.notify()
+}
+
+// down unmounts everything that can be.
+func (m *machine) down() {
+	unix.Sync()
+	// Whatever still runs has had its time.
+	unix.Kill(-1, unix.SIGTERM)
+	time.Sleep(200 * time.Millisecond)
+	unix.Kill(-1, unix.SIGKILL)
+	m.table.Drain(2 * time.Second)
+	b, err := os.ReadFile("/proc/self/mounts")
+	if err != nil {
+		m.log.Printf("cannot list mounts: %v", err)
+	}
+	lines := strings.Split(strings.TrimSpace(string(b)), "\n")
+	for i := len(lines) - 1; i >= 0; i-- {
+		f := strings.Fields(lines[i])
+		if len(f) < 3 {
+			continue
+		}
+		target := strings.NewReplacer(`\040`, " ", `\011`, "\t", `\134`, `\`).Replace(f[1])
+		switch {
+		case strings.HasPrefix(target, "/var"), f[2] == "virtiofs":
+			if err := unix.Unmount(target, 0); err != nil {
+				unix.Unmount(target, unix.MNT_DETACH)
+			}
+		}
+	}
+	// A file system that is still in use is at least read-only and whole.
+	unix.Mount("", "/var", "", unix.MS_REMOUNT|unix.MS_RDONLY, "")
+	unix.Sync()
+}

@@ -1,0 +1,533 @@
+// Package uplink connects the machine to its networks: links as the configuration
+// says (addresses by DHCP or fixed, routes, VLANs, bonds), or, without one, DHCP and
+// router advertisements on every Ethernet link that there is or comes. It writes
+// resolv.conf. The first process imports it.
+package uplink
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// Config is the network part of the machine's configuration.
+type Config struct {
+	// Links by name; empty is DHCP on every Ethernet link.
+	Links []Link `yaml:"links"`
+	// DNS servers and search domains, before those of DHCP.
+	DNS    []netip.Addr `yaml:"dns"`
+	Search []string     `yaml:"search"`
+}
+
+// Link is one link.
+type Link struct {
+	// Name of the link, or MAC of it.
+	Name string `yaml:"name"`
+	MAC  string `yaml:"mac"`
+	// DHCP asks for an address (default true where there are no addresses).
+	DHCP *bool `yaml:"dhcp"`
+	// Addresses with their prefix length.
+	Addresses []netip.Prefix `yaml:"addresses"`
+	Gateway   netip.Addr     `yaml:"gateway"`
+	Routes    []Route        `yaml:"routes"`
+	MTU       int            `yaml:"mtu"`
+	// VLAN makes the link a VLAN of another; Bond makes it a bond of others.
+	VLAN *VLAN `yaml:"vlan"`
+	Bond *Bond `yaml:"bond"`
+}
+
+// Route is a further route.
+type Route struct {
+	To  netip.Prefix `yaml:"to"`
+	Via netip.Addr   `yaml:"via"`
+}
+
+// VLAN is an 802.1Q link.
+type VLAN struct {
+	Parent string `yaml:"parent"`
+	ID     int    `yaml:"id"`
+}
+
+// Bond joins links.
+type Bond struct {
+	// Mode is active-backup (default), 802.3ad, balance-rr, balance-xor, broadcast, balance-tlb or balance-alb.
+	Mode    string   `yaml:"mode"`
+	Members []string `yaml:"members"`
+}
+
+func (l *Link) dhcp() bool {
+	if l.DHCP != nil {
+		return *l.DHCP
+	}
+	return len(l.Addresses) == 0
+}
+
+// State is what became of a link.
+type State struct {
+	Name, MAC string
+	Up        bool
+	Addresses []string
+	Gateway   string
+	DNS       []string
+	Problem   string
+}
+
+// Net is the machine's network.
+type Net struct {
+	cfg      Config
+	hostname string
+	resolv   string
+	log      func(format string, args ...any)
+	changed  func()
+
+	mu     sync.Mutex
+	links  map[string]*link
+	online chan struct{}
+	once   sync.Once
+}
+
+type link struct {
+	cfg     Link
+	lease   *lease
+	problem string
+}
+
+// Options of New.
+type Options struct {
+	Config   Config
+	Hostname string
+	// Resolv is the file that name servers are written to.
+	Resolv string
+	Log    func(format string, args ...any)
+	// Changed is called when something of State changed.
+	Changed func()
+}
+
+// New returns a network that Run brings up.
+func New(o Options) *Net {
+	return &Net{cfg: o.Config, hostname: o.Hostname, resolv: o.Resolv, log: o.Log, changed: o.Changed, links: map[string]*link{}, online: make(chan struct{})}
+}
+
+// Online is closed once some link has an address.
+func (n *Net) Online() <-chan struct{} { return n.online }
+
+// Loopback brings lo up.
+func Loopback() error {
+	lo, err := netlink.LinkByName("lo")
+	if err != nil {
+		return err
+	}
+	return netlink.LinkSetUp(lo)
+}
+
+// Run brings links up, and those that come later, until ctx is done; come gets a
+// value when links came.
+func (n *Net) Run(ctx context.Context, come <-chan struct{}) {
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	if err := n.writeResolv(); err != nil {
+		n.log("%v", err)
+	}
+	for {
+		for _, l := range n.due() {
+			n.mu.Lock()
+			n.links[l.Name] = &link{cfg: l}
+			n.mu.Unlock()
+			wg.Go(func() { n.keep(ctx, l) })
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-come:
+		}
+	}
+}
+
+// due lists the links that are there, or can be made, and are not ours yet.
+func (n *Net) due() []Link {
+	names, err := os.ReadDir("/sys/class/net")
+	if err != nil {
+		n.log("cannot list links: %v", err)
+		return nil
+	}
+	here := map[string]string{}
+	for _, d := range names {
+		here[d.Name()] = sysfs(d.Name(), "address")
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	var out []Link
+	if len(n.cfg.Links) == 0 {
+		for name := range here {
+			if n.links[name] == nil && ethernet(name) {
+				out = append(out, Link{Name: name})
+			}
+		}
+		return out
+	}
+	for _, l := range n.cfg.Links {
+		if l.Name == "" {
+			for name, mac := range here {
+				if strings.EqualFold(mac, l.MAC) && ethernet(name) {
+					l.Name = name
+				}
+			}
+		}
+		if l.Name == "" || n.links[l.Name] != nil {
+			continue
+		}
+		_, there := here[l.Name]
+		switch {
+		case l.VLAN != nil:
+			_, there = here[l.VLAN.Parent]
+		case l.Bond != nil:
+			there = !slices.ContainsFunc(l.Bond.Members, func(m string) bool { _, ok := here[m]; return !ok })
+		}
+		if there {
+			out = append(out, l)
+		}
+	}
+	return out
+}
+
+func sysfs(name, attr string) string {
+	b, err := os.ReadFile(filepath.Join("/sys/class/net", name, attr))
+	if err != nil {
+		return ""
+	}
+	return strings.TrimSpace(string(b))
+}
+
+// ethernet tells a card of the machine from links that software made.
+func ethernet(name string) bool {
+	if _, err := os.Stat(filepath.Join("/sys/class/net", name, "device")); err != nil {
+		return false
+	}
+	return sysfs(name, "type") == "1"
+}
+
+// keep brings a link up and holds its lease until ctx is done.
+func (n *Net) keep(ctx context.Context, l Link) {
+	if err := n.set(l); err != nil {
+		n.problem(l.Name, err)
+		n.log("%v", err)
+		return
+	}
+	n.note(l.Name)
+	if !l.dhcp() {
+		return
+	}
+	wait := time.Second
+	for ctx.Err() == nil {
+		got, err := acquire(ctx, l.Name, n.hostname, nil)
+		if err != nil {
+			n.problem(l.Name, fmt.Errorf("no DHCP server answered: %w", err))
+			select {
+			case <-ctx.Done():
+			case <-time.After(wait):
+			}
+			wait = min(2*wait, time.Minute)
+			continue
+		}
+		wait = time.Second
+		n.hold(ctx, l, got)
+	}
+}
+
+// hold applies a lease and renews it until it is over.
+func (n *Net) hold(ctx context.Context, l Link, got *lease) {
+	for {
+		since := time.Now()
+		if err := n.apply(l, got); err != nil {
+			n.problem(l.Name, err)
+			n.log("%v", err)
+		}
+		next := got.Renew
+		for {
+			select {
+			case <-ctx.Done():
+				return
+			case <-time.After(next):
+			}
+			again, err := acquire(ctx, l.Name, n.hostname, got.raw)
+			if err == nil {
+				if again.Addr != got.Addr {
+					n.remove(l, got)
+				}
+				got = again
+				break
+			}
+			left := got.End - time.Since(since)
+			if left <= 0 {
+				n.remove(l, got)
+				n.problem(l.Name, errors.New("the lease is over and no DHCP server renewed it"))
+				return
+			}
+			next = min(max(left/2, 10*time.Second), left+time.Second)
+		}
+	}
+}
+
+// set makes the link if it is a VLAN or a bond, and gives it what is fixed.
+func (n *Net) set(l Link) error {
+	fail := func(err error) error { return fmt.Errorf("cannot set the link %s up: %w", l.Name, err) }
+	dev, err := n.device(l)
+	if err != nil {
+		return fail(err)
+	}
+	if l.MTU > 0 {
+		if err := netlink.LinkSetMTU(dev, l.MTU); err != nil {
+			return fail(err)
+		}
+	}
+	// Forwarding, which containers need, would else end router advertisements.
+	os.WriteFile("/proc/sys/net/ipv6/conf/"+l.Name+"/accept_ra", []byte("2"), 0)
+	if err := netlink.LinkSetUp(dev); err != nil {
+		return fail(err)
+	}
+	for _, a := range l.Addresses {
+		if err := netlink.AddrReplace(dev, &netlink.Addr{IPNet: ipnet(a, false)}); err != nil {
+			return fail(fmt.Errorf("address %s: %w", a, err))
+		}
+	}
+	routes := slices.Clone(l.Routes)
+	if l.Gateway.IsValid() {
+		routes = append(routes, Route{Via: l.Gateway})
+	}
+	return n.route(dev, routes, 0)
+}
+
+func (n *Net) device(l Link) (netlink.Link, error) {
+	switch {
+	case l.VLAN != nil:
+		parent, err := netlink.LinkByName(l.VLAN.Parent)
+		if err != nil {
+			return nil, err
+		}
+		if err := netlink.LinkSetUp(parent); err != nil {
+			return nil, err
+		}
+		attrs := netlink.NewLinkAttrs()
+		attrs.Name, attrs.ParentIndex = l.Name, parent.Attrs().Index
+		if err := netlink.LinkAdd(&netlink.Vlan{LinkAttrs: attrs, VlanId: l.VLAN.ID}); err != nil && !errors.Is(err, unix.EEXIST) {
+			return nil, fmt.Errorf("VLAN %d of %s: %w", l.VLAN.ID, l.VLAN.Parent, err)
+		}
+	case l.Bond != nil:
+		attrs := netlink.NewLinkAttrs()
+		attrs.Name = l.Name
+		b := netlink.NewLinkBond(attrs)
+		b.Miimon = 100
+		b.Mode = netlink.BOND_MODE_ACTIVE_BACKUP
+		if l.Bond.Mode != "" {
+			b.Mode = netlink.StringToBondMode(l.Bond.Mode)
+		}
+		if err := netlink.LinkAdd(b); err != nil && !errors.Is(err, unix.EEXIST) {
+			return nil, fmt.Errorf("bond: %w", err)
+		}
+		dev, err := netlink.LinkByName(l.Name)
+		if err != nil {
+			return nil, err
+		}
+		for _, m := range l.Bond.Members {
+			member, err := netlink.LinkByName(m)
+			if err != nil {
+				return nil, err
+			}
+			if member.Attrs().MasterIndex == dev.Attrs().Index {
+				continue
+			}
+			if err := netlink.LinkSetDown(member); err != nil {
+				return nil, err
+			}
+			if err := netlink.LinkSetMaster(member, dev); err != nil {
+				return nil, fmt.Errorf("member %s: %w", m, err)
+			}
+			if err := netlink.LinkSetUp(member); err != nil {
+				return nil, err
+			}
+		}
+	}
+	return netlink.LinkByName(l.Name)
+}
+
+func ipnet(p netip.Prefix, masked bool) *net.IPNet {
+	a := p.Addr()
+	if masked {
+		a = p.Masked().Addr()
+	}
+	return &net.IPNet{IP: a.AsSlice(), Mask: net.CIDRMask(p.Bits(), a.BitLen())}
+}
+
+// route sets routes through a link; one without To is the default route. metric
+// 0 is for what is fixed, 100 for DHCP's.
+func (n *Net) route(dev netlink.Link, routes []Route, metric int) error {
+	for _, r := range routes {
+		nr := &netlink.Route{LinkIndex: dev.Attrs().Index, Priority: metric}
+		if r.To.IsValid() {
+			nr.Dst = ipnet(r.To, true)
+		}
+		if r.Via.IsValid() {
+			nr.Gw = r.Via.AsSlice()
+			nr.Flags = int(netlink.FLAG_ONLINK)
+		} else {
+			nr.Scope = netlink.SCOPE_LINK
+		}
+		if err := netlink.RouteReplace(nr); err != nil {
+			return fmt.Errorf("cannot set the route to %s through %s: %w", r.To, dev.Attrs().Name, err)
+		}
+	}
+	return nil
+}
+
+func (n *Net) apply(l Link, got *lease) error {
+	dev, err := netlink.LinkByName(l.Name)
+	if err != nil {
+		return err
+	}
+	secs := int(got.End / time.Second)
+	if err := netlink.AddrReplace(dev, &netlink.Addr{IPNet: ipnet(got.Addr, false), ValidLft: secs, PreferedLft: secs}); err != nil {
+		return fmt.Errorf("cannot give %s the address %s: %w", l.Name, got.Addr, err)
+	}
+	if got.MTU > 0 && l.MTU == 0 {
+		if err := netlink.LinkSetMTU(dev, got.MTU); err != nil {
+			n.log("cannot give %s the MTU %d that DHCP says: %v", l.Name, got.MTU, err)
+		}
+	}
+	routes := got.Routes
+	if got.Gateway.IsValid() && !l.Gateway.IsValid() {
+		routes = append(slices.Clone(routes), Route{Via: got.Gateway})
+	}
+	if err := n.route(dev, routes, 100); err != nil {
+		return err
+	}
+	n.mu.Lock()
+	n.links[l.Name].lease, n.links[l.Name].problem = got, ""
+	n.mu.Unlock()
+	if err := n.writeResolv(); err != nil {
+		return err
+	}
+	n.log("%s has %s", l.Name, got.Addr)
+	n.note(l.Name)
+	return nil
+}
+
+func (n *Net) remove(l Link, got *lease) {
+	if dev, err := netlink.LinkByName(l.Name); err == nil {
+		netlink.AddrDel(dev, &netlink.Addr{IPNet: ipnet(got.Addr, false)})
+	}
+	n.mu.Lock()
+	n.links[l.Name].lease = nil
+	n.mu.Unlock()
+}
+
+func (n *Net) problem(name string, err error) {
+	n.mu.Lock()
+	n.links[name].problem = err.Error()
+	n.mu.Unlock()
+	n.changed()
+}
+
+func (n *Net) note(name string) {
+	n.mu.Lock()
+	l := n.links[name]
+	has := l.lease != nil || len(l.cfg.Addresses) > 0
+	n.mu.Unlock()
+	if has {
+		n.once.Do(func() { close(n.online) })
+	}
+	n.changed()
+}
+
+// writeResolv writes the name servers.
+func (n *Net) writeResolv() error {
+	var b bytes.Buffer
+	servers, search := slices.Clone(n.cfg.DNS), slices.Clone(n.cfg.Search)
+	n.mu.Lock()
+	for _, l := range n.links {
+		if l.lease != nil {
+			servers = append(servers, l.lease.DNS...)
+			search = append(search, l.lease.Search...)
+		}
+	}
+	n.mu.Unlock()
+	for i, s := range servers {
+		if !slices.Contains(servers[:i], s) {
+			fmt.Fprintf(&b, "nameserver %s\n", s)
+		}
+	}
+	if s := names(search); len(s) > 0 {
+		fmt.Fprintf(&b, "search %s\n", strings.Join(s, " "))
+	}
+	tmp := n.resolv + ".new"
+	if err := os.WriteFile(tmp, b.Bytes(), 0o644); err != nil {
+		return fmt.Errorf("cannot write the name servers: %w", err)
+	}
+	return os.Rename(tmp, n.resolv)
+}
+
+// names keeps what can be a domain's name: DHCP may say anything.
+func names(in []string) []string {
+	var out []string
+	for _, s := range in {
+		ok := s != "" && len(s) < 254 && strings.Trim(s, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.-_") == ""
+		if ok && !slices.Contains(out, s) && len(out) < 6 {
+			out = append(out, s)
+		}
+	}
+	return out
+}
+
+// TimeServers are those that DHCP named.
+func (n *Net) TimeServers() []netip.Addr {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	var out []netip.Addr
+	for _, l := range n.links {
+		if l.lease != nil {
+			out = append(out, l.lease.NTP...)
+		}
+	}
+	return out
+}
+
+// States tells about all links of ours, by name.
+func (n *Net) States() []State {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	var out []State
+	for name, l := range n.links {
+		s := State{Name: name, MAC: sysfs(name, "address"), Up: sysfs(name, "operstate") == "up", Problem: l.problem}
+		if ifi, err := net.InterfaceByName(name); err == nil {
+			addrs, _ := ifi.Addrs()
+			for _, a := range addrs {
+				s.Addresses = append(s.Addresses, a.String())
+			}
+		}
+		if l.cfg.Gateway.IsValid() {
+			s.Gateway = l.cfg.Gateway.String()
+		}
+		if l.lease != nil {
+			if l.lease.Gateway.IsValid() && s.Gateway == "" {
+				s.Gateway = l.lease.Gateway.String()
+			}
+			for _, d := range l.lease.DNS {
+				s.DNS = append(s.DNS, d.String())
+			}
+		}
+		out = append(out, s)
+	}
+	slices.SortFunc(out, func(a, b State) int { return strings.Compare(a.Name, b.Name) })
+	return out
+}
