@@ -10,7 +10,7 @@ BIN        := bin
 PROGRAMS   := servin servind servin-runtime servin-compose cloudos cloudos-image cloudos-init cloudos-modprobe
 export CGO_ENABLED := 0
 
-.PHONY: help build buildd deps shim hello run test test-unit test-e2e test-long bench check fuzz cross install clean
+.PHONY: help build buildd scan deps shim hello run test test-unit test-e2e test-long bench check fuzz cross install clean
 
 help: ## Show this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -22,7 +22,7 @@ build: shim hello ## Build every program into bin/
 	@mkdir -p $(BIN)
 	$(GO) build -tags nri_no_wasm -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/ $(PROGRAMS:%=./cmd/%) # ADR 14
 	@scripts/toolbox-image $(BIN)/servin-toolbox.tar.gz
-	@$(MAKE) --no-print-directory buildd
+	@$(MAKE) --no-print-directory buildd scan
 
 # A Go module of its own: BuildKit's dependencies stay out of the engine's go.mod. -mod=mod: it follows
 # the engine's requirements without being told.
@@ -30,6 +30,11 @@ BUILDKIT := v0.33.1
 buildd: ## Build the builder of images, servin-buildd
 	@mkdir -p $(BIN)
 	cd buildd && $(GO) build -mod=mod -trimpath -ldflags '$(LDFLAGS) -X github.com/moby/buildkit/version.Version=$(BUILDKIT)' -o ../$(BIN)/ ./cmd/...
+
+# A Go module of its own, too: the libraries of syft, grype and Sigstore (ADR 34).
+scan: ## Build the scanner of images, servin-scan
+	@mkdir -p $(BIN)
+	cd scan && $(GO) build -mod=mod -trimpath -ldflags '$(LDFLAGS)' -o ../$(BIN)/ ./cmd/...
 
 shim: ## Build the static C program that the engine embeds
 	@$(MAKE) --no-print-directory -C shim GOARCH=$(GOARCH)
