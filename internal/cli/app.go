@@ -54,6 +54,8 @@ type App struct {
 
 	cfg *config.File
 	cl  *client.Client
+	// machine is set when the engine to talk to is the one in this user's virtual machine.
+	machine bool
 }
 
 // Main runs a command line and gives the exit code.
@@ -153,7 +155,7 @@ func (a *App) context() (*config.Context, error) {
 		}
 	}
 	if c.Host == "" {
-		c.Host = client.DefaultHost()
+		return c, a.modeHost(c)
 	}
 	return c, nil
 }
@@ -182,6 +184,11 @@ func (a *App) client() (*client.Client, error) {
 	}
 	if strings.HasPrefix(c.Host, "tcp://") || strings.HasPrefix(c.Host, "https://") {
 		cfg.TLS = a.material(c)
+	}
+	if a.machine {
+		if err := a.machineUp(); err != nil {
+			return nil, err
+		}
 	}
 	a.cl, err = client.New(cfg)
 	return a.cl, err

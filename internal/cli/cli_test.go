@@ -405,7 +405,7 @@ func TestExitCodes(t *testing.T) {
 		"unknown flag":      {nil, "ps --nope", 125, "servin: unknown flag: --nope\nSee 'servin ps --help'\n"},
 		"too few arguments": {nil, "rm", 1, "servin: needs at least 1 argument (CONTAINER [CONTAINER...])\nSee 'servin rm --help'\n"},
 		"one message twice": {refuse(404, `{"message":"No such container"}`), "stop a b", 1, "servin: No such container\n"},
-		"vm":                {nil, "vm start", 1, "servin: VM mode comes with the CloudOS image"},
+		"vm":                {nil, "vm start", 1, "servin: cannot find the program servin-vmd"},
 		"search":            {nil, "search x", 1, "servin: cannot search"},
 	} {
 		code, out, errb := call(t, x.h, nil, strings.Fields(x.args)...)

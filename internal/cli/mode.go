@@ -2,76 +2,170 @@ package cli
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"runtime"
 
+	"github.com/cloudos-io/cloudos/api"
+	"github.com/cloudos-io/cloudos/client"
 	"github.com/cloudos-io/cloudos/internal/cli/command"
+	"github.com/cloudos-io/cloudos/internal/cli/config"
 	"github.com/cloudos-io/cloudos/internal/cli/format"
 )
 
-var errNoVM = errors.New("VM mode comes with the CloudOS image, which this build does not have yet; containers run natively here: see 'servin mode status'")
+// Modes.
+const (
+	modeAuto   = "auto"
+	modeNative = "native"
+	modeVM     = "vm"
+)
 
-var errNeedsVM = errors.New("VM mode comes with the CloudOS image, which this build does not have yet; until then name an engine on a Linux host with --host or 'servin context create'")
-
-func (a *App) vm() []*command.Command {
-	one := func(name, short string) *command.Command {
-		return &command.Command{Name: name, Short: short, Run: func(ctx context.Context, args []string) error {
-			if runtime.GOOS == "linux" {
-				return errNoVM
-			}
-			return errNeedsVM
-		}}
+// effective is the mode that a configured one means on this platform.
+func effective(mode string) string {
+	switch {
+	case mode == modeVM, mode == modeNative:
+		return mode
+	case runtime.GOOS == "linux":
+		return modeNative
 	}
-	return []*command.Command{one("status", "Show how the virtual machine is"), one("start", "Start the virtual machine"),
-		one("stop", "Stop the virtual machine"), one("reset", "Bring the virtual machine back to a clean state")}
+	return modeVM // there is no engine for other kernels
+}
+
+// modeHost gives the default context its engine.
+func (a *App) modeHost(c *config.Context) error {
+	f, err := a.file()
+	if err != nil {
+		return err
+	}
+	if effective(f.Mode) == modeVM {
+		c.Host, a.machine = "unix://"+a.place().Engine(), true
+		return nil
+	}
+	c.Host = client.DefaultHost()
+	return nil
 }
 
 // modeStatus is what mode status shows.
 type modeStatus struct {
-	Mode    string // "native" or "remote"
-	Engine  string
-	Running bool
-	Version string `json:",omitempty"`
+	Mode string // native, vm or remote
+	// Configured is native, vm or auto.
+	Configured string
+	Engine     string
+	Running    bool
+	Version    string `json:",omitempty"`
+	// Machine is the virtual machine's state.
+	Machine string `json:",omitempty"`
 }
 
 func (a *App) mode() []*command.Command {
 	jsonOut := false
-	return []*command.Command{{Name: "status", Short: "Show where containers run: natively or in a virtual machine",
-		Flags: func(f *command.FlagSet) { f.Bool(&jsonOut, "json", "", "Print JSON") },
-		Run: func(ctx context.Context, args []string) error {
-			x, err := a.context()
-			if err != nil {
-				return err
-			}
-			c, err := a.client()
-			if err != nil {
-				return err
-			}
-			st := modeStatus{Mode: "remote", Engine: x.Host}
-			if runtime.GOOS == "linux" && len(x.Host) > 7 && x.Host[:7] == "unix://" {
-				st.Mode = "native"
-			}
-			v, err := c.ServerVersion(ctx)
-			st.Running, st.Version = err == nil, v.Version
-			if jsonOut {
-				return format.JSONLines(a.out, []modeStatus{st})
-			}
-			state := "not running"
-			if st.Running {
-				state = "running, version " + st.Version
-			}
-			fmt.Fprintf(a.out, "Mode:    %s\nEngine:  %s (%s)\n", st.Mode, st.Engine, state)
-			return nil
-		}},
-		{Name: "set", Args: "native|vm", Short: "Choose where containers run", Min: 1, Max: 1, Hidden: true,
+	return []*command.Command{
+		{Name: "status", Short: "Show where containers run: natively or in a virtual machine",
+			Flags: func(f *command.FlagSet) { f.Bool(&jsonOut, "json", "", "Print JSON") },
 			Run: func(ctx context.Context, args []string) error {
-				if args[0] == "native" && runtime.GOOS == "linux" {
-					return nil
+				st, err := a.modeNow(ctx)
+				if err != nil {
+					return err
 				}
-				if runtime.GOOS == "linux" {
-					return errNoVM
+				if jsonOut {
+					return format.JSONLines(a.out, []modeStatus{st})
 				}
-				return errNeedsVM
-			}}}
+				state := "not running"
+				switch {
+				case st.Mode == modeVM && st.Machine != api.VMRunning:
+					state = "the virtual machine is " + st.Machine
+				case st.Running:
+					state = "running, version " + st.Version
+				}
+				auto := ""
+				if st.Configured == modeAuto {
+					auto = " (auto)"
+				}
+				fmt.Fprintf(a.out, "Mode:    %s%s\nEngine:  %s (%s)\n", st.Mode, auto, st.Engine, state)
+				return nil
+			}},
+		a.cmdModeSet("set", "native|vm|auto", 1),
+		a.cmdModeSet("auto", "", 0),
+	}
+}
+
+// modeNow finds out; it wakes no machine.
+func (a *App) modeNow(ctx context.Context) (modeStatus, error) {
+	f, err := a.file()
+	if err != nil {
+		return modeStatus{}, err
+	}
+	x, err := a.context()
+	if err != nil {
+		return modeStatus{}, err
+	}
+	st := modeStatus{Mode: "remote", Configured: f.Mode, Engine: x.Host}
+	if st.Configured == "" {
+		st.Configured = modeAuto
+	}
+	switch {
+	case a.machine:
+		st.Mode, st.Machine = modeVM, api.VMOff
+		if v, err := client.NewVM(a.place().Control()); err == nil {
+			defer v.Close()
+			if s, err := v.Status(ctx); err == nil {
+				st.Machine, st.Version = s.State, s.Version
+				st.Running = s.State == api.VMRunning || s.State == api.VMSleeping
+			}
+		}
+		return st, nil
+	case runtime.GOOS == "linux" && len(x.Host) > 7 && x.Host[:7] == "unix://":
+		st.Mode = modeNative
+	}
+	c, err := a.client()
+	if err != nil {
+		return st, err
+	}
+	v, err := c.ServerVersion(ctx)
+	st.Running, st.Version = err == nil, v.Version
+	return st, nil
+}
+
+func (a *App) cmdModeSet(name, args string, n int) *command.Command {
+	short := "Choose where containers run"
+	if n == 0 {
+		short = "Let the platform decide where containers run"
+	}
+	return &command.Command{Name: name, Args: args, Short: short, Min: n, Max: n,
+		Run: func(ctx context.Context, args []string) error {
+			mode := modeAuto
+			if n == 1 {
+				mode = args[0]
+			}
+			return a.setMode(ctx, mode)
+		}}
+}
+
+// setMode keeps the choice once the engine that it means can be reached.
+func (a *App) setMode(ctx context.Context, mode string) error {
+	if mode != modeAuto && mode != modeNative && mode != modeVM {
+		return usagef("there is no mode %q: native, vm or auto", mode)
+	}
+	to := effective(mode)
+	if to == modeNative && runtime.GOOS != "linux" {
+		return fmt.Errorf("containers run natively on Linux alone: keep mode vm, or name an engine on a Linux host with --host or 'servin context create'")
+	}
+	if to == modeVM {
+		if err := a.startMachine(ctx); err != nil {
+			return err
+		}
+	}
+	f, err := a.file()
+	if err != nil {
+		return err
+	}
+	f.Mode = mode
+	if err := f.Save(); err != nil {
+		return err
+	}
+	if to == modeVM {
+		fmt.Fprintf(a.out, "Containers run in the virtual machine now. Docker's clients: DOCKER_HOST=unix://%s\n", a.place().Engine())
+	} else {
+		fmt.Fprintf(a.out, "Containers run natively now, with the engine at %s\n", client.DefaultHost())
+	}
+	return nil
 }

@@ -48,6 +48,7 @@ func Home(getenv func(string) string) string {
 // File is config.json. Fields that we do not know are kept.
 type File struct {
 	CurrentContext string            `json:"currentContext,omitempty"`
+	Mode           string            `json:"mode,omitempty"` // native, vm, or auto
 	DetachKeys     string            `json:"detachKeys,omitempty"`
 	PsFormat       string            `json:"psFormat,omitempty"`
 	ImagesFormat   string            `json:"imagesFormat,omitempty"`
@@ -118,7 +119,7 @@ func (f *File) Save() error {
 
 func ours(key string) bool {
 	switch key {
-	case "currentContext", "detachKeys", "psFormat", "imagesFormat", "volumesFormat", "networksFormat", "statsFormat",
+	case "currentContext", "mode", "detachKeys", "psFormat", "imagesFormat", "volumesFormat", "networksFormat", "statsFormat",
 		"HttpHeaders", "auths", "credsStore", "credHelpers":
 		return true
 	}

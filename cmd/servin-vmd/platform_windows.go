@@ -1,0 +1,26 @@
+package main
+
+import (
+	"unsafe"
+
+	"golang.org/x/sys/windows"
+
+	"github.com/cloudos-io/cloudos/internal/vm"
+	"github.com/cloudos-io/cloudos/internal/vm/qemu"
+)
+
+func drivers() []vm.Driver { return []vm.Driver{qemu.New(qemu.Config{})} }
+
+// memoryStatus is MEMORYSTATUSEX.
+type memoryStatus struct {
+	length, load                                                                                  uint32
+	total, available, totalPage, availablePage, totalVirtual, availableVirtual, availableExtended uint64
+}
+
+func memory() uint64 {
+	st := memoryStatus{length: uint32(unsafe.Sizeof(memoryStatus{}))}
+	if r, _, _ := windows.NewLazySystemDLL("kernel32.dll").NewProc("GlobalMemoryStatusEx").Call(uintptr(unsafe.Pointer(&st))); r == 0 {
+		return 0
+	}
+	return st.total
+}
