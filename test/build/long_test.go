@@ -85,12 +85,11 @@ func TestManyBuilds(t *testing.T) {
 	}
 	settle()
 	var after state
-	eventually(t, "what the builds left goes", 60*time.Second, func() bool {
+	defer func() { t.Logf("before %+v\nafter  %+v", before, after) }()
+	eventually(t, "what the builds left goes", 180*time.Second, func() bool {
 		after = e.state(pid)
 		return after.snapshots <= before.snapshots+2 && after.layers <= before.layers+2*mib && after.content <= before.content+4*mib
 	})
-	t.Logf("before %+v", before)
-	t.Logf("after  %+v", after)
 	if after.fds > before.fds+8 || after.threads > before.threads+16 || after.memory > before.memory+16<<10 {
 		t.Errorf("the engine grew: %+v, then %+v", before, after)
 	}

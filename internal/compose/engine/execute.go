@@ -347,6 +347,9 @@ func (r *run) recreate(ctx context.Context, s *plan.Step) error {
 	}
 	req.Name = old.ID[:12] + "_" + s.Name
 	resp, err := c.ContainerCreate(ctx, req)
+	if client.IsConflict(err) && r.clearLeftover(ctx, req.Name) {
+		resp, err = c.ContainerCreate(ctx, req)
+	}
 	if err != nil {
 		return err
 	}
@@ -362,6 +365,21 @@ func (r *run) recreate(ctx context.Context, s *plan.Step) error {
 	}
 	r.note(s, resp.ID, old.ID, req.Config.Labels)
 	return nil
+}
+
+// clearLeftover removes what a run that was killed has left under the name of a
+// replacement: the engine may have made it after we looked. It tells whether the
+// name is free now.
+func (r *run) clearLeftover(ctx context.Context, name string) bool {
+	c, _, err := r.e.Client.ContainerInspect(ctx, name, false)
+	if err != nil {
+		return client.IsNotFound(err)
+	}
+	l := c.Config.Labels
+	if l[model.LabelProject] != r.p.Name || l[model.LabelReplace] == "" || c.State.Running {
+		return false
+	}
+	return gone(r.e.Client.ContainerRemove(ctx, c.ID, client.RemoveOptions{})) == nil
 }
 
 func (r *run) start(ctx context.Context, s *plan.Step) error {

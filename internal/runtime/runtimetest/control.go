@@ -163,7 +163,8 @@ func testExec(t *testing.T, dr Driver) {
 func testExecTerminal(t *testing.T, dr Driver) {
 	e := dr.env(t)
 	task := e.start(Spec("/bin/sleep", "100"))
-	p := Process("/bin/sh", "-c", "tty; stty size; read x; stty size; exit 3")
+	// A runtime with a terminal of its own behind ours hears of a new size by a signal.
+	p := Process("/bin/sh", "-c", "tty; stty size; read x; until [ \"$(stty size)\" = '33 120' ] || [ $((n=n+1)) -gt 100 ]; do sleep 0.05; done; stty size; exit 3")
 	p.Terminal, p.ConsoleSize = true, &specs.Box{Width: 90, Height: 30}
 	x := e.exec(task, true, p)
 	s := x.Streams()
