@@ -19,6 +19,8 @@ var ownCases = []routeCase{
 	{method: "POST", path: "/servin/volumes/v/import?devices=1", body: "abc", status: 204, call: "import v replace=false devices=true abc"},
 	{method: "POST", path: "/servin/volumes/v/clone", body: `{"Name":"w","Pause":true}`, status: 201, call: "clone v w pause=true", answer: `"Name":"w"`},
 
+	{method: "GET", path: "/servin/signatures?image=a", status: 501, answer: "cannot look for signatures"},
+	{method: "GET", path: "/servin/signatures", status: 400, answer: "names none"},
 	{method: "GET", path: "/servin/policy", status: 200, call: "policy", answer: `"Path":"/p"`},
 	{method: "POST", path: "/servin/policy/reload", status: 204, call: "policy reload"},
 	{method: "POST", path: "/servin/policy/check", body: "version: 1\nrules: [{name: a}]\n", status: 200, answer: `"Rules":1`},

@@ -168,6 +168,7 @@ func routes(c Config) []route {
 		{"GET", "/servin/configs/{id}", 0, cnf.inspect},
 		{"POST", "/servin/configs/{id}/update", 0, cnf.update},
 		{"DELETE", "/servin/configs/{id}", 0, cnf.remove},
+		{"GET", "/servin/signatures", 0, img.signatures},
 		{"GET", "/servin/policy", 0, pol.show},
 		{"POST", "/servin/policy/reload", 0, pol.reload},
 		{"POST", "/servin/policy/check", 0, pol.check},

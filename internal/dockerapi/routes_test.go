@@ -371,6 +371,7 @@ Our own routes (types in package ` + "`api`" + `):
 | ` + "`GET /servin/alerts`" + `, ` + "`POST /servin/alerts/{rule or action}/test`" + ` | ` + "`Alerts`" + `; carries actions out and tells how that went, a list of ` + "`AlertTest`" + ` |
 | ` + "`GET`, `POST /servin/secrets`" + `, ` + "`GET`, `DELETE …/{name}`, `POST …/{name}/update`" + ` | ` + "`SecretSpec`" + ` to ` + "`Secret`" + `; a value that was stored is never answered. The same below ` + "`/servin/configs`" + `, where the value of one is |
 | ` + "`POST /servin/secrets/unlock`, `…/lock`, `…/rotate-key`" + ` | ` + "`SecretKey`" + `; the passphrase that secrets are encrypted with |
+| ` + "`GET /servin/signatures?image=`" + ` | what the registry holds in signatures of an image, unchecked, as ` + "`Signatures`; `X-Registry-Auth`" + ` |
 | ` + "`GET /servin/policy`, `POST …/reload`, `…/check`, `…/test`" + ` | ` + "`Policy`; reads the file again; a document, and a `RunRequest`, to `PolicyVerdict`" + ` |
 | ` + "`GET /servin/audit?since=1h&follow=1`, `…/audit/verify`" + ` | lines of ` + "`AuditRecord`; `AuditReport`" + ` |
 | ` + "`GET /metrics`" + ` | Prometheus text; on the unix socket and over TLS alone |

@@ -48,7 +48,7 @@ var arrows = map[string][]string{
 	"internal/audit":     {"internal/fault", "internal/caller", "api"},                                 // ADR 29
 	"internal/volume":    {"internal/fault", "internal/snapshot", "internal/plugin", "internal/quota"}, // ADR 26
 	"internal/network":   {"internal/fault", "internal/plugin"},                                        // ADR 33
-	"internal/image":     {"internal/fault", "internal/snapshot", "internal/hello"},
+	"internal/image":     {"internal/fault", "internal/snapshot", "internal/hello", "api"},             // ADR 35
 	"internal/hello":     {},
 	"internal/shim":      {"internal/fault", "internal/plan"},
 	"internal/runtime":   {"internal/fault", "internal/shim", "internal/plan", "internal/seccomp", "internal/snapshot", "internal/apparmor"},
