@@ -62,7 +62,7 @@ func (s *Service) markDirty() {
 func (s *Service) Run(ctx context.Context) error {
 	hourly := time.NewTicker(time.Hour)
 	defer hourly.Stop()
-	graced := time.NewTicker(grace)
+	graced := time.NewTicker(grace / 4)
 	defer graced.Stop()
 	var lazy sync.WaitGroup
 	lazy.Go(func() { s.runLazy(ctx) })
@@ -80,8 +80,8 @@ func (s *Service) Run(ctx context.Context) error {
 			}
 			continue
 		case <-graced.C:
-			if !s.graced.Swap(false) {
-				continue
+			if int64(len(s.ready.recent())) >= s.graced.Load() {
+				continue // nothing of what was kept for a moment can go yet
 			}
 		case <-hourly.C:
 		case <-start.C:
@@ -129,9 +129,7 @@ func (s *Service) Collect(ctx context.Context) error {
 	if err := s.pin(ctx); err != nil {
 		return err
 	}
-	if len(s.ready.recent()) > 0 {
-		s.graced.Store(true) // what is kept for a moment goes later
-	}
+	s.graced.Store(int64(len(s.ready.recent()))) // what is kept for a moment goes later
 	if !s.swept {
 		err := s.distrust(ctx)
 		if err != nil && !errors.Is(err, syscall.ENOSPC) {

@@ -85,8 +85,8 @@ type Service struct {
 
 	// mutate serialises changes of references, and collection with them.
 	mutate sync.Mutex
-	swept  bool        // the first collection looks harder; guarded by mutate
-	graced atomic.Bool // the last collection kept layers for who was given them lately
+	swept  bool         // the first collection looks harder; guarded by mutate
+	graced atomic.Int64 // so many chains the last collection kept for who was given them lately
 	cat    catalog
 	ready  readyCache
 
