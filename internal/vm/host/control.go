@@ -240,7 +240,11 @@ func (h *Host) change(w http.ResponseWriter, r *http.Request) {
 	h.mu.Lock()
 	old := h.config
 	h.mu.Unlock()
-	c, err := vm.Change(old, ch, h.cfg.Computer)
+	base := old
+	if _, err := os.Stat(h.file("data.img")); errors.Is(err, os.ErrNotExist) && ch.DiskGiB != nil {
+		base.DiskGiB = 0 // there is no disk yet that could shrink
+	}
+	c, err := vm.Change(base, ch, h.cfg.Computer)
 	if err == nil && ch.Image != nil && *ch.Image != "" {
 		_, err = vm.OpenImage(*ch.Image, nil)
 	}
