@@ -15,6 +15,7 @@ import (
 
 	"github.com/cloudos-io/cloudos/api"
 	"github.com/cloudos-io/cloudos/internal/config"
+	"github.com/cloudos-io/cloudos/internal/criu"
 	"github.com/cloudos-io/cloudos/internal/daemon"
 	"github.com/cloudos-io/cloudos/internal/dockerapi"
 	"github.com/cloudos-io/cloudos/internal/image"
@@ -34,6 +35,9 @@ func main() {
 	}
 	if code, ours := dhcp.Main(); ours {
 		os.Exit(code) // the process that renews containers' leases
+	}
+	if code, ours := criu.Main(); ours {
+		os.Exit(code) // the process that brings a container back
 	}
 	daemon.TuneMemory()
 	if err := run(context.Background(), os.Args[1:]); err != nil {

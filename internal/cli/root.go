@@ -147,6 +147,7 @@ func (a *App) containers() []*command.Command {
 		a.cmdPs(), a.cmdCreate(), a.cmdStart(), a.cmdStop(), a.cmdRm(), a.cmdRun(), a.cmdExec(), a.cmdLogs(), a.cmdAttach(),
 		a.cmdCommit(), a.cmdCp(), a.cmdDiff(), a.cmdExport(), a.cmdInspectContainer(), a.cmdKill(), a.cmdPause(), a.cmdPort(),
 		a.cmdContainerPrune(), a.cmdRename(), a.cmdRestart(), a.cmdStats(), a.cmdTop(), a.cmdUnpause(), a.cmdUpdate(), a.cmdWait(),
+		a.cmdCheckpoint(), a.cmdRestore(), a.cmdMigrate(),
 	}
 }
 

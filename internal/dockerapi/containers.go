@@ -73,17 +73,19 @@ func (a containersAPI) start(w *response, r *request) error {
 	if r.ContentLength > 7 || r.ContentLength == -1 {
 		return fault.New(fault.Invalid, "starting container with non-empty request body was deprecated since API v1.22 and removed in v1.24")
 	}
-	if c := r.query.Get("checkpoint"); c != "" {
-		if !checkpointID.MatchString(c) {
-			return fault.New(fault.Invalid, "invalid checkpoint ID %q", c)
-		}
-		return fault.New(fault.Unsupported, "cannot start from a checkpoint: this engine keeps none")
+	o := StartOptions{Checkpoint: r.query.Get("checkpoint"), CheckpointDir: r.query.Get("checkpoint-dir")}
+	if o.Checkpoint != "" && !checkpointID.MatchString(o.Checkpoint) {
+		return fault.New(fault.Invalid, "invalid checkpoint ID %q", o.Checkpoint)
+	}
+	if o.Checkpoint == "" && o.CheckpointDir != "" {
+		return fault.New(fault.Invalid, "a checkpoint directory needs the checkpoint's name")
 	}
 	keys := r.query.Get("detachKeys")
 	if _, err := parseDetachKeys(keys); err != nil {
 		return err
 	}
-	if err := a.b.ContainerStart(r.Context(), r.name, StartOptions{DetachKeys: keys}); err != nil {
+	o.DetachKeys = keys
+	if err := a.b.ContainerStart(r.Context(), r.name, o); err != nil {
 		return err
 	}
 	return w.noContent()

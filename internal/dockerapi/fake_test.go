@@ -26,6 +26,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/cloudos-io/cloudos/api"
+	"github.com/cloudos-io/cloudos/internal/engine"
 	"github.com/cloudos-io/cloudos/internal/image"
 )
 
@@ -374,7 +375,7 @@ func (f fakeImages) Login(_ context.Context, a registry.AuthConfig) (registry.Au
 
 func handlerOf(f *fake) http.Handler {
 	return New(Config{
-		Containers: f, Images: fakeImages{f}, Networks: f, Volumes: f, VolumeCopies: f, Secrets: f, Policy: f, System: f, Version: "test",
+		Containers: f, Images: fakeImages{f}, Networks: f, Volumes: f, VolumeCopies: f, Checkpoints: f, Secrets: f, Policy: f, System: f, Version: "test",
 		Logger: slog.New(slog.NewTextHandler(io.Discard, nil)),
 	})
 }
@@ -410,3 +411,44 @@ func serveFake(t *testing.T, f *fake) (string, *http.Client) {
 }
 
 func trim(b []byte) string { return strings.TrimSpace(string(b)) }
+
+func (f *fake) CheckpointCreate(_ context.Context, name string, o api.CheckpointCreate) error {
+	return f.call("checkpoint %s %s", name, js(o))
+}
+
+func (f *fake) CheckpointList(name, dir string) ([]api.Checkpoint, error) {
+	return nil, f.call("checkpoints %s %q", name, dir)
+}
+
+func (f *fake) CheckpointRemove(name, id, dir string) error {
+	return f.call("checkpoint remove %s %s %q", name, id, dir)
+}
+
+func (f *fake) CheckpointRestore(_ context.Context, name string, o api.RestoreOptions) (api.Restored, error) {
+	return api.Restored{ID: "r"}, f.call("restore %s %s", name, js(o))
+}
+
+func (f *fake) CheckpointImport(_ context.Context, o api.RestoreOptions, r io.Reader) (api.Restored, error) {
+	b, _ := io.ReadAll(r)
+	return api.Restored{ID: "i"}, f.call("import checkpoint %s %s", js(o), b)
+}
+
+func (f *fake) CheckpointStream(ctx context.Context, name string, o api.CheckpointStart, s engine.CheckpointSink) (err error) {
+	if err := f.call("checkpoint stream %s %s", name, js(o)); err != nil {
+		return err
+	}
+	defer func() { _ = f.call("confirmed %v", err == nil) }()
+	if err := s.Tell(api.CheckpointEvent{Stage: "files"}); err != nil {
+		return err
+	}
+	if _, err := io.WriteString(s, "tar"); err != nil {
+		return err
+	}
+	if err := s.Tell(api.CheckpointEvent{Ready: true}); err != nil {
+		return err
+	}
+	if err := s.Confirm(ctx); err != nil {
+		return err
+	}
+	return s.Tell(api.CheckpointEvent{Done: true})
+}

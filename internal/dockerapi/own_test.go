@@ -21,6 +21,17 @@ var ownCases = []routeCase{
 
 	{method: "GET", path: "/servin/signatures?image=a", status: 501, answer: "cannot look for signatures"},
 	{method: "GET", path: "/servin/signatures", status: 400, answer: "names none"},
+
+	{method: "POST", path: "/containers/web/checkpoints", body: `{"CheckpointID":"c1","Exit":true}`, status: 201, call: `checkpoint web {"CheckpointID":"c1","Exit":true}`},
+	{method: "GET", path: "/containers/web/checkpoints?dir=/d", status: 200, call: `checkpoints web "/d"`, answer: "[]"},
+	{method: "DELETE", path: "/containers/web/checkpoints/c1?dir=/d", status: 204, call: `checkpoint remove web c1 "/d"`},
+	{method: "POST", path: "/containers/web/start?checkpoint=c1&checkpoint-dir=/d", status: 204, call: "start web"},
+	{method: "POST", path: "/containers/web/start?checkpoint=-c1", status: 400, answer: "invalid checkpoint ID"},
+	{method: "POST", path: "/containers/web/start?checkpoint-dir=/d", status: 400, answer: "needs the checkpoint's name"},
+	{method: "POST", path: "/servin/containers/web/restore", body: `{"Checkpoint":"c1","Name":"w2"}`, status: 201, call: `restore web {"Checkpoint":"c1","Name":"w2"}`, answer: `"ID":"r"`},
+	{method: "POST", path: "/servin/checkpoints/import?options=%7B%22Name%22%3A%22w%22%7D", body: "tar", status: 201, call: `import checkpoint {"Name":"w"} tar`, answer: `"ID":"i"`},
+	{method: "POST", path: "/servin/checkpoints/import?options=x", body: "tar", status: 400, answer: "cannot read the options"},
+
 	{method: "GET", path: "/servin/policy", status: 200, call: "policy", answer: `"Path":"/p"`},
 	{method: "POST", path: "/servin/policy/reload", status: 204, call: "policy reload"},
 	{method: "POST", path: "/servin/policy/check", body: "version: 1\nrules: [{name: a}]\n", status: 200, answer: `"Rules":1`},

@@ -14,7 +14,8 @@ type handler func(w *response, r *request) error
 
 // route is one line of the route table. A pattern has at most one variable:
 // {name} stands for anything, slashes too (image names have them), {id} for
-// anything but a slash.
+// anything but a slash. Where a second one ends the pattern, the handler gets
+// both with what stands between them, and cuts there.
 type route struct {
 	method  string
 	pattern string
@@ -27,6 +28,7 @@ type compiled struct {
 	route
 	prefix, suffix string
 	greedy         bool
+	between        string // of two variables
 }
 
 // router finds routes by method and path.
@@ -47,6 +49,9 @@ func newRouter(table []route) *router {
 		end := strings.IndexByte(r.pattern, '}')
 		c.prefix, c.suffix = r.pattern[:open], r.pattern[end+1:]
 		c.greedy = r.pattern[open+1:end] == "name"
+		if at := strings.IndexByte(c.suffix, '{'); at >= 0 {
+			c.between = c.suffix[:at]
+		}
 		key := r.method + firstElement(r.pattern)
 		rt.vars[key] = append(rt.vars[key], c)
 	}
@@ -62,6 +67,14 @@ func (rt *router) find(method, path string) (*compiled, string) {
 		return c, ""
 	}
 	for _, c := range rt.vars[method+firstElement(path)] {
+		if c.between != "" {
+			rest, ok := strings.CutPrefix(path, c.prefix)
+			first, second, both := strings.Cut(strings.TrimPrefix(rest, "/"), c.between)
+			if ok && both && first != "" && second != "" && !strings.Contains(first+second, "/") {
+				return c, first + c.between + second
+			}
+			continue
+		}
 		if len(path) <= len(c.prefix)+len(c.suffix) || !strings.HasPrefix(path, c.prefix) || !strings.HasSuffix(path, c.suffix) {
 			continue
 		}

@@ -11,6 +11,7 @@ func routes(c Config) []route {
 	net := networksAPI{c.Networks}
 	vol := volumesAPI{c.Volumes}
 	cpy := volumeCopiesAPI{c.VolumeCopies}
+	chk := checkpointsAPI{c.Checkpoints}
 	pol, adt := policyAPI{c.Policy}, auditAPI{c.Audit}
 	sec, cnf := secretsAPI{c.Secrets, api.KindSecret}, secretsAPI{c.Secrets, api.KindConfig}
 	sys := systemAPI{c.System, c.Builds}
@@ -55,6 +56,9 @@ func routes(c Config) []route {
 		{"POST", "/containers/{id}/exec", 0, exe.create},
 		{"DELETE", "/containers/{name}", 0, ctr.remove},
 		{"POST", "/commit", 0, ctr.commit},
+		{"POST", "/containers/{id}/checkpoints", 25, chk.create},
+		{"GET", "/containers/{id}/checkpoints", 25, chk.list},
+		{"DELETE", "/containers/{id}/checkpoints/{checkpoint}", 25, chk.remove},
 
 		{"POST", "/exec/{id}/start", 0, exe.start},
 		{"POST", "/exec/{id}/resize", 0, exe.resize},
@@ -153,6 +157,9 @@ func routes(c Config) []route {
 		{"POST", "/servin/volumes/{id}/restore", 0, cpy.restore},
 		{"POST", "/servin/volumes/{id}/import", 0, cpy.imports},
 		{"POST", "/servin/volumes/{id}/clone", 0, cpy.clone},
+		{"POST", "/servin/containers/{id}/checkpoint", 0, chk.stream},
+		{"POST", "/servin/containers/{id}/restore", 0, chk.restore},
+		{"POST", "/servin/checkpoints/import", 0, chk.imports},
 		{"GET", "/servin/alerts", 0, alerts.list},
 		{"POST", "/servin/alerts/{id}/test", 0, alerts.test},
 		{"GET", "/servin/secrets", 0, sec.list},

@@ -251,6 +251,7 @@ func TestRoutes(t *testing.T) {
 	}
 	// Attach and exec start take the connection over: stream_test.go.
 	covered["POST /containers/{id}/attach"] = true
+	covered["POST /servin/containers/{id}/checkpoint"] = true // likewise, checkpoints_test.go
 	for _, r := range routes(Config{}) {
 		if !covered[r.method+" "+r.pattern] {
 			t.Errorf("no case for %s %s", r.method, r.pattern)
@@ -368,6 +369,9 @@ Our own routes (types in package ` + "`api`" + `):
 | ` + "`POST /servin/volumes/{name}/restore?replace=1`" + ` | makes a volume, or replaces its content, of such an archive: ` + "`VolumeArchive`" + ` |
 | ` + "`GET /servin/volumes/{name}/export`" + `, ` + "`POST …/import`" + ` | the same with a plain tar |
 | ` + "`POST /servin/volumes/{name}/clone`" + ` | ` + "`VolumeClone`" + ` to a volume |
+| ` + "`POST /servin/containers/{id}/checkpoint`" + ` | ` + "`CheckpointStart`" + `; a framed stream: the checkpoint as a tar, and a ` + "`CheckpointEvent`" + ` in each control frame. After ` + "`Ready`" + ` the line ` + "`commit`" + ` ends the container; without it the container goes on |
+| ` + "`POST /servin/containers/{id}/restore`" + ` | ` + "`RestoreOptions`" + ` to ` + "`Restored`" + `: a new container of a checkpoint that the engine keeps |
+| ` + "`POST /servin/checkpoints/import?options=JSON`" + ` | the tar, to ` + "`Restored`" + ` |
 | ` + "`GET /servin/alerts`" + `, ` + "`POST /servin/alerts/{rule or action}/test`" + ` | ` + "`Alerts`" + `; carries actions out and tells how that went, a list of ` + "`AlertTest`" + ` |
 | ` + "`GET`, `POST /servin/secrets`" + `, ` + "`GET`, `DELETE …/{name}`, `POST …/{name}/update`" + ` | ` + "`SecretSpec`" + ` to ` + "`Secret`" + `; a value that was stored is never answered. The same below ` + "`/servin/configs`" + `, where the value of one is |
 | ` + "`POST /servin/secrets/unlock`, `…/lock`, `…/rotate-key`" + ` | ` + "`SecretKey`" + `; the passphrase that secrets are encrypted with |

@@ -25,8 +25,10 @@ type Config struct {
 	Volumes    Volumes
 	// VolumeCopies serves backups and the like of volumes.
 	VolumeCopies VolumeCopies
-	Secrets      Secrets
-	System       System
+	// Checkpoints serves checkpoints of containers.
+	Checkpoints Checkpoints
+	Secrets     Secrets
+	System      System
 	// Builds builds images; nil is an engine that cannot.
 	Builds Builds
 	// Logger gets failed requests; nil is slog.Default().
@@ -98,7 +100,7 @@ func (r *request) streaming() (context.Context, context.CancelFunc) {
 func (s *server) ServeHTTP(hw http.ResponseWriter, hr *http.Request) {
 	h := hw.Header()
 	h["Api-Version"] = headerVersion
-	h["Docker-Experimental"] = headerFalse
+	h["Docker-Experimental"] = headerTrue // docker checkpoint is offered by it
 	h["Ostype"] = headerOS
 	h["Server"] = []string{s.banner}
 
@@ -113,7 +115,7 @@ func (s *server) ServeHTTP(hw http.ResponseWriter, hr *http.Request) {
 // Header values are shared by all responses; nobody may change them in place.
 var (
 	headerVersion = []string{MaxAPIVersion}
-	headerFalse   = []string{"false"}
+	headerTrue    = []string{"true"}
 	headerOS      = []string{runtime.GOOS}
 	headerJSON    = []string{"application/json"}
 )

@@ -61,6 +61,7 @@ func (e *Engine) Recover(ctx context.Context) error {
 	}
 	e.dropUnknown(ctx)
 	e.settlePods(ctx)
+	e.settleCheckpoints(ctx)
 	e.resume()
 	return nil
 }

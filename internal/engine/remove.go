@@ -150,6 +150,9 @@ func (e *Engine) erase(ctx context.Context, u *unit, r *container.Record, volume
 	if err := os.RemoveAll(u.dir); err != nil {
 		return err
 	}
+	if err := os.RemoveAll(e.checkpointDir(r.ID)); err != nil {
+		return err
+	}
 	if err := e.dropLog(u, r); err != nil {
 		return err
 	}

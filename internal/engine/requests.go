@@ -31,7 +31,12 @@ type CreateRequest struct {
 }
 
 // StartOptions of a start call.
-type StartOptions struct{ DetachKeys string }
+type StartOptions struct {
+	DetachKeys string
+	// Checkpoint, if set, is what the container is brought back from; CheckpointDir
+	// is where it lies, "" for the engine's own place.
+	Checkpoint, CheckpointDir string
+}
 
 // ListOptions of GET /containers/json.
 type ListOptions struct {

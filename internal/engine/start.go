@@ -25,7 +25,7 @@ import (
 )
 
 // ContainerStart starts a container; fault.NotModified if it runs already.
-func (e *Engine) ContainerStart(ctx context.Context, name string, _ StartOptions) error {
+func (e *Engine) ContainerStart(ctx context.Context, name string, o StartOptions) error {
 	u, err := e.lookup(name)
 	if err != nil {
 		return err
@@ -50,7 +50,15 @@ func (e *Engine) ContainerStart(ctx context.Context, name string, _ StartOptions
 	case mcontainer.StateRemoving, mcontainer.StateDead:
 		return fault.New(fault.Conflict, "container is marked for removal and cannot be started")
 	}
-	p, err := e.launch(ctx, u, launch{})
+	var l launch
+	if o.Checkpoint != "" {
+		done, err := e.fromCheckpoint(ctx, r, o, &l)
+		if err != nil {
+			return err
+		}
+		defer done()
+	}
+	p, err := e.launch(ctx, u, l)
 	if err == nil {
 		return p.Wait()
 	}
@@ -74,6 +82,8 @@ type launch struct {
 	warnings *[]string
 	// user is who a pod's container runs as, once it was found out.
 	user *container.MemberUser
+	// images are what its processes are brought back from.
+	images *runtime.Images
 }
 
 // restricted tells what a container does not get of what was asked for: to who
@@ -131,7 +141,8 @@ func (e *Engine) launch(ctx context.Context, u *unit, o launch) (p store.Pending
 		return p, err
 	}
 	req.Stdio.Attach = pend.first
-	req.StopAfterCreate = pend.more()
+	req.StopAfterCreate = pend.more() && o.images == nil
+	req.Images = o.images
 	if !r.HostConfig.NetworkMode.IsContainer() && !r.HostConfig.NetworkMode.IsHost() && len(r.Endpoints) > 0 && !r.Config.NetworkDisabled {
 		parent := ctx
 		req.Network = func(ctx context.Context, sb runtime.Sandbox) error {

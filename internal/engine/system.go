@@ -66,7 +66,7 @@ func (s *SystemService) Info(ctx context.Context) (*system.Info, error) {
 		NEventsListener: e.cfg.Bus.Listeners(), KernelVersion: unix.ByteSliceToString(uts.Release[:]), OSType: "linux",
 		Architecture: unix.ByteSliceToString(uts.Machine[:]), IndexServerAddress: "https://index.docker.io/v1/", RegistryConfig: e.cfg.RegistryConfig,
 		NCPU: e.cfg.Host.CPUs, MemTotal: memTotal(), DockerRootDir: e.cfg.Root, Name: host, Labels: e.cfg.Labels,
-		ServerVersion: e.cfg.Version, DefaultRuntime: nativeRuntime, LiveRestoreEnabled: true, InitBinary: "servin-init",
+		ServerVersion: e.cfg.Version, DefaultRuntime: nativeRuntime, LiveRestoreEnabled: true, ExperimentalBuild: true, InitBinary: "servin-init",
 		Swarm: swarm.Info{LocalNodeState: swarm.LocalNodeStateInactive}, CDISpecDirs: s.cdiDirs(),
 		Runtimes: map[string]system.RuntimeWithStatus{nativeRuntime: {Runtime: system.Runtime{Path: "servin-shim"}}},
 		Plugins: system.PluginsInfo{Volume: e.cfg.Volumes.Drivers(ctx), Network: e.networkDrivers(ctx),
@@ -211,7 +211,7 @@ func (s *SystemService) Version(context.Context) (system.VersionResponse, error)
 		GitCommit: s.e.cfg.GitCommit, GoVersion: goruntime.Version(), KernelVersion: unix.ByteSliceToString(uts.Release[:]),
 		Components: []system.ComponentVersion{{Name: "Engine", Version: v, Details: map[string]string{
 			"GitCommit": s.e.cfg.GitCommit, "GoVersion": goruntime.Version(), "Os": goruntime.GOOS, "Arch": goruntime.GOARCH,
-			"KernelVersion": unix.ByteSliceToString(uts.Release[:]), "Experimental": "false",
+			"KernelVersion": unix.ByteSliceToString(uts.Release[:]), "Experimental": "true",
 		}}},
 	}, nil
 }

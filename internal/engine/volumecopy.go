@@ -17,6 +17,7 @@ import (
 	"github.com/cloudos-io/cloudos/internal/engine/archive"
 	"github.com/cloudos-io/cloudos/internal/engine/volarchive"
 	"github.com/cloudos-io/cloudos/internal/fault"
+	"github.com/cloudos-io/cloudos/internal/runtime"
 	vol "github.com/cloudos-io/cloudos/internal/volume"
 )
 
@@ -128,6 +129,11 @@ func (s *VolumeService) hold(ctx context.Context, name string) (func(), error) {
 // letGo unpauses a container that was held for a copy.
 func (e *Engine) letGo(ctx context.Context, id string) {
 	u, err := e.lookup(id)
+	if err == nil {
+		if c, ok := u.running().(runtime.Checkpointer); ok {
+			_ = c.Quiet(ctx, false) // a checkpoint may have cut it off
+		}
+	}
 	switch {
 	case err != nil:
 	case u.rec.Load().State.Status == mcontainer.StatePaused:

@@ -14,6 +14,8 @@ import (
 	"github.com/opencontainers/cgroups"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
+
+	"github.com/cloudos-io/cloudos/internal/criu"
 )
 
 const descriptorsName = "descriptors.json"
@@ -128,28 +130,28 @@ func (im *images) logDir() string {
 }
 
 // options are what dump and restore have in common.
-func (im *images) options(f *flags, log, config string) *pb {
-	var o pb
-	o.int(optImagesDirFD, int(im.dir.Fd()))
+func (im *images) options(f *flags, log, config string) *criu.Message {
+	var o criu.Message
+	o.Int(criu.OptImagesDirFD, int(im.dir.Fd()))
 	if im.workDir != nil {
-		o.int(optWorkDirFD, int(im.workDir.Fd()))
+		o.Int(criu.OptWorkDirFD, int(im.workDir.Fd()))
 	}
-	o.int(optLogLevel, 4)
-	o.str(optLogFile, log)
-	o.bool(optNotifyScripts, true)
-	o.bool(optManageCgroups, true)
-	o.int(optManageCgroupMode, im.mode)
-	o.uint(optEmptyNS, im.emptyNS)
-	o.bool(optOrphanPtsMaster, true)
-	for name, field := range map[string]int{"tcp-established": optTCPEstablished, "ext-unix-sk": optExtUnixSk, "shell-job": optShellJob,
-		"file-locks": optFileLocks, "auto-dedup": optAutoDedup, "lazy-pages": optLazyPages, "leave-running": optLeaveRunning,
-		"tcp-skip-in-flight": optTCPSkipInFlight, "link-remap": optLinkRemap} {
+	o.Int(criu.OptLogLevel, 4)
+	o.Str(criu.OptLogFile, log)
+	o.Bool(criu.OptNotifyScripts, true)
+	o.Bool(criu.OptManageCgroups, true)
+	o.Int(criu.OptManageCgroupMode, im.mode)
+	o.Uint(criu.OptEmptyNS, im.emptyNS)
+	o.Bool(criu.OptOrphanPtsMaster, true)
+	for name, field := range map[string]int{"tcp-established": criu.OptTCPEstablished, "ext-unix-sk": criu.OptExtUnixSk, "shell-job": criu.OptShellJob,
+		"file-locks": criu.OptFileLocks, "auto-dedup": criu.OptAutoDedup, "lazy-pages": criu.OptLazyPages, "leave-running": criu.OptLeaveRunning,
+		"tcp-skip-in-flight": criu.OptTCPSkipInFlight, "link-remap": criu.OptLinkRemap} {
 		if v := f.flag[name]; v != nil {
-			o.bool(field, *v)
+			o.Bool(field, *v)
 		}
 	}
 	if config != "" {
-		o.str(optConfigFile, config)
+		o.Str(criu.OptConfigFile, config)
 	}
 	return &o
 }
@@ -206,21 +208,21 @@ func (c *container) dump(f *flags, im *images) error {
 	if err != nil {
 		return err
 	}
-	v, err := version(c.app.log)
+	v, err := criu.Version()
 	if err != nil {
 		return err
 	}
 	if v < 31100 {
 		return fmt.Errorf("criu is version %d, and 3.11 is the least that serves", v)
 	}
-	kind, pre := criuDump, *f.flag["pre-dump"]
+	kind, pre := criu.Dump, *f.flag["pre-dump"]
 	if pre {
-		kind = criuPreDump
+		kind = criu.PreDump
 	}
 	const log = "dump.log"
 	o := im.options(f, log, criuConfig(c.rec.Servin.Annotations))
-	o.str(optRoot, c.rec.Config.Rootfs)
-	o.int(optPID, c.rec.InitPID)
+	o.Str(criu.OptRoot, c.rec.Config.Rootfs)
+	o.Int(criu.OptPID, c.rec.InitPID)
 	for _, n := range c.rec.Config.Namespaces {
 		// One that was given stays out of it, and is expected at the restore.
 		name := map[string]string{"NEWNET": "net", "NEWPID": "pid"}[n.Type]
@@ -231,10 +233,10 @@ func (c *container) dump(f *flags, im *images) error {
 		if err := unix.Stat(n.Path, &st); err != nil {
 			return &os.PathError{Op: "stat", Path: n.Path, Err: err}
 		}
-		o.str(optExternal, fmt.Sprintf("%s[%d]:%s", name, st.Ino, externalKey(name)))
+		o.Str(criu.OptExternal, fmt.Sprintf("%s[%d]:%s", name, st.Ino, criu.NamespaceKey(name)))
 	}
 	if fr := c.cg.Path("freezer"); fr != "" && (!cgroups.IsCgroup2UnifiedMode() || v >= 31400) {
-		o.str(optFreezeCgroup, fr)
+		o.Str(criu.OptFreezeCgroup, fr)
 	}
 	if ps := *f.str["page-server"]; ps != "" {
 		host, port, err := net.SplitHostPort(ps)
@@ -243,14 +245,14 @@ func (c *container) dump(f *flags, im *images) error {
 			//lint:ignore ST1005 as callers know it
 			return errors.New("Use --page-server ADDRESS:PORT to specify page server")
 		}
-		var p pb
-		p.str(1, host)
-		p.int(2, n)
-		o.bytes(optPageServer, p)
+		var p criu.Message
+		p.Str(1, host)
+		p.Int(2, n)
+		o.Bytes(criu.OptPageServer, p)
 	}
 	if im.parent != "" {
-		o.str(optParentImg, im.parent)
-		o.bool(optTrackMem, true)
+		o.Str(criu.OptParentImg, im.parent)
+		o.Bool(criu.OptTrackMem, true)
 	}
 	statusFD, err := statusDescriptor(f)
 	if err != nil {
@@ -258,10 +260,10 @@ func (c *container) dump(f *flags, im *images) error {
 	}
 	if !pre {
 		for _, m := range c.externalMounts(spec) {
-			o.pair(optExtMnt, m, m)
+			o.Pair(criu.OptExtMnt, m, m)
 		}
 		for _, p := range c.maskedFiles(spec) {
-			o.pair(optExtMnt, p, "/dev/null")
+			o.Pair(criu.OptExtMnt, p, "/dev/null")
 		}
 		b, err := json.Marshal(c.rec.Descriptors)
 		if err == nil {
@@ -271,14 +273,15 @@ func (c *container) dump(f *flags, im *images) error {
 			return err
 		}
 	}
-	s, err := startCRIU(c.app.log, [3]*os.File{}, nil)
+	s, err := criu.Start([3]*os.File{}, nil)
 	if err != nil {
 		return err
 	}
-	var req pb
-	req.int(1, kind)
-	req.bytes(2, *o)
-	err = s.carryOut(req, func(script string, _ int, _ []int) error {
+	s.Debug = c.app.log.Debugf
+	var req criu.Message
+	req.Int(1, kind)
+	req.Bytes(2, *o)
+	err = s.CarryOut(req, func(script string, _ int, _ []int) error {
 		if script == "status-ready" && statusFD >= 0 {
 			_, werr := unix.Write(statusFD, []byte{0})
 			unix.Close(statusFD)
@@ -287,7 +290,7 @@ func (c *container) dump(f *flags, im *images) error {
 		}
 		return nil
 	})
-	cerr := s.close()
+	cerr := s.Close()
 	if err == nil && !pre {
 		err = cerr // after a pre-dump it waits for more, and does not mind
 	}
@@ -295,10 +298,6 @@ func (c *container) dump(f *flags, im *images) error {
 		quoteErrors(c.app.log, im.logDir(), log)
 	}
 	return err
-}
-
-func externalKey(ns string) string {
-	return "extRoot" + strings.ToUpper(ns[:1]) + ns[1:] + "NS"
 }
 
 func statusDescriptor(f *flags) (int, error) {

@@ -94,36 +94,3 @@ func TestVersionNumber(t *testing.T) {
 		}
 	}
 }
-
-func TestProtobuf(t *testing.T) {
-	var in, out pb
-	in.str(1, "net-lock")
-	in.int(2, -7)
-	out.int(1, criuNotify)
-	out.bool(2, true)
-	out.bytes(5, in)
-	f, err := readFields(out)
-	if err != nil || f.num[1] != criuNotify || f.num[2] != 1 {
-		t.Fatalf("%+v %v", f, err)
-	}
-	n, err := readFields(f.data[5])
-	if err != nil || string(n.data[1]) != "net-lock" || int32(n.num[2]) != -7 {
-		t.Fatalf("%+v %v", n, err)
-	}
-	for _, bad := range []string{"\x00", "\x0a\x05ab", "\x08", "\x0b", "\x09abc", "\x08\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff"} {
-		if f, err := readFields([]byte(bad)); err == nil {
-			t.Errorf("%q: %+v", bad, f)
-		}
-	}
-}
-
-func FuzzProtobuf(f *testing.F) {
-	f.Add([]byte("\x08\x06\x10\x01\x2a\x02\x0a\x00"))
-	f.Fuzz(func(_ *testing.T, b []byte) {
-		if m, err := readFields(b); err == nil {
-			for _, d := range m.data {
-				_, _ = readFields(d)
-			}
-		}
-	})
-}

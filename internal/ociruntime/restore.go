@@ -12,6 +12,8 @@ import (
 	"github.com/opencontainers/cgroups"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
+
+	"github.com/cloudos-io/cloudos/internal/criu"
 )
 
 func (a *app) restore(f *flags) error {
@@ -111,14 +113,14 @@ func (b *birth) bringBack(f *flags, im *images) error {
 	defer done()
 	const log = "restore.log"
 	o := im.options(f, log, criuConfig(b.spec.Annotations))
-	o.str(optRoot, root)
-	o.bool(optEvasiveDevices, true)
-	o.bool(optRstSibling, true)
+	o.Str(criu.OptRoot, root)
+	o.Bool(criu.OptEvasiveDevices, true)
+	o.Bool(criu.OptRstSibling, true)
 	if v := *f.str["lsm-profile"]; v != "" {
-		o.str(optLSMProfile, v)
+		o.Str(criu.OptLSMProfile, v)
 	}
 	if v := *f.str["lsm-mount-context"]; v != "" {
-		o.str(optLSMMountContext, v)
+		o.Str(criu.OptLSMMountContext, v)
 	}
 	extra, err := b.restoreNamespaces(o)
 	defer func() {
@@ -144,29 +146,30 @@ func (b *birth) bringBack(f *flags, im *images) error {
 		std[i] = os.NewFile(uintptr(dup), "stdio")
 		defer std[i].Close()
 	}
-	s, err := startCRIU(b.app.log, std, extra)
+	s, err := criu.Start(std, extra)
 	if err != nil {
 		return err
 	}
 	// What it makes is born in the cgroup that it is in itself.
-	if err := b.cg.Apply(s.cmd.Process.Pid); err == nil || errors.Is(err, cgroups.ErrRootless) {
+	if err := b.cg.Apply(s.PID()); err == nil || errors.Is(err, cgroups.ErrRootless) {
 		err = b.applyLimits()
 		if err == nil {
-			err = cgroupRoots(o, s.cmd.Process.Pid)
+			err = cgroupRoots(o, s.PID())
 		}
 		if err != nil {
-			_ = s.close()
+			_ = s.Close()
 			return err
 		}
 	} else {
-		_ = s.close()
+		_ = s.Close()
 		return fmt.Errorf("unable to apply cgroup configuration: %w", err)
 	}
-	var req pb
-	req.int(1, criuRestore)
-	req.bytes(2, *o)
-	err = s.carryOut(req, b.notified)
-	cerr := s.close()
+	s.Debug = b.app.log.Debugf
+	var req criu.Message
+	req.Int(1, criu.Restore)
+	req.Bytes(2, *o)
+	err = s.CarryOut(req, b.notified)
+	cerr := s.Close()
 	if err == nil {
 		err = cerr
 	}
@@ -229,7 +232,7 @@ func (b *birth) restoreRoot() (string, func(), error) {
 }
 
 // restoreNamespaces tells criu of the namespaces that are there already.
-func (b *birth) restoreNamespaces(o *pb) (extra []*os.File, err error) {
+func (b *birth) restoreNamespaces(o *criu.Message) (extra []*os.File, err error) {
 	for _, n := range b.spec.Linux.Namespaces {
 		if n.Path == "" {
 			continue
@@ -242,10 +245,10 @@ func (b *birth) restoreNamespaces(o *pb) (extra []*os.File, err error) {
 				return extra, fmt.Errorf("Requested network namespace %v does not exist", n.Path)
 			}
 			name := map[specs.LinuxNamespaceType]string{specs.NetworkNamespace: "net", specs.PIDNamespace: "pid"}[n.Type]
-			var fd pb
-			fd.str(1, externalKey(name))
-			fd.int(2, 4+len(extra)) // after the streams and the socket
-			o.bytes(optInheritFD, fd)
+			var fd criu.Message
+			fd.Str(1, criu.NamespaceKey(name))
+			fd.Int(2, 4+len(extra)) // after the streams and the socket
+			o.Bytes(criu.OptInheritFD, fd)
 			extra = append(extra, ns)
 		case specs.CgroupNamespace:
 			//lint:ignore ST1005 as callers know it
@@ -255,14 +258,14 @@ func (b *birth) restoreNamespaces(o *pb) (extra []*os.File, err error) {
 			if n.Type == specs.MountNamespace {
 				name = "mnt"
 			}
-			o.pair(optJoinNS, name, n.Path)
+			o.Pair(criu.OptJoinNS, name, n.Path)
 		}
 	}
 	return extra, nil
 }
 
 // restoreMounts tells criu what to mount where, and makes the places.
-func (b *birth) restoreMounts(o *pb) error {
+func (b *birth) restoreMounts(o *criu.Message) error {
 	root, err := unix.Open(b.spec.Root.Path, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return &os.PathError{Op: "open", Path: b.spec.Root.Path, Err: err}
@@ -281,14 +284,14 @@ func (b *birth) restoreMounts(o *pb) error {
 		if m.Type == "cgroup" || m.Type == "cgroup2" {
 			if m.Type == "cgroup" && !ownCgroups && !cgroups.IsCgroup2UnifiedMode() {
 				for _, h := range b.opts.V1Controllers {
-					o.pair(optExtMnt, filepath.Join(m.Destination, strings.TrimPrefix(h, "name=")), b.dirs[h])
+					o.Pair(criu.OptExtMnt, filepath.Join(m.Destination, strings.TrimPrefix(h, "name=")), b.dirs[h])
 				}
 			}
 			continue
 		}
 		if b.onTmpfs(m.Destination) {
 			if isBind(m) {
-				o.pair(optExtMnt, filepath.Clean("/"+m.Destination), m.Source)
+				o.Pair(criu.OptExtMnt, filepath.Clean("/"+m.Destination), m.Source)
 			}
 			continue // criu brings back what is in it
 		}
@@ -300,7 +303,7 @@ func (b *birth) restoreMounts(o *pb) error {
 			}
 			dir = st.IsDir()
 		}
-		target, fd, err := mountpoint(root, m.Destination, dir)
+		target, fd, err := criu.Mountpoint(root, m.Destination, dir)
 		if err != nil {
 			return fmt.Errorf("create criu restore mountpoint for %s mount: %w", m.Destination, err)
 		}
@@ -315,18 +318,18 @@ func (b *birth) restoreMounts(o *pb) error {
 		}
 		unix.Close(fd)
 		// Opened anew, it is the mount.
-		if fd, err = openIn(root, target); err != nil {
+		if fd, err = criu.OpenIn(root, target); err != nil {
 			return err
 		}
 		binds = append(binds, fd)
-		o.pair(optExtMnt, target, m.Source)
+		o.Pair(criu.OptExtMnt, target, m.Source)
 	}
 	if len(b.spec.Linux.MaskedPaths) > 0 {
-		o.pair(optExtMnt, "/dev/null", "/dev/null")
+		o.Pair(criu.OptExtMnt, "/dev/null", "/dev/null")
 	}
 	if b.rec.Servin.UserNS {
 		for _, d := range append([]string{"/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/tty"}, devicePaths(b.spec)...) {
-			o.pair(optExtMnt, d, d)
+			o.Pair(criu.OptExtMnt, d, d)
 		}
 	}
 	return nil
@@ -341,49 +344,9 @@ func (b *birth) onTmpfs(path string) bool {
 	return false
 }
 
-func openIn(root int, path string) (int, error) {
-	return unix.Openat2(root, path, &unix.OpenHow{Flags: unix.O_PATH | unix.O_CLOEXEC, Resolve: unix.RESOLVE_IN_ROOT | unix.RESOLVE_NO_MAGICLINKS})
-}
-
-// mountpoint opens a place in the root, and makes it where it is missing, step by
-// step, each resolved within the root.
-func mountpoint(root int, path string, dir bool) (string, int, error) {
-	path = filepath.Clean("/" + path)
-	at := "/"
-	for _, name := range strings.Split(strings.Trim(path, "/"), "/") {
-		next := filepath.Join(at, name)
-		fd, err := openIn(root, next)
-		if err == unix.ENOENT {
-			parent, perr := openIn(root, at)
-			if perr != nil {
-				return "", -1, perr
-			}
-			if next == path && !dir {
-				err = unix.Mknodat(parent, name, unix.S_IFREG|0o644, 0)
-			} else {
-				err = unix.Mkdirat(parent, name, 0o755)
-			}
-			unix.Close(parent)
-			if err == nil {
-				fd, err = openIn(root, next)
-			}
-		}
-		if err != nil {
-			return "", -1, err
-		}
-		if next == path {
-			return path, fd, nil
-		}
-		unix.Close(fd)
-		at = next
-	}
-	fd, err := openIn(root, "/")
-	return "/", fd, err
-}
-
 // inheritPipes has the restored process use our pipes in the place of those that it
 // had at the checkpoint.
-func inheritPipes(o *pb, dir string) error {
+func inheritPipes(o *criu.Message, dir string) error {
 	data, err := os.ReadFile(filepath.Join(dir, descriptorsName))
 	if err != nil {
 		return err
@@ -394,23 +357,23 @@ func inheritPipes(o *pb, dir string) error {
 	}
 	for i, name := range fds {
 		if i < 3 && strings.Contains(name, "pipe:") {
-			var fd pb
-			fd.str(1, name)
-			fd.int(2, i)
-			o.bytes(optInheritFD, fd)
+			var fd criu.Message
+			fd.Str(1, name)
+			fd.Int(2, i)
+			o.Bytes(criu.OptInheritFD, fd)
 		}
 	}
 	return nil
 }
 
 // cgroupRoots tells criu where the container's groups are now.
-func cgroupRoots(o *pb, pid int) error {
+func cgroupRoots(o *criu.Message, pid int) error {
 	paths, err := cgroups.ParseCgroupFile(fmt.Sprintf("/proc/%d/cgroup", pid))
 	if err != nil {
 		return err
 	}
 	for ctrl, p := range paths {
-		o.pair(optCgRoot, ctrl, p)
+		o.Pair(criu.OptCgRoot, ctrl, p)
 	}
 	return nil
 }

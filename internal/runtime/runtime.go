@@ -82,6 +82,10 @@ type StartRequest struct {
 	Init bool
 	// StopAfterCreate holds the process before exec until Task.Release (CRI, OCI create).
 	StopAfterCreate bool
+	// Images, if set, are of the processes that run instead of Spec.Process: the
+	// rest of the spec holds for them, and a driver that cannot tell that it does
+	// refuses them. Only the native driver takes them.
+	Images *Images
 }
 
 // Stdio says how the process's standard streams are made.

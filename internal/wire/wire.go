@@ -307,7 +307,7 @@ func New(ctx context.Context, c *config.Config, inside rootless.State, log *slog
 	}
 	s.Handler = dockerapi.New(dockerapi.Config{
 		Builds:     builder,
-		Containers: s.Engine, Images: images, Networks: s.Engine.NetworkService(), Volumes: s.Engine.VolumeService(), VolumeCopies: s.Engine.VolumeService(),
+		Containers: s.Engine, Images: images, Networks: s.Engine.NetworkService(), Volumes: s.Engine.VolumeService(), VolumeCopies: s.Engine.VolumeService(), Checkpoints: s.Engine,
 		Secrets: s.Engine.SecretService(),
 		Audit:   calls, Policy: policing{rules, s.Engine},
 		System: s.Engine.SystemService(), Logger: log, Version: api.Version,

@@ -22,7 +22,7 @@ var arrows = map[string][]string{
 	"api":                {},
 	"client":             {"api"},
 	"cmd/servin":         {"internal/cli", "client", "api"},
-	"cmd/servind":        {"internal/wire", "internal/config", "internal/daemon", "internal/dockerapi", "internal/image", "internal/network/dhcp", "internal/rootless", "internal/runtime", "internal/shim", "api"},
+	"cmd/servind":        {"internal/wire", "internal/config", "internal/daemon", "internal/dockerapi", "internal/image", "internal/network/dhcp", "internal/rootless", "internal/runtime", "internal/shim", "internal/criu", "api"},
 	"cmd/servin-hello":   {},
 	"internal/fault":     {},
 	"internal/container": {"internal/fault", "internal/volume", "internal/caller", "api"}, // ADR 8, 28
@@ -51,10 +51,11 @@ var arrows = map[string][]string{
 	"internal/image":     {"internal/fault", "internal/snapshot", "internal/hello", "api"},             // ADR 35
 	"internal/hello":     {},
 	"internal/shim":      {"internal/fault", "internal/plan"},
-	"internal/runtime":   {"internal/fault", "internal/shim", "internal/plan", "internal/seccomp", "internal/snapshot", "internal/apparmor"},
+	"internal/runtime":   {"internal/fault", "internal/shim", "internal/plan", "internal/seccomp", "internal/snapshot", "internal/apparmor", "internal/criu"}, // ADR 36
 	"internal/engine": {"internal/fault", "internal/container", "internal/event", "internal/oci", "internal/image", "internal/snapshot",
 		"internal/network", "internal/volume", "internal/runtime", "internal/store", "internal/logs", "internal/idmap", "internal/cdi",
-		"internal/doctor", "internal/apparmor", "internal/config", "internal/caller", "internal/policy", "api", "internal/namespace"},
+		"internal/doctor", "internal/apparmor", "internal/config", "internal/caller", "internal/policy", "api", "internal/namespace",
+		"internal/checkpoint"}, // ADR 36
 	"internal/dockerapi": {"internal/caller", "internal/audit", "internal/policy", "internal/fault", "internal/image", "internal/engine", "api"},
 	"internal/build":     {"internal/fault", "internal/image", "internal/network"},                                                           // ADR 18
 	"internal/criapi":    {"internal/audit", "internal/caller", "internal/fault", "internal/image", "internal/engine", "internal/container"}, // ADR 10
@@ -80,9 +81,13 @@ var arrows = map[string][]string{
 	"cmd/servin-vmd": {"internal/vm", "api"},                       // ADR 41
 	"internal/vm":    {"internal/fault", "internal/vmwire", "api"}, // ADR 41
 
+	// checkpoints, ADR 36
+	"internal/criu":       {},
+	"internal/checkpoint": {"internal/fault", "api"},
+
 	// the OCI command line, ADR 15
 	"cmd/servin-runtime":  {"internal/ociruntime"},
-	"internal/ociruntime": {"internal/plan", "internal/seccomp", "internal/shim", "internal/runtime"},
+	"internal/ociruntime": {"internal/plan", "internal/seccomp", "internal/shim", "internal/runtime", "internal/criu"}, // ADR 36
 }
 
 // composition roots may import everything below internal/.

@@ -32,6 +32,8 @@ func (d *Driver) Start(ctx context.Context, req contract.StartRequest) (contract
 		return nil, fault.New(fault.Invalid, "cannot start %s: its spec lacks process or linux", req.ID)
 	case req.Spec.Process.Terminal != req.Stdio.Terminal:
 		return nil, fault.New(fault.Invalid, "cannot start %s: spec and stdio disagree about a terminal", req.ID)
+	case req.Images != nil:
+		return nil, fault.New(fault.Unsupported, "cannot restore %s: runtime %s starts nothing from a checkpoint", req.ID, d.cfg.Name)
 	case req.Init:
 		return nil, fault.New(fault.Unsupported, "cannot start %s: runtime %s has no built-in init", req.ID, d.cfg.Name)
 	}

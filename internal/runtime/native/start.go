@@ -26,6 +26,7 @@ type start struct {
 	task   *task
 	std    *stdio
 	filter string // key of the seccomp program
+	stage  int    // the process that became CRIU, of a restore
 }
 
 // Start implements runtime.Driver.
@@ -37,7 +38,11 @@ func (d *Driver) Start(ctx context.Context, req contract.StartRequest) (contract
 	}
 	sb := d.pool.take(req.ID)
 	s := &start{d: d, req: &req, sb: sb}
-	t, err := s.run(ctx)
+	run := s.run
+	if req.Images != nil {
+		run = s.restore
+	}
+	t, err := run(ctx)
 	if err != nil {
 		if s.sb != nil {
 			s.sb.relay.bind(nil)

@@ -39,6 +39,10 @@ type state struct {
 	Hooks    *specs.Hooks           `json:"hooks,omitempty"`
 	Labels   map[string]string      `json:"labels,omitempty"`
 	Created  time.Time              `json:"created"`
+	// Binds and Masked are what a checkpoint must know of the mounts; nil where a
+	// former build has started the task.
+	Binds  []string `json:"binds"`
+	Masked []string `json:"masked,omitempty"`
 }
 
 // save writes the state; it overlaps with the stage's work.
@@ -46,7 +50,7 @@ func (t *task) save() error {
 	st := state{
 		Version: stateVersion, ID: t.id, Started: true, PID: t.pid, PIDStart: t.pidStart, Cgroup: t.group.Path(),
 		Terminal: t.terminal, OwnPID: t.ownPID, UserNS: t.userNS, UIDs: t.ids[0], GIDs: t.ids[1], Filter: t.filter,
-		Bundle: t.bundle, Created: t.created,
+		Bundle: t.bundle, Created: t.created, Binds: t.binds, Masked: t.masked,
 	}
 	if t.hooks != nil && len(t.hooks.Poststart)+len(t.hooks.Poststop) > 0 {
 		st.Hooks = &specs.Hooks{Poststart: t.hooks.Poststart, Poststop: t.hooks.Poststop}
@@ -150,7 +154,7 @@ func (d *Driver) Restore(ctx context.Context, id string) (contract.Task, error) 
 	t := &task{
 		d: d, id: id, dir: dir, group: g, pid: st.PID, pidfd: -1, terminal: st.Terminal, ownPID: st.OwnPID, userNS: st.UserNS,
 		ids: [2][]specs.LinuxIDMapping{st.UIDs, st.GIDs}, filter: st.Filter, bundle: st.Bundle, hooks: st.Hooks, labels: st.Labels,
-		created: st.Created, exited: make(chan struct{}), execs: map[uint32]*exec{}, early: map[uint32]shim.Exit{},
+		created: st.Created, binds: st.Binds, masked: st.Masked, exited: make(chan struct{}), execs: map[uint32]*exec{}, early: map[uint32]shim.Exit{},
 	}
 	if err := t.reconnect(ctx, st); err != nil {
 		return nil, err

@@ -34,6 +34,8 @@ type task struct {
 	warnings []string
 	created  time.Time
 	pidStart uint64
+	binds    []string // destinations of mounts that are the host's
+	masked   []string
 
 	exited chan struct{}
 
@@ -72,6 +74,7 @@ func newTask(sb *sandbox, spec *specs.Spec, req *contract.StartRequest) *task {
 			t.userNS = true
 		}
 	}
+	t.binds, t.masked = bindsOf(spec), spec.Linux.MaskedPaths
 	t.ids = [2][]specs.LinuxIDMapping{spec.Linux.UIDMappings, spec.Linux.GIDMappings}
 	// From now on the task closes the process's descriptor and the monitor's
 	// notices about another process go to it.
