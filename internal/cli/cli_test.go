@@ -406,7 +406,7 @@ func TestExitCodes(t *testing.T) {
 		"too few arguments": {nil, "rm", 1, "servin: needs at least 1 argument (CONTAINER [CONTAINER...])\nSee 'servin rm --help'\n"},
 		"one message twice": {refuse(404, `{"message":"No such container"}`), "stop a b", 1, "servin: No such container\n"},
 		"vm":                {nil, "vm start", 1, "servin: cannot find the program servin-vmd"},
-		"search":            {nil, "search x", 1, "servin: cannot search"},
+		"search":            {refuse(501, `{"message":"cannot search x: the registry has no search"}`), "search x", 1, "servin: cannot search"},
 	} {
 		code, out, errb := call(t, x.h, nil, strings.Fields(x.args)...)
 		if code != x.code || out != "" || !strings.HasPrefix(errb, x.stderr) {

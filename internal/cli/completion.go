@@ -155,6 +155,12 @@ func (a *App) candidates(ctx context.Context, kind string) []string {
 		return []string{"json-file", "local", "k8s-file", "journald", "syslog", "fluentd", "none"}
 	case "type":
 		return []string{"container", "image", "network", "volume"}
+	case "sbomformat":
+		return []string{"table", "spdx-json", "cyclonedx-json", "syft-json"}
+	case "scanformat":
+		return []string{"table", "json", "sarif"}
+	case "severity":
+		return []string{"negligible", "low", "medium", "high", "critical"}
 	case "shell":
 		return []string{"bash", "zsh", "fish", "powershell"}
 	case "platform":

@@ -137,18 +137,6 @@ func (a *App) cmdLogout() *command.Command {
 		}}
 }
 
-func (a *App) cmdSearch() *command.Command {
-	return &command.Command{Name: "search", Args: "TERM", Short: "Search a registry (not offered)", Min: 0, Max: -1, Hidden: true,
-		Flags: func(f *command.FlagSet) {
-			limit, filters := 0, []string(nil)
-			f.Int(&limit, "limit", "", "")
-			f.Strings(&filters, "filter", "f", "")
-		},
-		Run: func(ctx context.Context, args []string) error {
-			return errors.New("cannot search: registries have no common way to search; look at https://hub.docker.com/search or your registry's own page, then 'servin pull NAME'")
-		}}
-}
-
 // printObjects prints values of our own as inspect does.
 func printObjects[T any](a *App, list []T, o *inspectFlags) error {
 	tmpl := o.format

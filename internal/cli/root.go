@@ -103,6 +103,7 @@ func (a *App) commands() []*command.Command {
 		as(a.cmdRestart(), "restart", groupOther),
 		as(a.cmdRmi(), "rmi", groupOther),
 		as(a.cmdSave(), "save", groupOther),
+		as(a.cmdSearch(), "search", groupOther),
 		as(a.cmdStart(), "start", groupOther),
 		as(a.cmdStats(), "stats", groupOther),
 		as(a.cmdTag(), "tag", groupOther),
@@ -111,7 +112,6 @@ func (a *App) commands() []*command.Command {
 		as(a.cmdUpdate(), "update", groupOther),
 		as(a.cmdWait(), "wait", groupOther),
 		as(a.cmdWatch(), "watch", groupOther),
-		a.cmdSearch(),
 		a.cmdComplete(),
 		a.cmdHelp(),
 	}
@@ -154,6 +154,6 @@ func (a *App) containers() []*command.Command {
 func (a *App) images() []*command.Command {
 	return []*command.Command{
 		a.cmdImages(), a.cmdPull(), a.cmdBuild(), a.cmdPush(), a.cmdHistory(), a.cmdImport(), a.cmdInspectImage(), a.cmdLoad(),
-		a.cmdImagePrune(), a.cmdRmi(), a.cmdSave(), a.cmdTag(),
+		a.cmdImagePrune(), a.cmdRmi(), a.cmdSave(), a.cmdSBOM(), a.cmdScan(), a.cmdTag(), a.cmdVerify(),
 	}
 }
