@@ -305,7 +305,7 @@ func (h *Host) apply(ctx context.Context, l *live, state string, old, c api.VMCo
 			if can && running {
 				err := g.GrowDisk(ctx, int64(c.DiskGiB)<<30)
 				if err == nil {
-					err = l.call(ctx, "POST", "/v1/data/grow", nil, nil)
+					err = l.growInside(ctx)
 				}
 				if err != nil {
 					h.log.Warn("cannot grow the disk of the running machine", "error", err)
@@ -326,6 +326,17 @@ func (h *Host) apply(ctx context.Context, l *live, state string, old, c api.VMCo
 		l.mu.Unlock()
 	}
 	return applied, pending
+}
+
+// growInside has the guest take the larger disk. It notices by itself, too, and may be at it.
+func (l *live) growInside(ctx context.Context) (err error) {
+	for range 20 {
+		if err = l.call(ctx, "POST", "/v1/data/grow", nil, nil); err == nil {
+			return nil
+		}
+		time.Sleep(250 * time.Millisecond)
+	}
+	return err
 }
 
 // share adds folders to the running machine; false if something waits for a restart.
