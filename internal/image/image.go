@@ -5,6 +5,7 @@
 package image
 
 import (
+	"context"
 	"time"
 
 	"github.com/cloudos-io/cloudos/internal/snapshot"
@@ -59,6 +60,18 @@ type PullOptions struct {
 	// Lazy has layers that allow it be read from the registry as they are used.
 	Lazy     bool
 	Progress func(Progress) // may be nil; called from several goroutines
+	// Admit is asked once it is known what would be fetched, before any layer is; nil
+	// admits all. Pulls that have it are one with those of the same AdmitKey alone.
+	Admit    func(ctx context.Context, a Admission) error
+	AdmitKey string
+}
+
+// Admission is what a pull would bring.
+type Admission struct {
+	Ref string // normalised
+	// Target is the digest of the index or manifest that the name leads to, Manifest
+	// that of the platform's.
+	Target, Manifest digest.Digest
 }
 
 // PushOptions tell what to push.

@@ -44,6 +44,7 @@ type puller struct {
 	slots    *semaphore.Weighted
 	fetched  atomic.Bool // something was not here already
 	lazy     bool
+	admit    func(ctx context.Context, a Admission) error // nil admits all
 }
 
 // Pull fetches an image, or all tags of a repository, and unpacks it. Equal
@@ -99,10 +100,13 @@ func (s *Service) pullOne(ctx context.Context, named reference.Named, o PullOpti
 	if lazily {
 		key += "\x00lazy"
 	}
+	if o.Admit != nil {
+		key += "\x00" + o.AdmitKey
+	}
 	span := trace.SpanFromContext(ctx)
 	return s.pulls.do(ctx, key, progress, func(ctx context.Context, progress func(Progress)) error {
 		ctx = trace.ContextWithSpan(ctx, span) // of who asked first
-		p := &puller{s: s, named: named, platform: o.Platform, auth: o.Auth, progress: progress, lazy: lazily,
+		p := &puller{s: s, named: named, platform: o.Platform, auth: o.Auth, progress: progress, lazy: lazily, admit: o.Admit,
 			slots: semaphore.NewWeighted(int64(s.cfg.MaxConcurrentDownloads))}
 		if err := p.run(ctx); err != nil {
 			if ctx.Err() != nil {
@@ -192,6 +196,9 @@ func (p *puller) target(ctx context.Context, desc ocispec.Descriptor) (*variant,
 		return nil, err
 	}
 	if !images.IsIndexType(desc.MediaType) {
+		if err := p.admitted(ctx, desc, desc); err != nil {
+			return nil, err
+		}
 		return p.image(ctx, desc, b)
 	}
 	idx, err := parseIndex(b)
@@ -204,6 +211,9 @@ func (p *puller) target(ctx context.Context, desc ocispec.Descriptor) (*variant,
 	}
 	cb, err := p.manifest(ctx, child)
 	if err != nil {
+		return nil, err
+	}
+	if err := p.admitted(ctx, desc, child); err != nil {
 		return nil, err
 	}
 	v, err := p.image(ctx, child, cb)
@@ -219,6 +229,14 @@ func (p *puller) target(ctx context.Context, desc ocispec.Descriptor) (*variant,
 	}
 	_, err = p.s.putBlob(ctx, desc.MediaType, b, p.labels(labelsFor(idx.Manifests)))
 	return v, err
+}
+
+// admitted asks whether the pull may go on.
+func (p *puller) admitted(ctx context.Context, target, manifest ocispec.Descriptor) error {
+	if p.admit == nil {
+		return nil
+	}
+	return p.admit(ctx, Admission{Ref: p.named.String(), Target: target.Digest, Manifest: manifest.Digest})
 }
 
 // choose picks the manifest of an index for a platform, the host's for "".

@@ -70,6 +70,28 @@ func (s *Service) Signatures(ctx context.Context, ref string, auth *registry.Aut
 	return out, err
 }
 
+// SignaturesFor is Signatures for one manifest of an image that is here, which a
+// container would run. A signature of the index that it belongs to is one of it.
+func (s *Service) SignaturesFor(ctx context.Context, ref string, manifest digest.Digest) (api.Signatures, error) {
+	out := api.Signatures{Image: ref, Digests: []string{manifest.String()}}
+	f, err := s.find(ctx, ref)
+	if err != nil {
+		return out, err
+	}
+	if f.target.Digest != manifest {
+		t, err := s.target(ctx, f.target)
+		if err != nil {
+			return out, asFault(fmt.Errorf("cannot read image %s: %w", ref, err))
+		}
+		if !slices.ContainsFunc(t.children, func(d ocispec.Descriptor) bool { return d.Digest == manifest }) {
+			return out, fault.New(fault.Conflict, "%s is another image by now", ref)
+		}
+		out.Digests = append(out.Digests, f.target.Digest.String())
+	}
+	out.Items, err = s.SignaturesOf(ctx, s.homes(ref, f), out.Digests, nil)
+	return out, err
+}
+
 // homes are the repositories that an image may have come from, the one it was asked
 // by first.
 func (s *Service) homes(ref string, f found) []reference.Named {

@@ -19,6 +19,7 @@ import (
 	"io"
 	"log/slog"
 	"os"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -235,6 +236,20 @@ func (s *Set) Create(ctx context.Context, c Container) []Violation {
 		return nil
 	}
 	return s.state.Load().doc.create(ctx, c, s.c.Verifier)
+}
+
+// WantsSignatures tells whether any rule asks for signatures.
+func (s *Set) WantsSignatures() bool {
+	return s.Active() && slices.ContainsFunc(s.state.Load().doc.Rules, func(r Rule) bool { return r.Images != nil && len(r.Images.SignedBy) > 0 })
+}
+
+// Pull says what fetching an image would break: of all constraints those of
+// signatures alone, since the others are about what becomes of it.
+func (s *Set) Pull(ctx context.Context, c Container) []Violation {
+	if !s.Active() {
+		return nil
+	}
+	return s.state.Load().doc.each(c, func(r *Rule, b *breach) { r.Images.signed(ctx, c, s.c.Verifier, b) })
 }
 
 // Exec says what a command would break.

@@ -74,6 +74,9 @@ type Signer struct {
 	Key      string `yaml:"key"`
 	Identity string `yaml:"identity"`
 	Issuer   string `yaml:"issuer"`
+	// TrustedRoot is the path of Sigstore's trusted_root.json: an identity is checked
+	// with it, and a key's signatures must be in its log.
+	TrustedRoot string `yaml:"trustedRoot"`
 }
 
 // Users says as whom processes may run.
@@ -215,8 +218,10 @@ func (r *Rule) compile() error {
 			if (s.Key == "") == (s.Identity == "") || (s.Identity == "") != (s.Issuer == "") {
 				return errors.New("images.signedBy: each signer has either a key, or an identity and an issuer")
 			}
-			if s.Key != "" && !path.IsAbs(s.Key) {
-				return fmt.Errorf("images.signedBy: %q is not an absolute path", s.Key)
+			for _, p := range []string{s.Key, s.TrustedRoot} {
+				if p != "" && !path.IsAbs(p) {
+					return fmt.Errorf("images.signedBy: %q is not an absolute path", p)
+				}
 			}
 		}
 	}
@@ -427,7 +432,12 @@ func (im *Images) check(ctx context.Context, c Container, v Verifier, b *breach)
 			}
 		}
 	}
-	if len(im.SignedBy) > 0 {
+	im.signed(ctx, c, v, b)
+}
+
+// signed asks for the signatures that a rule wants.
+func (im *Images) signed(ctx context.Context, c Container, v Verifier, b *breach) {
+	if im != nil && len(im.SignedBy) > 0 {
 		switch {
 		case v == nil:
 			b.add("image "+shownAs(c.Image), "it must be signed, and this engine has nothing that checks signatures")
