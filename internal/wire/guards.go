@@ -16,8 +16,8 @@ import (
 )
 
 // guards opens the audit log and loads the policy.
-func (s *System) guards(c *config.Config, log *slog.Logger) (*audit.Log, *policy.Set, error) {
-	rules, err := policy.Load(policy.Config{Path: c.Policy, Logger: log})
+func (s *System) guards(c *config.Config, signatures policy.Verifier, log *slog.Logger) (*audit.Log, *policy.Set, error) {
+	rules, err := policy.Load(policy.Config{Path: c.Policy, Verifier: signatures, Logger: log})
 	if err != nil {
 		return nil, nil, err
 	}

@@ -51,6 +51,7 @@ import (
 	"github.com/cloudos-io/cloudos/internal/runtime/native"
 	"github.com/cloudos-io/cloudos/internal/secret"
 	"github.com/cloudos-io/cloudos/internal/shim"
+	"github.com/cloudos-io/cloudos/internal/signature"
 	"github.com/cloudos-io/cloudos/internal/snapshot/overlay"
 	"github.com/cloudos-io/cloudos/internal/store"
 	"github.com/cloudos-io/cloudos/internal/tracing"
@@ -211,10 +212,12 @@ func New(ctx context.Context, c *config.Config, inside rootless.State, log *slog
 	if err != nil {
 		return nil, err
 	}
-	calls, rules, err := s.guards(c, log)
+	signatures := signature.New(signature.Config{Dir: filepath.Join(c.Root, "signatures"), Images: images, Logger: log})
+	calls, rules, err := s.guards(c, signatures, log)
 	if err != nil {
 		return nil, err
 	}
+	admitted := admitting{images, rules, signatures}
 	runtimes, err := otherRuntimes(c, instance, log)
 	if err != nil {
 		return nil, err
@@ -252,7 +255,7 @@ func New(ctx context.Context, c *config.Config, inside rootless.State, log *slog
 	// The engine and its edges.
 	s.Engine, err = engine.New(engine.Config{
 		Root: c.Root, RunRoot: c.RunRoot, Version: api.Version, Driver: driver, Runtimes: runtimes, DefaultRuntime: c.DefaultRuntime,
-		Snapshots: layers, Images: images, Toolbox: toolbox(), Networks: networks, Volumes: volumes, IDMaps: ids, Secrets: secrets, Policy: rules, Bus: event.NewBus(event.Config{}),
+		Snapshots: layers, Images: admitted, Toolbox: toolbox(), Networks: networks, Volumes: volumes, IDMaps: ids, Secrets: secrets, Policy: rules, Bus: event.NewBus(event.Config{}),
 		Durable: durable, Ephemeral: ephemeral, Host: host, Profiles: oci.NewProfiles(seccomp), AppArmorProfile: profile,
 		CgroupParent: c.CgroupParent, CgroupV2: v2, NoCgroups: inside.Active && !v2, CgroupDriver: c.CgroupDriver, Rootless: inside.Active, Defaults: defaults,
 		LogDriver: c.Logs.Driver, LogOptions: c.Logs.Options, LogShipper: shipper, LogMaxSize: logSize, LogMaxFiles: c.Logs.MaxFiles, NoNewPrivileges: c.NoNewPrivileges, Init: c.Init,
@@ -290,7 +293,7 @@ func New(ctx context.Context, c *config.Config, inside rootless.State, log *slog
 	if c.CRI != "" {
 		s.CRI = criapi.New(criapi.Config{
 			Audit:  calls,
-			Engine: s.Engine, Images: images, Socket: c.CRI, TCP: c.CRITCP.Listen, Cert: c.CRITCP.Cert, Key: c.CRITCP.Key, CA: c.CRITCP.CA,
+			Engine: s.Engine, Images: admitted, Socket: c.CRI, TCP: c.CRITCP.Listen, Cert: c.CRITCP.Cert, Key: c.CRITCP.Key, CA: c.CRITCP.CA,
 			Version: api.Version, Logger: log,
 		})
 	}
@@ -307,7 +310,7 @@ func New(ctx context.Context, c *config.Config, inside rootless.State, log *slog
 	}
 	s.Handler = dockerapi.New(dockerapi.Config{
 		Builds:     builder,
-		Containers: s.Engine, Images: images, Networks: s.Engine.NetworkService(), Volumes: s.Engine.VolumeService(), VolumeCopies: s.Engine.VolumeService(), Checkpoints: s.Engine,
+		Containers: s.Engine, Images: admitted, Networks: s.Engine.NetworkService(), Volumes: s.Engine.VolumeService(), VolumeCopies: s.Engine.VolumeService(), Checkpoints: s.Engine,
 		Secrets: s.Engine.SecretService(),
 		Audit:   calls, Policy: policing{rules, s.Engine},
 		System: s.Engine.SystemService(), Logger: log, Version: api.Version,

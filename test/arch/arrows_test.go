@@ -45,6 +45,7 @@ var arrows = map[string][]string{
 	"internal/secret":    {"internal/fault", "api"}, // ADR 27
 	"internal/caller":    {},
 	"internal/policy":    {"internal/fault", "internal/caller", "api"},                                 // ADR 28
+	"internal/signature": {"internal/fault", "internal/image", "internal/policy", "api"},               // ADR 35
 	"internal/audit":     {"internal/fault", "internal/caller", "api"},                                 // ADR 29
 	"internal/volume":    {"internal/fault", "internal/snapshot", "internal/plugin", "internal/quota"}, // ADR 26
 	"internal/network":   {"internal/fault", "internal/plugin"},                                        // ADR 33
