@@ -159,3 +159,4 @@ func index(picked []*kernel.Module) ([]byte, error) {
 	err := kernel.Index(&b, picked)
 	return b.Bytes(), err
 }
+

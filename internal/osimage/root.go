@@ -99,7 +99,7 @@ func systemRoot(ctx context.Context, o Options, apt *kernel.Apt, k *kernel.Kerne
 		if strings.HasSuffix(p.name, ".gz") {
 			perm = 0o644
 		}
-		if _, err := t.File("bin/"+p.name, perm, p.part, from); err != nil {
+		if e, err := t.File("bin/"+p.name, perm, p.part, from); err == nil { e.Store = p.name == "servind" } else {
 			return nil, fmt.Errorf("%w (make build)", err)
 		}
 	}

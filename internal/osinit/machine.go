@@ -46,16 +46,25 @@ type machine struct {
 
 	shareMu sync.Mutex // held over mounting, never inside mu
 
-	mu       sync.Mutex
-	state    string
-	problems []string
-	boot     map[string]float64
-	engine   vmwire.Engine
-	data     data.Device
-	dataKind string
-	mounts   []vmwire.Mount
-	synced   bool
-	changed  chan struct{}
+	mu           sync.Mutex
+	state        string
+	problems     []string
+	boot         map[string]float64
+	engine       vmwire.Engine
+	data         data.Device
+	dataKind     string
+	mounts       []vmwire.Mount
+	synced       bool
+	hostClock    bool
+	changed      chan struct{}
+	host         string // the configured name
+	document     []byte
+	configSource string
+
+	// Of run alone.
+	engineArgs []string
+	netStop    context.CancelFunc
+	netDone    chan struct{}
 }
 
 // broadcast wakes those who wait for devices.
@@ -84,6 +93,16 @@ func (b *broadcast) notify() {
 }
 
 func (m *machine) hostname() string {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.name()
+}
+
+// name is the machine's; mu is held.
+func (m *machine) name() string {
+	if m.host != "" {
+		return m.host
+	}
 	if h := m.cmdline["hostname"]; h != "" {
 		return h
 	}
@@ -116,10 +135,11 @@ func (m *machine) setState(s string) {
 
 // problem notes what is wrong; the machine goes on.
 func (m *machine) problem(err error) {
-	m.log.Printf("%v", err)
+	text := strings.Join(strings.FieldsFunc(err.Error(), func(r rune) bool { return r == '\n' }), ";")
+	m.log.Printf("%s", text)
 	m.mu.Lock()
-	if !slices.Contains(m.problems, err.Error()) {
-		m.problems = append(m.problems, err.Error())
+	if !slices.Contains(m.problems, text) {
+		m.problems = append(m.problems, text)
 	}
 	m.mu.Unlock()
 	m.change()
@@ -160,8 +180,6 @@ func (m *machine) devices(ctx context.Context, l *uevent.Listener) {
 // engineSocket is where the engine listens.
 const engineSocket = "/run/servin/servin.sock"
 
-func (m *machine) engineAllowed() bool { return m.cmdline["safe"] == "" }
-
 // runEngine keeps the engine running until ctx is done.
 func (m *machine) runEngine(ctx context.Context) {
 	r, w, err := os.Pipe()
@@ -175,8 +193,8 @@ func (m *machine) runEngine(ctx context.Context) {
 	s := process.Service{
 		Table: m.table,
 		Program: process.Program{
-			Path: "/bin/servind", Output: w, Dir: "/", OOMScoreAdj: -900, NewSession: true,
-			Env: []string{"PATH=/bin", "HOME=/var/root", "TMPDIR=/var/tmp", "SSL_CERT_FILE=/etc/ssl/certs/ca-certificates.crt"},
+			Path: "/bin/servind", Args: m.engineArgs, Output: w, Dir: "/", OOMScoreAdj: -900, NewSession: true,
+			Env: []string{"PATH=/bin", "HOME=/var/root", "TMPDIR=/var/tmp", "SSL_CERT_FILE=" + trusted()},
 		},
 		Log: m.log.Printf,
 		Changed: func(s process.State) {
@@ -193,6 +211,14 @@ func (m *machine) runEngine(ctx context.Context) {
 		},
 	}
 	s.Run(ctx, 10*time.Second)
+}
+
+// trusted is the file with the authorities that programs trust.
+func trusted() string {
+	if _, err := os.Stat(trustFile); err == nil {
+		return trustFile
+	}
+	return certFile
 }
 
 // awaitEngine notes when the engine with a pid answers.
@@ -296,15 +322,16 @@ func (m *machine) Status() vmwire.Status {
 	m.mu.Lock()
 	s := vmwire.Status{
 		State: m.state, Version: m.version, Arch: runtime.GOARCH, Kernel: unix.ByteSliceToString(uts.Release[:]), BootID: m.bootID,
-		Hostname: m.hostname(), Problems: slices.Clone(m.problems), ConfigSource: "default", Time: time.Now(), Uptime: uptime(),
+		Hostname: m.name(), Problems: slices.Clone(m.problems), ConfigSource: m.configSource, Time: time.Now(), Uptime: uptime(),
 		Engine: m.engine, Mounts: slices.Clone(m.mounts), TimeSynchronized: m.synced, Boot: map[string]float64{},
 	}
 	for k, v := range m.boot {
 		s.Boot[k] = v
 	}
+	n := m.net
 	m.mu.Unlock()
-	if m.net != nil {
-		for _, l := range m.net.States() {
+	if n != nil {
+		for _, l := range n.States() {
 			s.Interfaces = append(s.Interfaces, vmwire.Interface{Name: l.Name, MAC: l.MAC, Up: l.Up, Addresses: l.Addresses, Gateway: l.Gateway, DNS: l.DNS, Problem: l.Problem})
 		}
 	}
@@ -329,7 +356,7 @@ func (m *machine) SetClock(t time.Time) (time.Duration, error) {
 		}
 	}
 	m.mu.Lock()
-	m.synced = true
+	m.synced, m.hostClock = true, true
 	m.mu.Unlock()
 	m.change()
 	return moved, nil
@@ -501,13 +528,3 @@ func (m *machine) Log(ctx context.Context, w io.Writer, source string, tail int,
 	}
 	return m.log.write(ctx, w, tail, follow)
 }
-
-// Config is the document in use.
-func (m *machine) Config() []byte { return []byte("version: 1\n") }
-
-// SetConfig keeps a document for the next start.
-func (m *machine) SetConfig([]byte) error {
-	return fault.New(fault.Unsupported, "cannot keep a configuration yet")
-}
-
-func (m *machine) clock(context.Context) {}

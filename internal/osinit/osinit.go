@@ -9,6 +9,7 @@ package osinit
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/signal"
@@ -86,16 +87,14 @@ func (m *machine) run(ctx context.Context) (reboot bool) {
 	if listener != nil {
 		parts.Go(func() { m.devices(ctx, listener) })
 	}
-	// The engine needs its data, the loopback link and a few modules; all else goes on beside it.
-	data := make(chan struct{})
-	parts.Go(func() { m.mountData(); close(data) })
-	parts.Go(func() { m.preload() })
-	m.net = uplink.New(uplink.Options{Hostname: m.hostname(), Resolv: etc + "/resolv.conf", Log: m.log.Printf, Changed: m.change})
 	if err := uplink.Loopback(); err != nil {
 		m.problem(err)
 	}
-	links := m.come.subscribe()
-	parts.Go(func() { m.net.Run(ctx, links) })
+	// The engine needs its data, its configuration and a few modules; all else goes on beside it.
+	var needed sync.WaitGroup
+	needed.Go(m.preload)
+	parts.Go(m.connect)
+	parts.Go(func() { m.settle(ctx) })
 	m.port = &guest.Port{Engine: m.dialEngine, Log: m.log.Printf}
 	m.port.Control = guest.NewControl(m, m.port.Streams)
 	ports := m.come.subscribe()
@@ -104,17 +103,29 @@ func (m *machine) run(ctx context.Context) (reboot bool) {
 			m.problem(err)
 		}
 	})
-	<-data
+	parts.Go(func() { m.show(ctx) })
+	dataErr := m.mountData()
 	m.mark("data")
+	doc, err := m.configure(ctx)
+	m.apply(ctx, doc)
+	m.mark("config")
+	needed.Wait()
+	m.mark("modules")
 	engineCtx, stopEngine := context.WithCancel(ctx)
 	engineDone := make(chan struct{})
-	if m.engineAllowed() {
-		go func() { defer close(engineDone); m.runEngine(engineCtx) }()
-	} else {
+	switch err := errors.Join(dataErr, err); {
+	case err != nil || m.cmdline["safe"] != "":
+		// Safe mode: with what is sure, and the API to mend it.
+		if err != nil {
+			m.problem(err)
+		}
+		m.setState(vmwire.StateSafe)
 		close(engineDone)
+	default:
+		go func() { defer close(engineDone); m.runEngine(engineCtx) }()
 	}
-	parts.Go(func() { m.clock(ctx) })
-	parts.Go(func() { m.growAtStart() })
+	parts.Go(func() { m.keepTime(ctx, doc.Time) })
+	parts.Go(m.growAtStart)
 	signals := make(chan os.Signal, 4)
 	signal.Notify(signals, unix.SIGTERM, unix.SIGINT, unix.SIGPWR, unix.SIGUSR1, unix.SIGUSR2)
 	order := order{patience: 15 * time.Second}
@@ -129,6 +140,7 @@ func (m *machine) run(ctx context.Context) (reboot bool) {
 	stopEngine()
 	<-engineDone
 	stop()
+	<-m.netDone
 	m.down()
 	return order.reboot
 }

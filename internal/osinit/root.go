@@ -1,6 +1,7 @@
 package osinit
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -151,14 +152,12 @@ func (m *machine) later() {
 		id = strings.ReplaceAll(m.bootID, "-", "") + "\n"
 	}
 	for name, text := range map[string]string{
-		"hostname": m.hostname() + "\n", "machine-id": id, "resolv.conf": "",
-		"hosts": "127.0.0.1 localhost\n::1 localhost ip6-localhost ip6-loopback\n127.0.1.1 " + m.hostname() + "\n",
+		"machine-id": id, "resolv.conf": "",
 	} {
 		if err := os.WriteFile(filepath.Join(etc, name), []byte(text), 0o644); err != nil {
 			m.problem(err)
 		}
 	}
-	unix.Sethostname([]byte(m.hostname()))
 	for key, value := range map[string]string{
 		"kernel/modprobe":               "/bin/cloudos-modprobe",
 		"kernel/panic":                  "10",
@@ -182,14 +181,16 @@ func (m *machine) later() {
 	}
 }
 
-// mountData mounts what is kept at /var.
-func (m *machine) mountData() {
+// mountData mounts what is kept at /var. Where that fails it is memory, and the
+// error a reason for safe mode: nothing that is to be kept may go there.
+func (m *machine) mountData() error {
+	var failed error
 	spec := m.cmdline["data"]
 	if spec == "" {
 		spec = "serial=" + vmwire.SerialData
 	}
 	dev, ok := data.Find(spec)
-	if !ok {
+	if !ok && spec != "none" {
 		time.Sleep(50 * time.Millisecond)
 		dev, ok = data.Find(spec)
 	}
@@ -200,7 +201,7 @@ func (m *machine) mountData() {
 			m.data, m.dataKind = dev, "disk"
 			m.mu.Unlock()
 		} else {
-			m.problem(err)
+			failed = err
 			ok = false
 		}
 	} else if spec != "none" {
@@ -222,6 +223,7 @@ func (m *machine) mountData() {
 	}
 	os.Chmod("/var/tmp", 0o1777|os.ModeSticky)
 	os.Symlink("/run", "/var/run")
+	return failed
 }
 
 // growAtStart gives the file system what the disk has more than it.
@@ -238,14 +240,36 @@ func (m *machine) growAtStart() {
 	m.change()
 }
 
-// preload loads what the engine is about to use, before it asks the kernel.
+// What the engine uses while it starts: the kernel would otherwise run a program
+// for each, several times.
+var engineModules = []string{"overlay", "bridge", "veth", "nf_tables", "nft_chain_nat", "nft_nat", "nft_ct", "nft_masq",
+	"nft_fib", "nft_fib_ipv4", "nft_fib_ipv6", "nft_fib_inet", "nft_dup_ipv4", "nft_dup_ipv6"}
+
+// preload loads what the engine is about to use.
 func (m *machine) preload() {
-	if err := m.modules.LoadAll("virtio_console", "virtio_net", "overlay", "bridge", "veth", "nf_tables"); err != nil {
+	if err := m.modules.LoadAll(engineModules...); err != nil {
+		m.problem(err)
+	}
+}
+
+// connect loads what the host is met with.
+func (m *machine) connect() {
+	if err := m.modules.LoadAll("virtio_console", "virtio_net"); err != nil {
 		m.problem(err)
 	}
 	m.come.notify()
-	if err := m.modules.LoadAll("br_netfilter", "nft_chain_nat", "nft_ct", "nft_fib_inet", "nft_masq", "nft_nat", "nft_reject_inet", "nft_redir",
-		"nft_log", "nft_limit", "nft_numgen", "nft_objref", "nft_quota", "nft_tproxy", "nft_socket", "virtio_balloon", "virtio_rng", "tun", "dummy", "loop"); err != nil {
+}
+
+// settle loads the rest, once the engine answers.
+func (m *machine) settle(ctx context.Context) {
+	select {
+	case <-m.ready:
+	case <-ctx.Done():
+		return
+	case <-time.After(20 * time.Second):
+	}
+	if err := m.modules.LoadAll("br_netfilter", "nft_reject_inet", "nft_redir", "nft_log", "nft_limit", "nft_numgen", "nft_objref", "nft_quota",
+		"nft_tproxy", "nft_socket", "virtio_balloon", "virtio_rng", "tun", "dummy", "loop"); err != nil {
 		m.log.Printf("%v", err)
 	}
 	if err := m.modules.Devices(); err != nil {

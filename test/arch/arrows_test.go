@@ -72,11 +72,11 @@ var arrows = map[string][]string{
 	// the image, ADR 38
 	"internal/vmwire":      {},
 	"internal/osimage":     {"internal/fault", "internal/vmwire", "internal/osinit/config"},
-	"internal/osinit":      {"internal/fault", "internal/vmwire", "internal/store"},
+	"internal/osinit":      {"internal/fault", "internal/vmwire", "internal/config"},
 	"internal/slots":       {"internal/fault"},
 	"cmd/cloudos":          {"client", "api"},
 	"cmd/cloudos-image":    {"internal/osimage", "internal/fault", "internal/vmwire", "api"},
-	"cmd/cloudos-modprobe": {"internal/osinit"},
+	"cmd/cloudos-modprobe": {"internal/osinit/modules"},
 	"cmd/cloudos-init":     {"internal/osinit"},
 
 	"cmd/servin-vmd": {"internal/vm", "api"},                       // ADR 41

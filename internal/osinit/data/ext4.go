@@ -49,11 +49,8 @@ func format(dev *os.File, size uint64) error {
 	if err := discard(dev, 0x1277 /* BLKDISCARD */, blockSize, size-blockSize); err != nil && !errors.Is(err, unix.EOPNOTSUPP) && !errors.Is(err, unix.ENOTTY) {
 		return fmt.Errorf("cannot discard: %w", err)
 	}
-	// Zeros that may be holes: BLKZEROOUT would have a host allocate them all.
-	if err := unix.Fallocate(int(dev.Fd()), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, blockSize, templateSize-blockSize); err != nil {
-		if err := discard(dev, 0x127f /* BLKZEROOUT */, blockSize, templateSize-blockSize); err != nil && !errors.Is(err, unix.ENOTTY) {
-			return fmt.Errorf("cannot write zeros: %w", err)
-		}
+	if err := discard(dev, 0x127f /* BLKZEROOUT */, blockSize, templateSize-blockSize); err != nil && !errors.Is(err, unix.ENOTTY) {
+		return fmt.Errorf("cannot write zeros: %w", err)
 	}
 	z, err := zstd.NewReader(bytes.NewReader(template), zstd.WithDecoderConcurrency(1))
 	if err != nil {
