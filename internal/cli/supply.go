@@ -230,7 +230,7 @@ func (a *App) showVerdict(image string, v api.SignatureVerdict, attestation, asJ
 		failed = fmt.Errorf("%s is not signed as wanted%s", image, why)
 	}
 	if asJSON {
-		return errors.Join(format.Object(a.out, v, nil, "json"), failed)
+		return errors.Join(format.JSONLines(a.out, []api.SignatureVerdict{v}), failed)
 	}
 	for _, s := range v.Verified {
 		who := "key " + s.Key

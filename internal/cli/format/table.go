@@ -312,6 +312,12 @@ func truncate(s string, n int) string {
 // Object prints one object by a template, "" or "json" as JSON. Raw is the JSON
 // it came from, for fields that the type lacks.
 func Object(w io.Writer, v any, raw []byte, tmpl string) error {
+	if raw == nil {
+		var err error
+		if raw, err = json.Marshal(v); err != nil {
+			return err
+		}
+	}
 	if tmpl == "json" {
 		var b bytes.Buffer
 		if err := json.Compact(&b, raw); err != nil {
