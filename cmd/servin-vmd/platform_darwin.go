@@ -5,9 +5,10 @@ import (
 
 	"github.com/cloudos-io/cloudos/internal/vm"
 	"github.com/cloudos-io/cloudos/internal/vm/qemu"
+	"github.com/cloudos-io/cloudos/internal/vm/vfkit"
 )
 
-func drivers() []vm.Driver { return []vm.Driver{qemu.New(qemu.Config{})} }
+func drivers() []vm.Driver { return []vm.Driver{vfkit.New(vfkit.Config{}), qemu.New(qemu.Config{})} }
 
 func memory() uint64 {
 	n, err := unix.SysctlUint64("hw.memsize")

@@ -117,7 +117,7 @@ func (d *Driver) Attach(ctx context.Context, r vm.Record) (vm.Machine, error) {
 			return nil, fmt.Errorf("cannot read the machine's record: %w", err)
 		}
 	}
-	held, err := lockHeld(filepath.Join(r.Spec.Run, "machine.lock"))
+	held, err := vm.LockHeld(filepath.Join(r.Spec.Run, "machine.lock"))
 	if err != nil {
 		return nil, err
 	}
@@ -130,7 +130,7 @@ func (d *Driver) Attach(ctx context.Context, r vm.Record) (vm.Machine, error) {
 	defer cancel()
 	mon, err := dialMonitor(ctx, socket(r.Spec, "monitor"))
 	if err != nil {
-		if held, lerr := lockHeld(filepath.Join(r.Spec.Run, "machine.lock")); lerr == nil && !held {
+		if held, lerr := vm.LockHeld(filepath.Join(r.Spec.Run, "machine.lock")); lerr == nil && !held {
 			removeRemains(r.Spec)
 			return nil, nil
 		}
@@ -195,7 +195,7 @@ func (m *Machine) watch(cmd *exec.Cmd) {
 		}
 		// The monitor's end may be ours or somebody else's doing: the lock tells.
 		for {
-			if held, err := lockHeld(filepath.Join(m.spec.Run, "machine.lock")); err == nil && !held {
+			if held, err := vm.LockHeld(filepath.Join(m.spec.Run, "machine.lock")); err == nil && !held {
 				break
 			}
 			select {
@@ -318,36 +318,10 @@ func (m *Machine) SetMemory(ctx context.Context, bytes int64) error {
 
 // GrowDisk implements vm.Resizer.
 func (m *Machine) GrowDisk(ctx context.Context, bytes int64) error {
-	if err := makeDisk(m.spec.Data, bytes); err != nil {
+	if err := vm.MakeDisk(m.spec.Data, bytes); err != nil {
 		return err
 	}
 	return m.mon.do(ctx, "block_resize", map[string]any{"node-name": "data", "size": bytes}, nil)
-}
-
-// makeDisk makes or grows the data disk's file, which stays sparse.
-func makeDisk(path string, size int64) error {
-	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
-	if err != nil {
-		return fmt.Errorf("cannot open the data disk: %w", err)
-	}
-	defer f.Close()
-	fi, err := f.Stat()
-	if err != nil {
-		return err
-	}
-	if !fi.Mode().IsRegular() {
-		return fault.New(fault.Invalid, "the data disk %s is no file", path)
-	}
-	if fi.Size() >= size {
-		return nil
-	}
-	if err := f.Truncate(size); err != nil {
-		return fmt.Errorf("cannot grow the data disk: %w", err)
-	}
-	if err := f.Sync(); err != nil {
-		return err
-	}
-	return vm.SyncDir(filepath.Dir(path))
 }
 
 // removeRemains removes what a machine that has ended left: sockets, and file

@@ -13,8 +13,6 @@ import (
 	"runtime"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/cloudos-io/cloudos/internal/fault"
 	"github.com/cloudos-io/cloudos/internal/vm"
 )
@@ -28,13 +26,13 @@ func (d *Driver) Start(ctx context.Context, s vm.Spec, h vm.Host, report func(st
 	if err := os.MkdirAll(s.Run, 0o700); err != nil {
 		return nil, err
 	}
-	lock, err := takeLock(filepath.Join(s.Run, "machine.lock"))
+	lock, err := vm.TakeLock(filepath.Join(s.Run, "machine.lock"))
 	if err != nil {
 		return nil, err
 	}
 	defer lock.Close()
 	removeRemains(s)
-	if err := makeDisk(s.Data, s.Disk); err != nil {
+	if err := vm.MakeDisk(s.Data, s.Disk); err != nil {
 		return nil, err
 	}
 
@@ -209,37 +207,4 @@ func listen(path string) (*os.File, error) {
 		return nil, err
 	}
 	return n.File()
-}
-
-// takeLock takes the lock of a machine that is to be started.
-func takeLock(path string) (*os.File, error) {
-	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
-	if err != nil {
-		return nil, err
-	}
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		f.Close()
-		if errors.Is(err, unix.EWOULDBLOCK) {
-			return nil, fault.New(fault.Conflict, "the machine runs already")
-		}
-		return nil, fmt.Errorf("cannot lock %s: %w", path, err)
-	}
-	return f, nil
-}
-
-// lockHeld tells whether a machine lives.
-func lockHeld(path string) (bool, error) {
-	f, err := os.OpenFile(path, os.O_RDWR, 0)
-	if errors.Is(err, os.ErrNotExist) {
-		return false, nil
-	}
-	if err != nil {
-		return false, err
-	}
-	defer f.Close()
-	err = unix.Flock(int(f.Fd()), unix.LOCK_SH|unix.LOCK_NB)
-	if errors.Is(err, unix.EWOULDBLOCK) {
-		return true, nil
-	}
-	return false, err
 }

@@ -5,7 +5,6 @@ package qemu
 import (
 	"context"
 	"fmt"
-	"net"
 	"os/exec"
 	"runtime"
 	"syscall"
@@ -22,7 +21,7 @@ func (d *Driver) Start(ctx context.Context, s vm.Spec, h vm.Host, report func(st
 	if err != nil {
 		return nil, err
 	}
-	if err := makeDisk(s.Data, s.Disk); err != nil {
+	if err := vm.MakeDisk(s.Data, s.Disk); err != nil {
 		return nil, err
 	}
 	removeRemains(s)
@@ -60,16 +59,6 @@ func (d *Driver) Start(ctx context.Context, s vm.Spec, h vm.Host, report func(st
 	}
 	go func() { <-died; removeRemains(s); close(m.ended) }()
 	return m, nil
-}
-
-// lockHeld asks QEMU itself: its monitor's socket answers while it lives.
-func lockHeld(lock string) (bool, error) {
-	c, err := net.DialTimeout("unix", lock[:len(lock)-len("machine.lock")]+"monitor.sock", time.Second)
-	if err != nil {
-		return false, nil
-	}
-	c.Close()
-	return true, nil
 }
 
 func birth(pid int) uint64 {
