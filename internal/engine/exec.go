@@ -374,7 +374,7 @@ func (e *Engine) initProcess(ctx context.Context, u *unit, t runtime.Task, r *co
 	bare.HostConfig = &hc
 	var s scope
 	defer s.close()
-	in, err := e.specInput(ctx, u, bare, root, &s)
+	in, err := e.specInput(ctx, u, bare, root, labels{process: e.labelOf(t)}, &s)
 	if err != nil {
 		return nil, err
 	}

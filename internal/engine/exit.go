@@ -10,6 +10,7 @@ import (
 
 	"github.com/cloudos-io/cloudos/internal/container"
 	"github.com/cloudos-io/cloudos/internal/fault"
+	"github.com/cloudos-io/cloudos/internal/oci"
 	"github.com/cloudos-io/cloudos/internal/runtime"
 	"github.com/cloudos-io/cloudos/internal/store"
 )
@@ -41,6 +42,8 @@ func (e *Engine) exited(u *unit, t runtime.Task) {
 	}
 	r := u.rec.Load()
 	u.task, u.process = nil, nil
+	oci.ReleaseLabel(u.label)
+	u.label = ""
 	u.stopTimers()
 	e.logEnded(r)
 	down := make(chan struct{})

@@ -2,6 +2,7 @@ package engine
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -13,6 +14,7 @@ import (
 
 	"github.com/cloudos-io/cloudos/internal/container"
 	"github.com/cloudos-io/cloudos/internal/oci"
+	vol "github.com/cloudos-io/cloudos/internal/volume"
 )
 
 // names of the generated files in a unit's directory, as Docker has them.
@@ -48,7 +50,7 @@ type generated struct{ hosts, resolv *os.File }
 
 // openFiles makes the generated files as far as they are known. They belong to
 // the container's root.
-func (e *Engine) openFiles(u *unit, r *container.Record, s *scope) (g generated, err error) {
+func (e *Engine) openFiles(ctx context.Context, u *unit, r *container.Record, label string, s *scope) (g generated, err error) {
 	open := func(name string) *os.File {
 		if err != nil {
 			return nil
@@ -60,6 +62,9 @@ func (e *Engine) openFiles(u *unit, r *container.Record, s *scope) (g generated,
 		s.hold(f)
 		if r.UserNS.Size != 0 {
 			err = f.Chown(int(r.UserNS.Host), int(r.UserNS.Host))
+		}
+		if err == nil {
+			err = vol.Relabel(ctx, f, label, false)
 		}
 		return f
 	}

@@ -50,6 +50,7 @@ func (e *Engine) ContainerInspect(ctx context.Context, name string, size bool) (
 	if r.State.Running() {
 		out.NetworkSettings.SandboxID = r.ID
 		if t := u.running(); t != nil {
+			out.ProcessLabel = e.labelOf(t)
 			out.NetworkSettings.SandboxKey = "/proc/" + itoa(t.Pid()) + "/ns/net"
 		}
 	}

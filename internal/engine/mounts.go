@@ -110,7 +110,7 @@ func (e *Engine) volumesOf(name string) ([]vol.Point, error) {
 
 // startMounts makes the sources of a container's mounts ready and describes them
 // for the spec.
-func (e *Engine) startMounts(ctx context.Context, u *unit, r *container.Record, back *scope) ([]oci.Mount, error) {
+func (e *Engine) startMounts(ctx context.Context, u *unit, r *container.Record, label string, back *scope) ([]oci.Mount, error) {
 	if len(r.Mounts) == 0 {
 		return nil, nil
 	}
@@ -164,7 +164,7 @@ func (e *Engine) startMounts(ctx context.Context, u *unit, r *container.Record, 
 			m.Type, m.Source, m.Options = "tmpfs", "tmpfs", p.Options
 		case mount.TypeImage:
 			back.add(func(context.Context) { e.dropHostMounts(u) })
-			path, err := e.imageMount(ctx, u, r, i, p)
+			path, err := e.imageMount(ctx, u, r, i, p, label)
 			if err != nil {
 				return nil, err
 			}
@@ -196,12 +196,12 @@ func (e *Engine) subpath(name, sub string) (*os.File, error) {
 func (e *Engine) hostDir(u *unit) string { return filepath.Join(e.stateDir(true), u.id, "mnt") }
 
 // imageMount mounts another image for the container.
-func (e *Engine) imageMount(ctx context.Context, u *unit, r *container.Record, i int, p vol.Point) (string, error) {
+func (e *Engine) imageMount(ctx context.Context, u *unit, r *container.Record, i int, p vol.Point, label string) (string, error) {
 	img, err := e.cfg.Images.Resolve(ctx, p.Source, "")
 	if err != nil {
 		return "", err
 	}
-	f, err := e.cfg.Snapshots.MountChain(ctx, img.Chain, idMap(r))
+	f, err := e.cfg.Snapshots.MountChainLabelled(ctx, img.Chain, idMap(r), label)
 	if err != nil {
 		return "", fmt.Errorf("cannot mount image %s: %w", p.Source, err)
 	}
@@ -231,7 +231,7 @@ func (e *Engine) imageMount(ctx context.Context, u *unit, r *container.Record, i
 }
 
 // sharedShm mounts the /dev/shm that other containers may join.
-func (e *Engine) sharedShm(u *unit, r *container.Record) (string, error) {
+func (e *Engine) sharedShm(u *unit, r *container.Record, label string) (string, error) {
 	dir := filepath.Join(e.hostDir(u), "shm")
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return "", err
@@ -239,6 +239,9 @@ func (e *Engine) sharedShm(u *unit, r *container.Record) (string, error) {
 	opts := "mode=1777,size=" + strconv.FormatInt(r.HostConfig.ShmSize, 10)
 	if r.UserNS.Size != 0 {
 		opts += fmt.Sprintf(",uid=%d,gid=%d", r.UserNS.Host, r.UserNS.Host)
+	}
+	if label != "" {
+		opts += `,context="` + label + `"`
 	}
 	if err := unix.Mount("shm", dir, "tmpfs", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, opts); err != nil {
 		return "", fmt.Errorf("cannot mount the shared /dev/shm: %w", err)

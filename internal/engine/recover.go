@@ -17,6 +17,7 @@ import (
 	"github.com/cloudos-io/cloudos/internal/container"
 	"github.com/cloudos-io/cloudos/internal/fault"
 	net "github.com/cloudos-io/cloudos/internal/network"
+	"github.com/cloudos-io/cloudos/internal/oci"
 	"github.com/cloudos-io/cloudos/internal/runtime"
 	"github.com/cloudos-io/cloudos/internal/store"
 )
@@ -176,6 +177,9 @@ func (e *Engine) restore(ctx context.Context, u *unit, r *container.Record) *os.
 	}
 	u.mu.Lock()
 	u.task, u.ended = t, make(chan struct{})
+	if u.label = e.labelOf(t); u.label != "" {
+		oci.ReserveLabel(u.label)
+	}
 	u.noRestart = r.State.ManualStop
 	n := r.Clone()
 	if !r.State.Running() {

@@ -87,7 +87,7 @@ func shared(r api.SecretRef) (string, bool) {
 }
 
 // secretMounts makes the files of a container that starts and adds their mounts.
-func (e *Engine) secretMounts(u *unit, r *container.Record, mounts []oci.Mount, back *scope) ([]oci.Mount, error) {
+func (e *Engine) secretMounts(u *unit, r *container.Record, mounts []oci.Mount, label string, back *scope) ([]oci.Mount, error) {
 	if len(r.Extra.Secrets) == 0 {
 		return mounts, nil
 	}
@@ -107,7 +107,7 @@ func (e *Engine) secretMounts(u *unit, r *container.Record, mounts []oci.Mount, 
 	}
 	top := filepath.Join(e.hostDir(u), secretsMount)
 	back.add(func(context.Context) { e.dropHostMounts(u) })
-	if err := mountMemory(top, 4*total+(1<<20)); err != nil { // room for new values beside the old
+	if err := mountMemory(top, 4*total+(1<<20), label); err != nil { // room for new values beside the old
 		return nil, fmt.Errorf("cannot make memory for the container's secrets: %w", err)
 	}
 	dir := filepath.Join(top, "shared")
@@ -138,11 +138,14 @@ func (e *Engine) secretMounts(u *unit, r *container.Record, mounts []oci.Mount, 
 }
 
 // mountMemory mounts a tmpfs that is not swapped out where the kernel can (6.4).
-func mountMemory(dir string, size int64) error {
+func mountMemory(dir string, size int64, label string) error {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return err
 	}
 	opts := "mode=0711,size=" + strconv.FormatInt(size, 10)
+	if label != "" {
+		opts += `,context="` + label + `"`
+	}
 	flags := uintptr(unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC)
 	err := unix.Mount("secrets", dir, "tmpfs", flags, opts+",noswap")
 	if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.EPERM) {

@@ -184,6 +184,7 @@ func (e *Engine) launch(ctx context.Context, u *unit, o launch) (p store.Pending
 
 	u.mu.Lock()
 	u.task, u.process, u.noRestart = task, spec, false
+	u.label = spec.SelinuxLabel
 	u.ended = make(chan struct{})
 	nr, p, cerr := e.changeLocked(u, func(n *container.Record) {
 		if serr := step(n, container.EventStart); serr != nil {
@@ -237,7 +238,11 @@ func (e *Engine) prepare(ctx context.Context, u *unit, r *container.Record, o *l
 	ctx, end := e.span(ctx, "container.prepare")
 	defer end(&err)
 	hc := r.HostConfig
-	root, err := e.cfg.Snapshots.Mount(ctx, r.ID, false, idMap(r))
+	lab, err := e.allotLabels(r, back)
+	if err != nil {
+		return req, g, err
+	}
+	root, err := e.cfg.Snapshots.MountLabelled(ctx, r.ID, idMap(r), lab.mount)
 	if err != nil {
 		return req, g, fmt.Errorf("cannot mount the container's file system: %w", err)
 	}
@@ -259,7 +264,7 @@ func (e *Engine) prepare(ctx context.Context, u *unit, r *container.Record, o *l
 		return req, g, fmt.Errorf("cannot make the container's directory: %w", err)
 	}
 	if !hc.NetworkMode.IsContainer() {
-		if g, err = e.openFiles(u, r, back); err != nil {
+		if g, err = e.openFiles(ctx, u, r, lab.mount, back); err != nil {
 			return req, g, err
 		}
 	}
@@ -268,7 +273,7 @@ func (e *Engine) prepare(ctx context.Context, u *unit, r *container.Record, o *l
 			return req, g, err
 		}
 	}
-	in, err := e.specInput(ctx, u, r, root, back)
+	in, err := e.specInput(ctx, u, r, root, lab, back)
 	if err != nil {
 		return req, g, err
 	}
@@ -309,13 +314,13 @@ func (e *Engine) prepare(ctx context.Context, u *unit, r *container.Record, o *l
 
 // specInput gathers what the spec depends on. Things that must stay until the
 // start are undone by back.
-func (e *Engine) specInput(ctx context.Context, u *unit, r *container.Record, root *os.File, back *scope) (in oci.Input, err error) {
+func (e *Engine) specInput(ctx context.Context, u *unit, r *container.Record, root *os.File, lab labels, back *scope) (in oci.Input, err error) {
 	hc := r.HostConfig
 	in = oci.Input{
 		ID: r.ID, Name: r.Name, Config: r.Config, HostConfig: hc, Files: e.filePaths(u, r), IDMap: idMap(r),
 		CgroupPath: e.cgroupPath(r), CgroupV2: e.cfg.CgroupV2, Rootless: e.cfg.Rootless,
 		Devices: oci.DevicesAt, Host: e.cfg.Host, Seccomp: e.cfg.Profiles, AppArmorProfile: e.cfg.AppArmorProfile,
-		NoNewPrivileges: e.cfg.NoNewPrivileges,
+		NoNewPrivileges: e.cfg.NoNewPrivileges, ProcessLabel: lab.process, MountLabel: lab.mount,
 	}
 	if !e.native(hc.Runtime) {
 		// Runtimes of some age refuse specs that use these.
@@ -324,20 +329,11 @@ func (e *Engine) specInput(ctx context.Context, u *unit, r *container.Record, ro
 	if in.User, in.Home, err = lookupUser(root, r); err != nil {
 		return in, err
 	}
-	if in.Mounts, err = e.startMounts(ctx, u, r, back); err != nil {
+	if in.Mounts, err = e.startMounts(ctx, u, r, lab.mount, back); err != nil {
 		return in, err
 	}
 	if hc.Privileged {
 		if in.AllDevices, err = e.devices.get(); err != nil {
-			return in, err
-		}
-	}
-	if e.cfg.Host.SELinux {
-		o, err := oci.ParseSecurityOpt(hc.SecurityOpt)
-		if err != nil {
-			return in, err
-		}
-		if in.ProcessLabel, in.MountLabel, err = oci.Labels(o, hc.Privileged); err != nil {
 			return in, err
 		}
 	}
@@ -351,7 +347,7 @@ func (e *Engine) specInput(ctx context.Context, u *unit, r *container.Record, ro
 	if err := e.ownMounts(ctx, u, r, in.Mounts, in.User, in.MountLabel, back); err != nil {
 		return in, err
 	}
-	if in.Mounts, err = e.secretMounts(u, r, in.Mounts, back); err != nil {
+	if in.Mounts, err = e.secretMounts(u, r, in.Mounts, lab.mount, back); err != nil {
 		return in, err
 	}
 	if in.LinkEnv, err = e.linkEnv(r); err != nil {
@@ -361,7 +357,7 @@ func (e *Engine) specInput(ctx context.Context, u *unit, r *container.Record, ro
 		in.ShmSource = "/dev/shm"
 	}
 	if hc.IpcMode.IsShareable() {
-		if in.ShmSource, err = e.sharedShm(u, r); err != nil {
+		if in.ShmSource, err = e.sharedShm(u, r, lab.mount); err != nil {
 			return in, err
 		}
 		back.add(func(context.Context) { e.dropHostMounts(u) })

@@ -28,6 +28,7 @@ type unit struct {
 	mu      sync.Mutex // guards what follows
 	task    runtime.Task
 	process *specs.Process // of the running task, for exec; nil after a restart of the daemon
+	label   string         // SELinux label of the running task
 	waiters []waiter
 	pending []*attachment // clients that attached before the start
 	execs   map[string]struct{}

@@ -136,6 +136,29 @@ func Labels(o SecurityOptions, privileged bool) (process, mount string, err erro
 	return process, mount, nil
 }
 
+// LabelOf is the SELinux label of a running process, "" where SELinux is off.
+func LabelOf(pid int) string {
+	l, err := selinux.PidLabel(pid)
+	if err != nil {
+		return ""
+	}
+	return l
+}
+
+// SameLabels gives the options for a container that is to have another's labels.
+func SameLabels(process string) ([]string, error) { return selinux.DupSecOpt(process) }
+
+// ReserveLabel keeps a label's categories from being allotted again, until
+// ReleaseLabel.
+func ReserveLabel(l string) { selinux.ReserveLabel(l) }
+
+// ReleaseLabel gives a label's categories back.
+func ReleaseLabel(l string) {
+	if l != "" {
+		selinux.ReleaseLabel(l)
+	}
+}
+
 // DevicesAt finds the device nodes at a host path: the node itself, links
 // followed, or every node below a directory. Paths are given as below path.
 func DevicesAt(path string) ([]specs.LinuxDevice, error) {

@@ -4,6 +4,7 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -84,6 +85,7 @@ func unique(ids []uint32) []uint32 {
 			out = append(out, id)
 		}
 	}
+	slices.Sort(out) // nor does the order
 	return out
 }
 

@@ -37,8 +37,12 @@ type Store interface {
 	// With m the layers are idmapped. The mount ends when the last descriptor and
 	// attachment go. Mounting a layer twice at the same time is the caller's fault.
 	Mount(ctx context.Context, id string, readonly bool, m IDMap) (*os.File, error)
+	// MountLabelled is Mount, writable, with one SELinux label for all that is in it.
+	MountLabelled(ctx context.Context, id string, m IDMap, label string) (*os.File, error)
 	// MountChain mounts the chain alone, read-only.
 	MountChain(ctx context.Context, chain Chain, m IDMap) (*os.File, error)
+	// MountChainLabelled is MountChain with one SELinux label for all that is in it.
+	MountChainLabelled(ctx context.Context, chain Chain, m IDMap, label string) (*os.File, error)
 	// Changes lists what differs from the chain (docker diff).
 	Changes(ctx context.Context, id string) ([]container.FilesystemChange, error)
 	// Diff streams the writable layer as an OCI layer tar (whiteouts included).

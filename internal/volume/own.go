@@ -79,7 +79,7 @@ func Relabel(ctx context.Context, root *os.File, label string, shared bool) erro
 		}
 		return err
 	})
-	return walkError(err, "relabel "+root.Name())
+	return walkError(err, "relabel "+root.Name()+" as "+label)
 }
 
 func walkError(err error, what string) error {

@@ -3,6 +3,7 @@
 # there), run containers in it, and print what it said.
 # usage: test/vm/smoke.sh BIN CACHE [SUITE]   BIN: folder with servin and servind
 # SUITE: a static test program, with its testdata beside it, that is run there instead of the checks.
+# env: SMOKE_CHECKS a folder whose script "run" is read there instead of the checks; SMOKE_APPEND more for the kernel's command line
 set -euo pipefail
 bin=$(realpath "$1") cache=$2 suite=${3:-}
 mkdir -p "$cache"
@@ -64,11 +65,12 @@ done
 for f in ${SMOKE_FILES:-}; do
 	[ ! -e "$f" ] || { mkdir -p "$root$(dirname "$f")" && cp -L "$f" "$root$f"; }
 done
+[ -z "${SMOKE_CHECKS:-}" ] || cp -r "$SMOKE_CHECKS" "$root/checks"
 cat > "$root/init" <<'I'
 #!/bin/sh
 # pivot_root does not work on the initramfs: move to a tmpfs root first.
 mount -t tmpfs -o mode=755 tmpfs /newroot
-for d in bin sbin lib lib64 usr suite etc var root tmp; do [ ! -e /$d ] || cp -a /$d /newroot/; done
+for d in bin sbin lib lib64 usr suite checks etc var root tmp; do [ ! -e /$d ] || cp -a /$d /newroot/; done
 mkdir -p /newroot/proc /newroot/sys /newroot/dev /newroot/run
 cp /second /newroot/second
 exec switch_root /newroot /second
@@ -91,13 +93,14 @@ if [ -d /suite ]; then
 	SERVIN_TEST_SLOW=5 SERVIN_TEST_QUOTA=/tmp SERVIN_BIN=/bin ./suite.test -test.v -test.timeout 40m && echo "SUITE passed" || echo "SUITE FAILED"
 	poweroff -f
 fi
-servind > /run/servind.log 2>&1 &
-for i in $(seq 600); do servin version >/dev/null 2>&1 && break; sleep 0.1; done
 check() { # check NAME WANTED COMMAND...
 	name=$1 want=$2; shift 2
 	got=$("$@" 2>&1); code=$?
 	case "$code $got" in "0 "*"$want"*) echo "SMOKE ok $name";; *) echo "SMOKE FAILED $name: exit $code: $got";; esac
 }
+if [ -d /checks ]; then . /checks/run; poweroff -f; fi
+servind > /run/servind.log 2>&1 &
+for i in $(seq 600); do servin version >/dev/null 2>&1 && break; sleep 0.1; done
 check hello "Everything works" servin run --rm servin/hello
 check exit-code "status 7" sh -c 'servin run --rm servin/hello exit 7; echo status $?'
 check cgroup-v2 "Cgroup version: 2" servin info
@@ -149,5 +152,5 @@ if [ -n "$suite" ]; then
 	disk=(-drive "file=$cache/disk.$$,format=raw,if=virtio,cache=unsafe")
 fi
 timeout "${SMOKE_TIMEOUT:-240}" qemu-system-x86_64 -accel $accel -cpu max -smp 2 -m $memory -nographic -no-reboot -nodefaults -serial stdio "${disk[@]}" \
-	-kernel "$kernel" -initrd "$cache/initrd.$$" -append "console=ttyS0 quiet panic=-1 random.trust_cpu=on" </dev/null || say "qemu ended with $?"
+	-kernel "$kernel" -initrd "$cache/initrd.$$" -append "console=ttyS0 quiet panic=-1 random.trust_cpu=on ${SMOKE_APPEND:-}" </dev/null || say "qemu ended with $?"
 rm -f "$cache/initrd.$$"

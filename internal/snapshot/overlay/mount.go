@@ -65,10 +65,20 @@ type stack struct {
 	dir      string   // holds upper and work; "" for a read-only stack
 	volatile bool
 	readonly bool
+	label    string // SELinux label of all that is in it, "" for the files' own
 }
 
 // Mount mounts a layer. See snapshot.Store.
 func (s *Store) Mount(ctx context.Context, id string, readonly bool, m snapshot.IDMap) (*os.File, error) {
+	return s.mountLayer(ctx, id, readonly, m, "")
+}
+
+// MountLabelled mounts a layer under one label. See snapshot.Store.
+func (s *Store) MountLabelled(ctx context.Context, id string, m snapshot.IDMap, label string) (*os.File, error) {
+	return s.mountLayer(ctx, id, false, m, label)
+}
+
+func (s *Store) mountLayer(ctx context.Context, id string, readonly bool, m snapshot.IDMap, label string) (*os.File, error) {
 	l, err := s.lookup(id)
 	if err != nil {
 		return nil, err
@@ -76,7 +86,7 @@ func (s *Store) Mount(ctx context.Context, id string, readonly bool, m snapshot.
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
-	st := stack{lowers: l.Chain.Dirs, dir: l.dir, volatile: l.Ephemeral, readonly: readonly}
+	st := stack{lowers: l.Chain.Dirs, dir: l.dir, volatile: l.Ephemeral, readonly: readonly, label: label}
 	if len(st.lowers) == 0 {
 		st.lowers = []string{s.empty}
 	}
@@ -96,18 +106,30 @@ func (s *Store) Mount(ctx context.Context, id string, readonly bool, m snapshot.
 
 // MountChain mounts a chain read-only. See snapshot.Store.
 func (s *Store) MountChain(ctx context.Context, chain snapshot.Chain, m snapshot.IDMap) (*os.File, error) {
+	return s.MountChainLabelled(ctx, chain, m, "")
+}
+
+// MountChainLabelled mounts a chain under one label. See snapshot.Store.
+func (s *Store) MountChainLabelled(ctx context.Context, chain snapshot.Chain, m snapshot.IDMap, label string) (*os.File, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
+	dirs := chain.Dirs
+	if label != "" {
+		// A clone of a directory has the files' own labels; overlayfs wants two.
+		for len(dirs) < 2 {
+			dirs = append(dirs[:len(dirs):len(dirs)], s.empty)
+		}
+	}
 	var f *os.File
 	var err error
-	switch len(chain.Dirs) {
+	switch len(dirs) {
 	case 0:
 		f, err = s.bind(s.empty, m)
 	case 1:
-		f, err = s.bind(chain.Dirs[0], m)
+		f, err = s.bind(dirs[0], m)
 	default:
-		f, err = s.mount(stack{lowers: chain.Dirs, readonly: true}, m)
+		f, err = s.mount(stack{lowers: dirs, readonly: true, label: label}, m)
 	}
 	if err != nil {
 		return nil, mountFault("chain "+chain.ID, err)
@@ -280,6 +302,9 @@ func (s *Store) fsmount(st stack) (*os.File, error) {
 	}
 	if st.volatile && st.dir != "" {
 		flag("volatile")
+	}
+	if st.label != "" {
+		set("context", st.label)
 	}
 	if err != nil {
 		return nil, explain(fd, err)

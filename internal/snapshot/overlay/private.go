@@ -131,6 +131,9 @@ func (s *Store) options(st stack, base string) (string, error) {
 	if st.volatile && st.dir != "" {
 		opts = append(opts, "volatile")
 	}
+	if st.label != "" {
+		opts = append(opts, `context="`+st.label+`"`)
+	}
 	o := strings.Join(opts, ",")
 	if len(o) >= os.Getpagesize() {
 		return "", fault.New(fault.Unsupported, "%d layers are too many for this kernel (%s); use kernel 6.5 or newer, or fewer layers", len(st.lowers), fmt.Sprintf("mount data of %d bytes", len(o)))
