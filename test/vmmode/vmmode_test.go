@@ -272,7 +272,7 @@ func TestSettings(t *testing.T) {
 		t.Errorf("shares that came later: %q", out)
 	}
 	m.must("vm", "restart")
-	if st := m.status(); len(st.Pending) != 0 || len(st.Shares) != 2 {
+	if st := m.status(); len(st.Pending) != 0 || len(st.Shares) != 3 {
 		t.Errorf("after a restart: %+v", st)
 	}
 	m.want("kept", "volumes", "list")
