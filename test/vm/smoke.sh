@@ -48,6 +48,7 @@ depmod -b "$root" "$version"
 
 if [ -n "$suite" ]; then
 	mkdir -p "$root/suite" "$root/usr/bin"
+	cp "$bin/servin-build" "$bin/servin-buildd" "$bin/servin-compose" "$root/bin/"
 	cp "$suite" "$root/suite/suite.test"
 	cp -r "$(dirname "$suite")/testdata" "$root/suite/"
 	ln -s ../../bin/busybox "$root/usr/bin/busybox"
