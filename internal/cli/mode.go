@@ -130,18 +130,29 @@ func (a *App) cmdModeSet(name, args string, n int) *command.Command {
 	if n == 0 {
 		short = "Let the platform decide where containers run"
 	}
+	noCarry, jsonOut := false, false
 	return &command.Command{Name: name, Args: args, Short: short, Min: n, Max: n,
+		Long: short + `.
+
+Images, containers with what they wrote, volumes, networks, secrets and configs come
+along: containers that run are stopped, copied and started at the other side. The side
+that was left keeps everything (its containers stay stopped) until you remove it there. The
+mode changes only when all is verified; a switch that was interrupted is run again.`,
+		Flags: func(f *command.FlagSet) {
+			f.Bool(&noCarry, "no-carry", "", "Switch alone, bring nothing")
+			f.Bool(&jsonOut, "json", "", "Print JSON")
+		},
 		Run: func(ctx context.Context, args []string) error {
 			mode := modeAuto
 			if n == 1 {
 				mode = args[0]
 			}
-			return a.setMode(ctx, mode)
+			return a.setMode(ctx, mode, !noCarry, jsonOut)
 		}}
 }
 
 // setMode keeps the choice once the engine that it means can be reached.
-func (a *App) setMode(ctx context.Context, mode string) error {
+func (a *App) setMode(ctx context.Context, mode string, carry, jsonOut bool) error {
 	if mode != modeAuto && mode != modeNative && mode != modeVM {
 		return usagef("there is no mode %q: native, vm or auto", mode)
 	}
@@ -149,18 +160,27 @@ func (a *App) setMode(ctx context.Context, mode string) error {
 	if to == modeNative && runtime.GOOS != "linux" {
 		return fmt.Errorf("containers run natively on Linux alone: keep mode vm, or name an engine on a Linux host with --host or 'servin context create'")
 	}
+	f, err := a.file()
+	if err != nil {
+		return err
+	}
 	if to == modeVM {
 		if err := a.startMachine(ctx); err != nil {
 			return err
 		}
 	}
-	f, err := a.file()
-	if err != nil {
-		return err
+	// Elsewhere than on Linux there is no native side to bring anything from.
+	if from := effective(f.Mode); carry && from != to && runtime.GOOS == "linux" {
+		if err := a.carry(ctx, from, to, jsonOut); err != nil {
+			return err
+		}
 	}
 	f.Mode = mode
 	if err := f.Save(); err != nil {
 		return err
+	}
+	if jsonOut {
+		return format.JSONLines(a.out, []map[string]string{{"Mode": to, "Configured": mode}})
 	}
 	if to == modeVM {
 		fmt.Fprintf(a.out, "Containers run in the virtual machine now. Docker's clients: DOCKER_HOST=unix://%s\n", a.place().Engine())

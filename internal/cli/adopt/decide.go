@@ -9,6 +9,7 @@ import (
 	"github.com/moby/moby/api/types/network"
 	"github.com/moby/moby/api/types/volume"
 
+	"github.com/cloudos-io/cloudos/api"
 	"github.com/cloudos-io/cloudos/client"
 )
 
@@ -39,6 +40,9 @@ type Step struct {
 	// imageID is the container's image there.
 	imageID string
 	others  []join
+	// written: a container that wrote outside of its volumes.
+	written bool
+	secret  api.Secret
 }
 
 // join is a further network of a container.
@@ -55,6 +59,8 @@ type Options struct {
 	Replace bool
 	// Local: the volumes' directories there can be read on this machine.
 	Local bool
+	// Archives: both sides are engines of ours, which give and take volumes whole.
+	Archives bool
 }
 
 // Decide compares the two sides and does nothing.
@@ -131,7 +137,7 @@ func decideVolumes(from, to Inventory, o Options) []Step {
 			s.Skip = fmt.Sprintf("its driver %s is a plugin: create it here with the same driver", v.Driver)
 		case mounted(v):
 			s.Warnings = append(s.Warnings, "created with the same options; its content is where they point")
-		case !o.Local:
+		case !o.Local && !o.Archives:
 			s.Skip = "its content is on another machine: adopt there, or use volumes export and import"
 		}
 		steps = append(steps, s)

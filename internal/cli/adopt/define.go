@@ -110,6 +110,7 @@ func define(c *container.InspectResponse, byID map[string]string, tags []string,
 
 	s.networks(c, &host, nets)
 	if n := c.SizeRw; n != nil && *n > 0 {
+		s.written = true
 		s.Warnings = append(s.Warnings, "files that it wrote outside volumes stay behind: commit it to an image there to bring them")
 	}
 	s.create.Config, s.create.HostConfig = &cfg, &host

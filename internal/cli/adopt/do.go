@@ -23,6 +23,10 @@ type Adopter struct {
 	// Warn is told what could not be brought over as it was.
 	Warn func(string)
 
+	// Archives and Layers are for engines of ours on both sides: volumes come as
+	// archives that are checked, containers with what they wrote.
+	Archives, Layers bool
+
 	// ids are images' ids here by those there, of images without a name.
 	ids map[string]string
 }
@@ -41,6 +45,8 @@ func (a *Adopter) Do(ctx context.Context, s *Step) error {
 		return a.network(ctx, s)
 	case Containers:
 		return a.container(ctx, s)
+	case Secrets, Configs:
+		return a.secret(ctx, s)
 	}
 	return fmt.Errorf("cannot adopt a %s", s.Kind)
 }
@@ -89,6 +95,9 @@ func (a *Adopter) volume(ctx context.Context, s *Step) error {
 		_, err := a.To.VolumeCreate(ctx, volume.CreateRequest{Name: v.Name, DriverOpts: v.Options, Labels: v.Labels})
 		return err
 	}
+	if a.Archives {
+		return a.archive(ctx, v.Name)
+	}
 	if fi, err := os.Lstat(v.Mountpoint); err != nil {
 		return fmt.Errorf("cannot read the volume's directory: %w", err)
 	} else if !fi.IsDir() {
@@ -132,6 +141,13 @@ func (a *Adopter) container(ctx context.Context, s *Step) error {
 	o := s.create
 	cfg := *o.Config
 	if id, ok := a.ids[s.imageID]; ok && cfg.Image == s.imageID {
+		cfg.Image = id
+	}
+	if a.Layers && s.written {
+		id, err := a.layer(ctx, s)
+		if err != nil {
+			return fmt.Errorf("cannot bring what it wrote: %w", err)
+		}
 		cfg.Image = id
 	}
 	o.Config = &cfg
