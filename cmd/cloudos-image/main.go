@@ -20,7 +20,7 @@ import (
 )
 
 const usage = `Usage:
-  cloudos image build [--arch amd64|arm64] [--format vm] -o DIR
+  cloudos image build [--arch amd64|arm64] [--format vm|disk|iso|netboot] -o DIR
 
 `
 
@@ -52,7 +52,9 @@ func build(ctx context.Context, args []string) error {
 	f.SetOutput(io.Discard)
 	var o osimage.Options
 	f.StringVar(&o.Arch, "arch", runtime.GOARCH, "amd64 or arm64")
-	f.StringVar(&o.Format, "format", "vm", "vm: kernel, initrd and root for VM mode")
+	f.StringVar(&o.Format, "format", "vm", "vm: kernel, initrd and root for VM mode; disk: for clouds; iso: for discs and sticks; netboot: kernel and initrd")
+	f.StringVar(&o.DiskFormat, "disk-format", "raw", "raw or qcow2, of the format disk")
+	f.StringVar(&o.Words, "append", "", "words to add to the kernel's command line, of disk and iso")
 	f.StringVarP(&o.Output, "output", "o", "", "folder that the image is written to")
 	f.StringVar(&o.Programs, "programs", "", "folder with the programs for the architecture (default: where this program is)")
 	f.StringVar(&o.KernelPackage, "kernel", "", "file of a kernel's Debian package (default: the newest one, through apt)")
@@ -93,7 +95,7 @@ func build(ctx context.Context, args []string) error {
 		return err
 	}
 	if !*quiet {
-		for _, role := range []string{"kernel", "initrd", "root"} {
+		for _, role := range []string{"kernel", "initrd", "root", "disk", "iso"} {
 			if file, ok := img.Files[role]; ok {
 				fmt.Printf("%-8s %9.1f MB  %s\n", role, float64(file.Size)/1e6, filepath.Join(o.Output, file.Name))
 			}

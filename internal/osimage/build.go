@@ -21,14 +21,16 @@ import (
 	"github.com/cloudos-io/cloudos/internal/fault"
 	"github.com/cloudos-io/cloudos/internal/osimage/cpio"
 	"github.com/cloudos-io/cloudos/internal/osimage/kernel"
-	"github.com/cloudos-io/cloudos/internal/osimage/squashfs"
+	"github.com/cloudos-io/cloudos/internal/osimage/tree"
 	"github.com/cloudos-io/cloudos/internal/vmwire"
 )
 
 // Options say what to build.
 type Options struct {
-	// Arch is amd64 or arm64, Format vm.
-	Arch, Format string
+	// Arch is amd64 or arm64; Format vm, disk, iso or netboot; DiskFormat raw or qcow2.
+	Arch, Format, DiskFormat string
+	// Words are added to the kernel's command line of disk and iso.
+	Words string
 	// Output is a folder, made if it is missing.
 	Output string
 	// Programs is the folder with our programs for Arch.
@@ -56,50 +58,73 @@ func Build(ctx context.Context, o Options) (*vmwire.Image, error) {
 		return nil, err
 	}
 	switch o.Format {
-	case "vm":
-		return buildVM(ctx, o)
-	default:
-		return nil, fault.New(fault.Invalid, "cannot build an image of the format %q: it is vm", o.Format)
+	case "vm", "netboot":
+		return buildParts(ctx, o)
+	case "disk":
+		return buildDisk(ctx, o)
+	case "iso":
+		return buildISO(ctx, o)
 	}
+	return nil, fault.New(fault.Invalid, "cannot build an image of the format %q: it is vm, disk, iso or netboot", o.Format)
 }
 
-func buildVM(ctx context.Context, o Options) (*vmwire.Image, error) {
+// buildParts makes the formats whose files a boot loader outside takes: vm and netboot.
+func buildParts(ctx context.Context, o Options) (*vmwire.Image, error) {
 	apt := &kernel.Apt{Cache: o.Cache, Arch: o.Arch, Log: o.Log}
-	k, err := kernel.Get(ctx, apt, kernel.Cloud, o.Arch, o.KernelPackage)
+	kind, initial, modules := kernel.Cloud, rootModules, cloudModules
+	if o.Format == "netboot" {
+		kind, initial, modules = kernel.Metal, isoModules, metalModules
+	}
+	s, err := makeSystem(ctx, o, apt, kind, initial, modules)
 	if err != nil {
 		return nil, err
 	}
-	o.Log("kernel %s from %s", k.Version, k.Package)
-	initrd, err := initialRoot(o, k)
+	defer os.Remove(s.root)
+	img := s.describe(o)
+	img.CommandLine = commandLine(o.Arch)
+	if err := writeFile(img, o.Output, "kernel", "kernel", "", func(f *os.File) error { _, err := f.Write(s.kernel.Image); return err }); err != nil {
+		return nil, err
+	}
+	if o.Format == "netboot" {
+		// The root comes with the initial file system, behind it.
+		img.CommandLine = "console=tty0 " + commandLine(o.Arch) + " cloudos.root=initrd cloudos.data=partlabel=cloudos-data"
+		return img, finish(img, o, "initrd", "initrd", "", func(f *os.File) error {
+			t := tree.New()
+			if _, err := t.File("root.img", 0o644, partEngine, s.root); err != nil {
+				return err
+			}
+			if _, err := f.Write(s.initrd); err != nil {
+				return err
+			}
+			return cpio.Write(f, t)
+		})
+	}
+	if err := writeFile(img, o.Output, "initrd", "initrd", "", func(f *os.File) error { _, err := f.Write(s.initrd); return err }); err != nil {
+		return nil, err
+	}
+	return img, finish(img, o, "root", "root.img", "squashfs", func(f *os.File) error { return copyFrom(f, s.root) })
+}
+
+func copyFrom(f *os.File, from string) error {
+	r, err := os.Open(from)
 	if err != nil {
-		return nil, err
-	}
-	root, err := systemRoot(ctx, o, apt, k, cloudModules)
-	if err != nil {
-		return nil, err
-	}
-	img := &vmwire.Image{
-		FormatVersion: vmwire.FormatVersion, Format: o.Format, Version: o.Version, Arch: o.Arch,
-		Kernel: k.Version, KernelPackage: k.Package,
-		CommandLine: commandLine(o.Arch), Files: map[string]vmwire.File{},
-	}
-	if err := writeFile(img, o.Output, "kernel", "kernel", "", func(f *os.File) error { _, err := f.Write(k.Image); return err }); err != nil {
-		return nil, err
-	}
-	if err := writeFile(img, o.Output, "initrd", "initrd", "", func(f *os.File) error { return cpio.Write(f, initrd) }); err != nil {
-		return nil, err
-	}
-	if err := writeFile(img, o.Output, "root", "root.img", "squashfs", func(f *os.File) error {
-		_, err := squashfs.Write(f, root, epoch)
 		return err
-	}); err != nil {
-		return nil, err
+	}
+	defer r.Close()
+	_, err = io.Copy(f, r)
+	return err
+}
+
+// finish writes the last file of an image and then its description.
+func finish(img *vmwire.Image, o Options, role, name, format string, write func(*os.File) error) error {
+	if err := writeFile(img, o.Output, role, name, format, write); err != nil {
+		return err
 	}
 	b, err := json.MarshalIndent(img, "", "  ")
 	if err != nil {
-		return nil, err
+		return err
 	}
-	return img, replace(filepath.Join(o.Output, vmwire.Manifest), func(f *os.File) error { _, err := f.Write(append(b, '\n')); return err })
+	return replace(filepath.Join(o.Output, vmwire.Manifest), func(f *os.File) error { _, err := f.Write(append(b, '\n')); return err })
 }
 
 func commandLine(arch string) string {
@@ -159,4 +184,3 @@ func index(picked []*kernel.Module) ([]byte, error) {
 	err := kernel.Index(&b, picked)
 	return b.Bytes(), err
 }
-

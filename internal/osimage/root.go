@@ -17,6 +17,7 @@ import (
 // Parts of an image, as inspect tells them.
 const (
 	partKernel   = "kernel"
+	partLoader   = "boot loader"
 	partModules  = "modules"
 	partInit     = "init"
 	partEngine   = "engine"
@@ -27,6 +28,15 @@ const (
 
 // rootModules find the root and the data in a virtual machine.
 var rootModules = []string{"virtio_pci", "virtio_blk", "squashfs", "quota_v2"}
+
+// diskModules find the root on a cloud's disk.
+var diskModules = append([]string{"virtio_scsi", "sd_mod", "nvme", "hv_vmbus", "hv_storvsc", "xen_blkfront", "isofs"}, rootModules...)
+
+// isoModules find the root on any machine's disk, stick or disc.
+var isoModules = append([]string{
+	"ahci", "ata_piix", "ata_generic", "sr_mod", "cdrom", "loop", "usb_storage", "uas", "xhci_pci", "ehci_pci", "ohci_pci", "uhci_hcd", "usbhid", "hid_generic",
+	"sdhci_pci", "sdhci_acpi", "mmc_block", "megaraid_sas", "mpt3sas", "vmd", "vmw_pvscsi", "mptspi", "virtio_mmio",
+}, diskModules...)
 
 // cloudModules are what the engine and a virtual machine need.
 var cloudModules = []string{
@@ -40,9 +50,19 @@ var cloudModules = []string{
 	"vsock", "vmw_vsock_virtio_transport", "tpm*", "rng_core", "binfmt_misc", "ipt_*", "ip6t_*", "crc32c_generic", "algif_*", "kvm*", "mlx4*", "ixgbevf", "pvpanic*",
 }
 
+// metalModules add the drivers of real machines: disks, network cards, what a
+// screen and a keyboard need.
+var metalModules = append([]string{
+	"e1000", "e1000e", "igb", "igc", "ixgbe", "i40e", "ice", "r8169", "r8152", "tg3", "bnx2", "bnx2x", "bnxt_en", "atlantic", "alx", "atl1c", "sky2", "skge", "forcedeth",
+	"8139too", "8139cp", "pcnet32", "ne2k_pci", "via_rhine", "mlx4_en", "mlx5_core", "be2net", "cxgb4", "qede", "sfc", "enic", "nfp", "jme", "vmxnet3",
+	"cdc_ether", "cdc_ncm", "asix", "ax88179_178a", "smsc95xx", "lan78xx", "realtek", "broadcom", "marvell", "phy*",
+	"i6300esb", "iTCO_wdt", "sp5100_tco", "ipmi_si", "ipmi_devintf", "ipmi_watchdog", "coretemp", "k10temp", "intel_rapl_msr", "acpi_cpufreq",
+	"hpsa", "aacraid", "arcmsr", "3w_9xxx", "sata_*", "pata_*", "raid0", "raid1", "raid10", "raid456", "dm_raid", "dm_mod", "mmc_block",
+}, append(append([]string{}, cloudModules...), isoModules...)...)
+
 // initialRoot is what the kernel unpacks: the first process and the modules
 // that find the root.
-func initialRoot(o Options, k *kernel.Kernel) (*tree.Tree, error) {
+func initialRoot(o Options, k *kernel.Kernel, modules []string) (*tree.Tree, error) {
 	t := tree.New()
 	for _, d := range []string{"dev", "proc", "sys", "run", "new"} {
 		t.Dir(d, 0o755)
@@ -52,7 +72,7 @@ func initialRoot(o Options, k *kernel.Kernel) (*tree.Tree, error) {
 	if _, err := t.File("init", 0o755, partInit, filepath.Join(o.Programs, "cloudos-init")); err != nil {
 		return nil, fmt.Errorf("%w (make build)", err)
 	}
-	return t, addModules(t, k, rootModules)
+	return t, addModules(t, k, modules)
 }
 
 func addModules(t *tree.Tree, k *kernel.Kernel, patterns []string) error {
@@ -99,7 +119,9 @@ func systemRoot(ctx context.Context, o Options, apt *kernel.Apt, k *kernel.Kerne
 		if strings.HasSuffix(p.name, ".gz") {
 			perm = 0o644
 		}
-		if e, err := t.File("bin/"+p.name, perm, p.part, from); err == nil { e.Store = p.name == "servind" } else {
+		if e, err := t.File("bin/"+p.name, perm, p.part, from); err == nil {
+			e.Store = p.name == "servind"
+		} else {
 			return nil, fmt.Errorf("%w (make build)", err)
 		}
 	}

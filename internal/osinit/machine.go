@@ -468,6 +468,9 @@ func (m *machine) GrowData() (vmwire.Disk, error) {
 	if kind != "disk" {
 		return vmwire.Disk{}, fault.New(fault.Unsupported, "cannot grow the data: there is no data disk")
 	}
+	if err := dev.GrowPartition(); err != nil {
+		return vmwire.Disk{}, err
+	}
 	if _, err := dev.Grow("/var"); err != nil {
 		return vmwire.Disk{}, err
 	}

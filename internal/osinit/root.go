@@ -69,12 +69,9 @@ func (m *machine) findRoot(set *modules.Set) error {
 	if err := set.LoadAll("virtio_pci", "virtio_blk", "squashfs", "quota_v2"); err != nil {
 		m.problem(err)
 	}
-	dev, ok := data.Find(spec)
-	for end := time.Now().Add(patience); !ok; dev, ok = data.Find(spec) {
-		if time.Now().After(end) {
-			return fmt.Errorf("no disk with the root (%s) came within %v", spec, patience)
-		}
-		time.Sleep(5 * time.Millisecond)
+	source, err := m.rootSource(set, spec)
+	if err != nil {
+		return err
 	}
 	const place = "/new"
 	if err := unix.Mount("root", place, "tmpfs", unix.MS_NODEV|unix.MS_NOATIME, "mode=755,size=16m"); err != nil {
@@ -95,10 +92,10 @@ func (m *machine) findRoot(set *modules.Set) error {
 			return err
 		}
 	}
-	if err := unix.Mount(dev.Path, filepath.Join(place, "system"), "squashfs", unix.MS_RDONLY|unix.MS_NODEV, ""); err != nil {
-		return fmt.Errorf("cannot mount the root from %s: %w", dev.Path, err)
+	if err := unix.Mount(source, filepath.Join(place, "system"), "squashfs", unix.MS_RDONLY|unix.MS_NODEV, ""); err != nil {
+		return fmt.Errorf("cannot mount the root from %s: %w", source, err)
 	}
-	for _, d := range []string{"/proc", "/sys", "/dev"} {
+	for _, d := range []string{"/proc", "/sys", "/dev"} { // what the root is on stays where it is, unseen
 		if err := unix.Mount(d, place+d, "", unix.MS_MOVE, ""); err != nil {
 			return fmt.Errorf("cannot move %s: %w", d, err)
 		}
@@ -118,6 +115,51 @@ func (m *machine) findRoot(set *modules.Set) error {
 		return err
 	}
 	return unix.Chdir("/")
+}
+
+// rootSource finds the device with the root: a disk or partition, the file
+// cloudos/root.img on an ISO volume, or /root.img of the initial file system.
+func (m *machine) rootSource(set *modules.Set, spec string) (string, error) {
+	kind, name, _ := strings.Cut(spec, "=")
+	if kind == "initrd" {
+		if err := set.LoadAll("loop"); err != nil {
+			return "", err
+		}
+		return data.Loop("/root.img")
+	}
+	find := func() (string, bool) {
+		if kind == "iso" {
+			return data.FindISO(name)
+		}
+		dev, ok := data.Find(spec)
+		return dev.Path, ok
+	}
+	begin := time.Now()
+	for {
+		if path, ok := find(); ok {
+			if kind != "iso" {
+				return path, nil
+			}
+			if err := set.LoadAll("isofs", "loop"); err != nil {
+				return "", err
+			}
+			if err := os.MkdirAll("/medium", 0o755); err != nil {
+				return "", err
+			}
+			if err := unix.Mount(path, "/medium", "iso9660", unix.MS_RDONLY|unix.MS_NODEV, ""); err != nil {
+				return "", fmt.Errorf("cannot mount the medium %s: %w", path, err)
+			}
+			return data.Loop("/medium/cloudos/root.img")
+		}
+		if time.Since(begin) > patience {
+			return "", fmt.Errorf("no disk with the root (%s) came within %v", spec, patience)
+		}
+		// Drivers of what else there is: controllers bring disks, hubs bring sticks.
+		if err := set.Devices(); err != nil {
+			m.log.Printf("%v", err)
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
 }
 
 // later mounts the rest, in the root.
@@ -233,6 +275,9 @@ func (m *machine) growAtStart() {
 	m.mu.Unlock()
 	if kind != "disk" {
 		return
+	}
+	if err := dev.GrowPartition(); err != nil {
+		m.problem(err)
 	}
 	if _, err := dev.Grow("/var"); err != nil {
 		m.problem(err)

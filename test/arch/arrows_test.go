@@ -71,9 +71,10 @@ var arrows = map[string][]string{
 
 	// the image, ADR 38
 	"internal/vmwire":      {},
-	"internal/osimage":     {"internal/fault", "internal/vmwire", "internal/osinit/config"},
-	"internal/osinit":      {"internal/fault", "internal/vmwire", "internal/config"},
+	"internal/osimage":     {"internal/fault", "internal/vmwire", "internal/osinit/config", "internal/slots", "internal/gpt"},
+	"internal/osinit":      {"internal/fault", "internal/vmwire", "internal/config", "internal/slots", "internal/gpt"},
 	"internal/slots":       {"internal/fault"},
+	"internal/gpt":         {},
 	"cmd/cloudos":          {"client", "api"},
 	"cmd/cloudos-image":    {"internal/osimage", "internal/fault", "internal/vmwire", "api"},
 	"cmd/cloudos-modprobe": {"internal/osinit/modules"},
