@@ -37,7 +37,7 @@ func TestMemoryComesBack(t *testing.T) {
 		t.Skip("SKIP: part of make test-long")
 	}
 	m := newMachine(t, "--memory", "2g")
-	m.must("mode", "set", "vm")
+	m.must("mode", "set", "vm", "--no-carry")
 	busybox(t, m)
 	m.must("run", "--rm", "busybox:1", "sh", "-c", "true")
 	time.Sleep(3 * time.Second)
@@ -69,15 +69,15 @@ func TestDiskComesBack(t *testing.T) {
 		t.Skip("SKIP: part of make test-long")
 	}
 	m := newMachine(t)
-	m.must("mode", "set", "vm")
+	m.must("mode", "set", "vm", "--no-carry")
 	busybox(t, m)
-	m.must("volumes", "create", "v")
+	m.must("volumes", "create", "vol")
 	before := m.status().Disk.Host
-	m.must("run", "--rm", "-v", "v:/v", "busybox:1", "sh", "-c", "dd if=/dev/urandom of=/v/x bs=1M count=200 2>/dev/null; sync")
+	m.must("run", "--rm", "-v", "vol:/v", "busybox:1", "sh", "-c", "dd if=/dev/urandom of=/v/x bs=1M count=200 2>/dev/null; sync")
 	if used := m.status().Disk.Host; used < before+190<<20 {
 		t.Fatalf("the volume took %d MiB of the host", (int64(used)-int64(before))>>20)
 	}
-	m.must("volumes", "rm", "v")
+	m.must("volumes", "rm", "vol")
 	m.must("vm", "stop") // trims at the latest
 	if now := m.status().Disk.Host; now > before+50<<20 {
 		t.Errorf("%d MiB before the volume, %d after it", before>>20, now>>20)
@@ -90,17 +90,22 @@ func TestFileEvents(t *testing.T) {
 		t.Skip("SKIP: part of make test-long")
 	}
 	m := newMachine(t)
-	m.must("mode", "set", "vm")
+	m.must("mode", "set", "vm", "--no-carry")
 	busybox(t, m)
 	src := filepath.Join(m.home, "src")
 	os.MkdirAll(filepath.Join(src, "deep"), 0o755)
 	os.WriteFile(filepath.Join(src, "deep", "f"), []byte("1"), 0o644)
-	m.must("run", "-d", "--name", "watch", "-v", src+":"+src, "busybox:1", "inotifyd", "-", src+"/deep", src+"/deep/f")
-	time.Sleep(3 * time.Second)
-	for range 20 { // the watches are set as the container is noticed
+	build := exec.Command("go", "build", "-o", filepath.Join(m.home, "watch"), "./testdata/watch")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("%v %s", err, out)
+	}
+	m.must("run", "-d", "--name", "watch", "-v", m.home+":"+m.home, "busybox:1", m.home+"/watch", src+"/deep", src+"/deep/f")
+	m.want("watching", "logs", "watch")
+	for range 20 { // the folders are watched once the container is noticed
 		os.WriteFile(filepath.Join(src, "deep", "f"), []byte(time.Now().String()), 0o644)
 		time.Sleep(500 * time.Millisecond)
-		if out := m.must("logs", "watch"); strings.Contains(out, src+"/deep") {
+		if out := m.must("logs", "watch"); strings.Contains(out, "CHMOD "+src+"/deep/f") {
 			return
 		}
 	}

@@ -24,7 +24,7 @@ func TestMachine(t *testing.T) {
 		t.Errorf("status of a machine that is off: %v", err)
 	}
 	m.must("vm", "config", "--share", m.home)
-	m.must("mode", "set", "vm")
+	m.must("mode", "set", "vm", "--no-carry")
 	if out := m.must("mode", "status"); !strings.Contains(out, "Mode:    vm") || !strings.Contains(out, "running") {
 		t.Errorf("mode status: %s", out)
 	}
@@ -74,7 +74,7 @@ func TestLasting(t *testing.T) {
 		t.Skip("SKIP: part of make test-long")
 	}
 	m := newMachine(t)
-	m.must("mode", "set", "vm")
+	m.must("mode", "set", "vm", "--no-carry")
 	port := freePort(t)
 	m.must("volumes", "create", "kept")
 	m.must("run", "-d", "--name", "web", "--restart", "always", "-v", "kept:/kept", "-p", port+":8080", "servin/hello", "serve")
@@ -191,7 +191,7 @@ func TestSleep(t *testing.T) {
 		t.Skip("SKIP: part of make test-long")
 	}
 	m := newMachine(t, "--idle-time", "5s", "--off-time", "8s")
-	m.must("mode", "set", "vm")
+	m.must("mode", "set", "vm", "--no-carry")
 	m.must("run", "--rm", "servin/hello", "true")
 	pid := m.state(api.VMSleeping, time.Minute).PID
 	cpu := func() uint64 { return ticks(t, pid) }
@@ -239,7 +239,7 @@ func TestSettings(t *testing.T) {
 		t.Skip("SKIP: part of make test-long")
 	}
 	m := newMachine(t)
-	m.must("mode", "set", "vm")
+	m.must("mode", "set", "vm", "--no-carry")
 	m.must("volumes", "create", "kept")
 	size := m.status().Disk.Size
 	if out := m.must("vm", "config", "--disk", "6g"); !strings.Contains(out, "Changed: disk") {
