@@ -17,7 +17,6 @@ import (
 	"github.com/anchore/syft/syft/format/cyclonedxjson"
 	"github.com/anchore/syft/syft/format/spdxjson"
 	"github.com/anchore/syft/syft/format/syftjson"
-	"github.com/anchore/syft/syft/format/table"
 	"github.com/anchore/syft/syft/sbom"
 	"github.com/anchore/syft/syft/source/stereoscopesource"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
@@ -79,7 +78,7 @@ func Convert(r io.ReadSeeker, format string, w io.Writer) error {
 	var e sbom.FormatEncoder
 	switch format {
 	case "table":
-		e = table.NewFormatEncoder()
+		return table(s, w)
 	case "syft-json":
 		e = syftjson.NewFormatEncoder()
 	case "spdx-json":

@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"github.com/anchore/grype/grype/presenter/models"
+
+	"github.com/cloudos-io/cloudos/scan/internal/inventory"
 )
 
 // old is the age from which a database is worth a word.
@@ -24,7 +26,7 @@ type row struct {
 func table(d models.Document, packages int, built, now time.Time, w io.Writer) error {
 	var rows []row
 	for _, m := range d.Matches {
-		r := row{clean(m.Artifact.Name), clean(m.Artifact.Version), clean(strings.Join(m.Vulnerability.Fix.Versions, ", ")), clean(string(m.Artifact.Type)), clean(m.Vulnerability.ID), m.Vulnerability.Severity}
+		r := row{inventory.Clean(m.Artifact.Name), inventory.Clean(m.Artifact.Version), inventory.Clean(strings.Join(m.Vulnerability.Fix.Versions, ", ")), inventory.Clean(string(m.Artifact.Type)), inventory.Clean(m.Vulnerability.ID), m.Vulnerability.Severity}
 		if r.fixed == "" {
 			r.fixed = "-"
 			if m.Vulnerability.Fix.State == "wont-fix" {
@@ -70,18 +72,4 @@ func table(d models.Document, packages int, built, now time.Time, w io.Writer) e
 		_, err = fmt.Fprintf(w, "The database is %d days old: servin images scan --update-db\n", int(now.Sub(built).Hours()/24))
 	}
 	return err
-}
-
-// clean keeps an image's words from acting on a terminal, and short.
-func clean(s string) string {
-	s = strings.Map(func(r rune) rune {
-		if r < ' ' || r == 0x7f || r >= 0x80 && r < 0xa0 {
-			return '.'
-		}
-		return r
-	}, s)
-	if r := []rune(s); len(r) > 80 {
-		return string(r[:79]) + "…"
-	}
-	return s
 }
