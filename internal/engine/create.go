@@ -438,6 +438,9 @@ func (e *Engine) endpoints(hc *mcontainer.HostConfig, n *network.NetworkingConfi
 		return nil, fault.New(fault.Invalid, "conflicting options: a container on network %s cannot be attached to others", name)
 	}
 	for k, v := range eps {
+		if len(v.Aliases) > 0 && !mcontainer.NetworkMode(k).IsUserDefined() {
+			return nil, fault.New(fault.Invalid, "invalid config for network %s: invalid endpoint settings: network-scoped aliases are only supported for user-defined networks", k)
+		}
 		if c := v.IPAMConfig; c != nil && k == network.NetworkBridge && (c.IPv4Address.IsValid() || c.IPv6Address.IsValid()) && !mode.IsUserDefined() {
 			return nil, fault.New(fault.Invalid, "invalid config for network %s: invalid endpoint settings: user specified IP address is supported on user defined networks only", k)
 		}

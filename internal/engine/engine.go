@@ -181,7 +181,7 @@ func New(c Config) (*Engine, error) {
 	if err := e.checkLogConfig(&mcontainer.LogConfig{}); err != nil {
 		return nil, fmt.Errorf("cannot use the defaults of containers' logs: %w", err)
 	}
-	for _, d := range []string{e.stateDir(false), e.stateDir(true), e.logDir()} {
+	for _, d := range []string{e.stateDir(false), e.stateDir(true), e.logDir(), e.execDir()} {
 		if err := os.MkdirAll(d, 0o711); err != nil {
 			return nil, fmt.Errorf("cannot make the containers' directory: %w", err)
 		}

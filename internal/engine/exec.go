@@ -21,8 +21,8 @@ import (
 	"github.com/cloudos-io/cloudos/internal/runtime"
 )
 
-// execution is one exec of a container. It lives in memory: with the daemon it
-// is forgotten, though its process goes on.
+// execution is one exec of a container. It lives in memory; one that runs is noted
+// for the next daemon too (execkeep.go).
 type execution struct {
 	id   string
 	u    *unit
@@ -245,7 +245,7 @@ func (e *Engine) ExecStart(ctx context.Context, id string, req mcontainer.ExecSt
 		err = fault.New(fault.Conflict, "container %s is not running", u.id) // it ended meanwhile
 	}
 	if err != nil {
-		code := startExitCode(err)
+		code := execExitCode(err)
 		if c := fault.ExitCode(err); c != 125 { // the cause says otherwise
 			code = c
 		}
@@ -258,17 +258,7 @@ func (e *Engine) ExecStart(ctx context.Context, id string, req mcontainer.ExecSt
 	x.proc = proc
 	x.mu.Unlock()
 	e.publish(u, events.Action(string(events.ActionExecStart)+": "+execLine(x.req.Cmd)), map[string]string{"execID": x.id})
-	e.spawn(func() {
-		select {
-		case <-proc.Exited():
-		case <-e.ctx.Done():
-			return
-		}
-		x.mu.Lock()
-		x.doneAt = time.Now()
-		x.mu.Unlock()
-		e.publish(u, events.ActionExecDie, map[string]string{"execID": x.id, "exitCode": itoa(proc.Exit().Code)})
-	})
+	e.spawn(func() { e.awaitExec(x, proc, t, false) })
 	if req.Detach {
 		return Attached{}, nil
 	}
@@ -393,7 +383,11 @@ func (e *Engine) initProcess(ctx context.Context, u *unit, t runtime.Task, r *co
 
 // explainExec says why a command could not be executed, in words clients know.
 func explainExec(cmd string, err error) error {
-	return fault.WithExitCode(exitCodeOf(err), explainStart("OCI runtime exec failed: exec failed: ", cmd, err))
+	code := execExitCode(err)
+	if code == 128 {
+		code = 125
+	}
+	return fault.WithExitCode(code, explainStart("OCI runtime exec failed: exec failed: ", cmd, err))
 }
 
 // ExecInspect describes an exec.

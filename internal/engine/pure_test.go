@@ -83,7 +83,7 @@ func TestEndpoints(t *testing.T) {
 	one := func(names ...string) *network.NetworkingConfig {
 		m := map[string]*network.EndpointSettings{}
 		for _, n := range names {
-			m[n] = &network.EndpointSettings{Aliases: []string{n}}
+			m[n] = &network.EndpointSettings{Links: []string{n}}
 		}
 		return &network.NetworkingConfig{EndpointsConfig: m}
 	}
@@ -115,6 +115,13 @@ func TestEndpoints(t *testing.T) {
 			if got[w] == nil {
 				t.Errorf("%s: lacks %s", name, w)
 			}
+		}
+	}
+	for _, predefined := range []string{"bridge", "none", "host"} {
+		conf := one(predefined)
+		conf.EndpointsConfig[predefined].Aliases = []string{"web"}
+		if _, err := e.endpoints(&mcontainer.HostConfig{NetworkMode: mcontainer.NetworkMode(predefined)}, conf); !fault.Is(err, fault.Invalid) {
+			t.Errorf("an alias on network %s: %v", predefined, err)
 		}
 	}
 	conf := one("bridge")

@@ -61,6 +61,7 @@ func (e *Engine) Recover(ctx context.Context) error {
 		e.log.Warn("cannot unmount unused volumes", "cause", err)
 	}
 	e.dropUnknown(ctx)
+	e.dropExecNotes()
 	e.settlePods(ctx)
 	e.settleCheckpoints(ctx)
 	e.resume()
@@ -195,6 +196,7 @@ func (e *Engine) restore(ctx context.Context, u *unit, r *container.Record) *os.
 	}
 	e.logStarted(n)
 	e.settleFreezer(ctx, u, t, n.State.Status == mcontainer.StatePaused)
+	e.restoreExecs(ctx, u, t)
 	e.spawn(func() { e.await(u, t) })
 	e.startHealth(u, n, t)
 	if ns, err := t.NetNS(); err == nil && len(r.Attached) > 0 {

@@ -44,6 +44,22 @@ func startExitCode(err error) int {
 	return 128
 }
 
+// execExitCode is startExitCode for an exec, where the directory to start in
+// counts like the command: Docker tells the two apart by the words alone.
+func execExitCode(err error) int {
+	var se *runtime.StartError
+	if !errors.As(err, &se) {
+		return startExitCode(err)
+	}
+	switch {
+	case errors.Is(se.Err, unix.EACCES), errors.Is(se.Err, unix.EISDIR), errors.Is(se.Err, unix.ENOEXEC):
+		return 126
+	case errors.Is(se.Err, unix.ENOENT), errors.Is(se.Err, unix.ENOTDIR):
+		return 127
+	}
+	return startExitCode(err)
+}
+
 // explain says what went wrong in words that clients know, and what a command
 // line should exit with.
 func explain(r *container.Record, err error) error {

@@ -140,6 +140,11 @@ func (p *puller) run(ctx context.Context) error {
 	res := s.resolver(p.auth, nil)
 	name, desc, err := res.Resolve(p.base, resolvable(p.named))
 	if err != nil {
+		if errdefs.IsNotFound(err) {
+			if lerr := s.tooLarge(ctx, p.named, p.auth); lerr != nil {
+				return lerr
+			}
+		}
 		return err // before any progress: clients look at the status
 	}
 	p.progress(Progress{ID: tag, Action: "Pulling from " + reference.Path(p.named)})

@@ -246,3 +246,30 @@ func (s *Service) pullFault(named reference.Named, auth *registry.AuthConfig, er
 	}
 	return asFault(fmt.Errorf("cannot pull %s: %w", short, err))
 }
+
+// tooLarge tells a manifest that the registry has, but that is larger than what
+// is read of one: resolving calls that "not found", as if it were not there.
+func (s *Service) tooLarge(ctx context.Context, named reference.Named, auth *registry.AuthConfig) error {
+	hosts, err := s.hosts(auth)(reference.Domain(named))
+	if err != nil {
+		return nil
+	}
+	h := hosts[len(hosts)-1]
+	object := "latest"
+	switch r := named.(type) {
+	case reference.Digested:
+		object = r.Digest().String()
+	case reference.Tagged:
+		object = r.Tag()
+	}
+	ctx = docker.WithScope(s.ctx(ctx), "repository:"+reference.Path(named)+":pull")
+	resp, err := askFor(ctx, h, http.MethodHead, h.Path+"/"+reference.Path(named)+"/manifests/"+object, http.Header{"Accept": {"*/*"}})
+	if err != nil {
+		return nil
+	}
+	resp.Body.Close()
+	if resp.StatusCode == http.StatusOK && resp.ContentLength > docker.MaxManifestSize {
+		return fault.New(fault.Invalid, "cannot pull %s: its manifest has %d bytes, more than the %d allowed", reference.FamiliarString(named), resp.ContentLength, docker.MaxManifestSize)
+	}
+	return nil
+}

@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -27,6 +28,7 @@ import (
 	gtypes "github.com/google/go-containerregistry/pkg/v1/types"
 	"github.com/moby/moby/api/types/registry"
 	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/sirupsen/logrus"
 
 	"github.com/cloudos-io/cloudos/internal/fault"
@@ -576,5 +578,29 @@ func TestPullFaults(t *testing.T) {
 		if err := s.Pull(context.Background(), PullOptions{Ref: ref}); !fault.Is(err, want) {
 			t.Errorf("Pull(%q) = %v (kind %d), want kind %d", ref, err, fault.Of(err), want)
 		}
+	}
+}
+
+// TestPullHugeManifest: a manifest that is too large is called that, not missing.
+func TestPullHugeManifest(t *testing.T) {
+	reg := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if strings.HasSuffix(r.URL.Path, "/manifests/huge") {
+			w.Header().Set("Content-Type", ocispec.MediaTypeImageManifest)
+			w.Header().Set("Docker-Content-Digest", digest.FromString("x").String())
+			w.Header().Set("Content-Length", strconv.Itoa(64<<20))
+			return
+		}
+		if r.URL.Path != "/v2/" {
+			http.NotFound(w, r)
+		}
+	}))
+	defer reg.Close()
+	s := newService(t, t.TempDir())
+	host := strings.TrimPrefix(reg.URL, "http://")
+	if err := s.Pull(t.Context(), PullOptions{Ref: host + "/x:huge"}); !fault.Is(err, fault.Invalid) || !strings.Contains(err.Error(), "67108864 bytes") {
+		t.Errorf("a huge manifest: %v", err)
+	}
+	if err := s.Pull(t.Context(), PullOptions{Ref: host + "/x:none"}); !fault.Is(err, fault.NotFound) {
+		t.Errorf("a missing manifest: %v", err)
 	}
 }

@@ -216,6 +216,14 @@ type Exec interface {
 	Signal(ctx context.Context, sig int) error
 }
 
+// ExecKeeper is implemented by tasks whose execs go on when the daemon does not:
+// a token, which is kept, finds one of them again. One that has ended meanwhile
+// is fault.NotFound. An exec that was found again has no streams.
+type ExecKeeper interface {
+	ExecToken(x Exec) string
+	RestoreExec(ctx context.Context, id, token string) (Exec, error)
+}
+
 // Stats is a reading of a container's resource use. Times are nanoseconds,
 // sizes bytes.
 type Stats struct {
