@@ -45,7 +45,7 @@ func (j *journal) write(a *App) error {
 
 // engineOf gives a client for the engine of a mode.
 func (a *App) engineOf(ctx context.Context, mode string) (*client.Client, error) {
-	host := client.DefaultHost()
+	host := a.nativeHost()
 	if mode == modeVM {
 		v, err := a.vmd(ctx)
 		if err != nil {

@@ -40,8 +40,17 @@ func (a *App) modeHost(c *config.Context) error {
 		c.Host, a.machine = "unix://"+a.place().Engine(), true
 		return nil
 	}
-	c.Host = client.DefaultHost()
+	c.Host = a.nativeHost()
 	return nil
+}
+
+// nativeHost is the engine of mode native: SERVIN_NATIVE_HOST where it does not
+// listen at its usual place.
+func (a *App) nativeHost() string {
+	if h := a.Getenv("SERVIN_NATIVE_HOST"); h != "" {
+		return h
+	}
+	return client.DefaultHost()
 }
 
 // modeStatus is what mode status shows.
@@ -185,7 +194,7 @@ func (a *App) setMode(ctx context.Context, mode string, carry, jsonOut bool) err
 	if to == modeVM {
 		fmt.Fprintf(a.out, "Containers run in the virtual machine now. Docker's clients: DOCKER_HOST=unix://%s\n", a.place().Engine())
 	} else {
-		fmt.Fprintf(a.out, "Containers run natively now, with the engine at %s\n", client.DefaultHost())
+		fmt.Fprintf(a.out, "Containers run natively now, with the engine at %s\n", a.nativeHost())
 	}
 	return nil
 }
