@@ -45,6 +45,8 @@ const (
 	ImageName    = "image.tar"
 	imagesDir    = "criu"
 	volumesDir   = "volumes"
+	// parentName is what CRIU looks for the round before under.
+	parentName = "parent"
 )
 
 // Bounds of what is read.
@@ -206,7 +208,7 @@ func (m *Manifest) partOf(name string) bool {
 		return m.WithImage
 	case strings.HasPrefix(name, imagesDir+"/"):
 		_, err := fmt.Sscanf(name, imagesDir+"/%d/", &n)
-		return err == nil && n <= m.Rounds
+		return err == nil && n <= m.Rounds && path.Base(name) != parentName
 	case strings.HasPrefix(name, volumesDir+"/"):
 		_, err := fmt.Sscanf(name, volumesDir+"/%d.", &n)
 		return err == nil && n <= len(m.Volumes)

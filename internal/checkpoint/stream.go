@@ -341,8 +341,17 @@ func (x *reader) close(tr *tar.Reader, h *tar.Header) error {
 	if _, err := tr.Next(); !errors.Is(err, io.EOF) {
 		return fault.New(fault.Invalid, "cannot read the checkpoint: something follows its seal")
 	}
-	if !x.seen[LayerName] {
-		return fault.New(fault.Invalid, "cannot read the checkpoint: it lacks %s", LayerName)
+	want := []string{LayerName}
+	if x.m.WithImage {
+		want = append(want, ImageName)
+	}
+	for i := range x.m.Volumes {
+		want = append(want, VolumeName(i+1))
+	}
+	for _, name := range want {
+		if !x.seen[name] {
+			return fault.New(fault.Invalid, "cannot read the checkpoint: it lacks %s", name)
+		}
 	}
 	for n := 1; n <= x.m.Rounds; n++ {
 		if !slices.ContainsFunc(x.parts, func(p Part) bool { return path.Dir(p.Name) == RoundDir(n) }) {
@@ -366,7 +375,7 @@ func (x *reader) close(tr *tar.Reader, h *tar.Header) error {
 // Link makes each round's directory name the one before, whose memory it builds on.
 func Link(dir *os.File, rounds int) error {
 	for n := 2; n <= rounds; n++ {
-		err := unix.Symlinkat(fmt.Sprintf("../%d", n-1), int(dir.Fd()), RoundDir(n)+"/parent")
+		err := unix.Symlinkat(fmt.Sprintf("../%d", n-1), int(dir.Fd()), RoundDir(n)+"/"+parentName)
 		if err != nil && !errors.Is(err, unix.EEXIST) {
 			return fault.New(fault.Internal, "cannot store the checkpoint: %w", err)
 		}

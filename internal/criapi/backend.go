@@ -17,6 +17,7 @@ import (
 // Engine is what the CRI needs of the engine. Ids may be unique prefixes. Errors
 // carry fault kinds. Records must not be changed.
 type Engine interface {
+	PodContainerCheckpoint(ctx context.Context, id, location string) error
 	PodRun(ctx context.Context, p *container.Pod) (string, error)
 	PodStop(ctx context.Context, id string) error
 	PodRemove(ctx context.Context, id string) error

@@ -333,12 +333,17 @@ func (s *Server) ReopenContainerLog(ctx context.Context, req *v1.ReopenContainer
 }
 
 // CheckpointContainer implements the CRI.
-func (s *Server) CheckpointContainer(_ context.Context, req *v1.CheckpointContainerRequest) (*v1.CheckpointContainerResponse, error) {
+func (s *Server) CheckpointContainer(ctx context.Context, req *v1.CheckpointContainerRequest) (*v1.CheckpointContainerResponse, error) {
 	r, err := s.cfg.Engine.PodContainer(req.GetContainerId())
 	if err != nil {
 		return nil, err
 	}
-	return nil, fault.New(fault.Unsupported, "cannot checkpoint container %s: this engine has no CRIU", r.ID)
+	if t := req.GetTimeout(); t > 0 {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, time.Duration(t)*time.Second)
+		defer cancel()
+	}
+	return &v1.CheckpointContainerResponse{}, s.cfg.Engine.PodContainerCheckpoint(ctx, r.ID, req.GetLocation())
 }
 
 // maxOutput is where ExecSync cuts output off, as the CRI demands.

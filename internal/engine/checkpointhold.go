@@ -195,6 +195,6 @@ func (e *Engine) settleCheckpoints(ctx context.Context) {
 			continue
 		}
 		e.sweepCheckpoints(id)
-		e.settleMove(ctx, e.units[id])
+		e.settleMove(e.units[id])
 	}
 }

@@ -23,6 +23,7 @@ import (
 	"github.com/cloudos-io/cloudos/internal/engine/archive"
 	"github.com/cloudos-io/cloudos/internal/fault"
 	"github.com/cloudos-io/cloudos/internal/image"
+	"github.com/cloudos-io/cloudos/internal/policy"
 	"github.com/cloudos-io/cloudos/internal/runtime"
 	"github.com/cloudos-io/cloudos/internal/snapshot"
 )
@@ -55,9 +56,22 @@ func (e *Engine) mayBringIn(ctx context.Context, cfg *mcontainer.Config, hc *mco
 	if !e.policed() {
 		return nil
 	}
-	c, h := *cfg, *hc
+	plain, err := e.policyContainer(ctx, cfg, hc, image.Resolved{}, nil)
+	if err != nil {
+		return err
+	}
+	h := *hc
 	h.Privileged = true
-	if err := e.mayCreate(ctx, &c, &h, image.Resolved{}, nil); err != nil {
+	privileged := plain
+	privileged.HostConfig = &h
+	// The container itself is judged when it is made: what counts here is what
+	// privileges add.
+	known := map[string]bool{}
+	for _, v := range e.cfg.Policy.Create(ctx, plain) {
+		known[fmt.Sprintf("%+v", v)] = true
+	}
+	more := slices.DeleteFunc(e.cfg.Policy.Create(ctx, privileged), func(v policy.Violation) bool { return known[fmt.Sprintf("%+v", v)] })
+	if err := policy.Refuse(more); err != nil {
 		return fault.New(fault.Of(err), "cannot bring in processes of a checkpoint from elsewhere, which takes the right to run privileged containers: %w", err)
 	}
 	return nil
@@ -376,17 +390,23 @@ func (e *Engine) fillVolume(ctx context.Context, id, name string, f *os.File) er
 
 // settleMove starts a container again that a killed engine had stopped in order to
 // carry it elsewhere.
-func (e *Engine) settleMove(ctx context.Context, u *unit) {
-	path := filepath.Join(e.checkpointDir(u.id), movingFile)
-	if _, err := os.Lstat(path); err != nil {
+func (e *Engine) settleMove(u *unit) {
+	if _, err := os.Lstat(filepath.Join(e.checkpointDir(u.id), movingFile)); err != nil {
 		return
 	}
-	defer os.Remove(path)
-	if st := u.rec.Load().State; u.running() != nil || st.Status != mcontainer.StateExited {
-		return
-	}
-	e.log.Warn("a container was stopped to be carried elsewhere, which came to no end: it is started again", "container", u.id)
-	e.startAgain(u)
+	e.log.Warn("a container was to be carried elsewhere, which came to no end: it runs here", "container", u.id)
+	e.spawn(func() {
+		if u.acquire(e.ctx) != nil {
+			return
+		}
+		defer u.release()
+		if u.rec.Load().State.Status == mcontainer.StateExited {
+			e.startAfterMove(e.ctx, u, u.rec.Load())
+		}
+		if err := e.markMoving(u.id, false); err != nil {
+			e.log.Warn("cannot forget that a container was carried elsewhere", "container", u.id, "cause", err)
+		}
+	})
 }
 
 // movingFile marks a container that was stopped in order to be carried elsewhere.

@@ -51,7 +51,7 @@ type CheckpointResult struct {
 
 // Images are what a task is brought back from.
 type Images struct {
-	// Dir holds them, Work gets the log.
+	// Dir holds them, Work, which has its absolute name, gets the log.
 	Dir, Work *os.File
 	CheckpointResult
 	TCPEstablished, FileLocks bool

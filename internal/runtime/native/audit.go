@@ -1,6 +1,7 @@
 package native
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -25,6 +26,9 @@ func (s *start) audit() error {
 		if pid == s.stage {
 			continue // it has become CRIU
 		}
+		if dead(pid) {
+			continue // it waits to be reaped, as it did then
+		}
 		n++
 		if err := s.auditOne(pid); err != nil {
 			return fault.New(fault.Forbidden, "cannot restore: process %d of the checkpoint is not as the container is to be: %w", pid, err)
@@ -34,6 +38,16 @@ func (s *start) audit() error {
 		return fault.New(fault.Invalid, "cannot restore: the checkpoint holds no process")
 	}
 	return nil
+}
+
+// dead tells whether a process has ended and has no parts any more.
+func dead(pid int) bool {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return errors.Is(err, os.ErrNotExist)
+	}
+	_, rest, _ := strings.Cut(string(b[strings.LastIndexByte(string(b), ')')+1:]), " ")
+	return strings.HasPrefix(rest, "Z") || strings.HasPrefix(rest, "X")
 }
 
 func nsOf(pid, name string) string {
@@ -59,7 +73,7 @@ func (s *start) auditOne(pid int) error {
 		net, _ = os.Readlink(fdDir(s.sb.netns))
 	}
 	if nsOf(p, "net") != net {
-		return fmt.Errorf("it is in another network namespace")
+		return fmt.Errorf("it is in another network namespace (%s, not %s)", nsOf(p, "net"), net)
 	}
 	if err := s.auditCgroup(p); err != nil {
 		return err

@@ -133,7 +133,11 @@ func (t *task) Checkpoint(ctx context.Context, req contract.CheckpointRequest) (
 		err = cerr // after a pre-dump it waits for more, and does not mind
 	}
 	if err != nil {
-		return res, criuError("write down the processes", err, req.Work, dumpLog)
+		err = criuError("write down the processes", err, req.Work, dumpLog)
+		if criu.Usable(ctx) != nil {
+			err = fault.New(fault.Unsupported, "%w; \"criu check\" fails, too: this criu does not know this kernel", err)
+		}
+		return res, err
 	}
 	return res, nil
 }

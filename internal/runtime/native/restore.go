@@ -387,7 +387,13 @@ func (s *start) order(conn *net.UnixConn) (*criu.Message, error) {
 	}
 	var o criu.Message
 	o.Int(criu.OptImagesDirFD, int(im.Dir.Fd()))
-	o.Int(criu.OptWorkDirFD, int(im.Work.Fd()))
+	// It mounts something where it works: that has to be a place of its own mount
+	// namespace, which a descriptor of ours is not.
+	conf := filepath.Join(s.sb.dir, "criu.conf")
+	if err := os.WriteFile(conf, []byte(fmt.Sprintf("work-dir %q\n", im.Work.Name())), 0o600); err != nil {
+		return nil, fault.New(fault.Internal, "cannot write criu's configuration: %w", err)
+	}
+	o.Str(criu.OptConfigFile, conf)
 	o.Int(criu.OptLogLevel, 4)
 	o.Str(criu.OptLogFile, restoreLog)
 	o.Str(criu.OptRoot, filepath.Join(dir, "root"))
