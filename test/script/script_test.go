@@ -60,6 +60,7 @@ func TestScripts(t *testing.T) {
 		Dir:                 "testdata",
 		RequireExplicitExec: true,
 		RequireUniqueNames:  true,
+		WorkdirRoot:         os.Getenv("SERVIN_TEST_WORK"),
 		Setup:               func(env *testscript.Env) error { return setup(t, env, bin) },
 		Cmds: map[string]func(ts *testscript.TestScript, neg bool, args []string){
 			"servin":     servin,
@@ -77,11 +78,18 @@ type daemon struct {
 	bin, dir string
 	cmd      *exec.Cmd
 	done     chan struct{}
+	// shared is the socket of an engine that is not the script's own.
+	shared string
 }
 
 type daemonKey struct{}
 
-func (d *daemon) sock() string { return d.dir + "/s.sock" }
+func (d *daemon) sock() string {
+	if d.shared != "" {
+		return d.shared
+	}
+	return d.dir + "/s.sock"
+}
 
 func (d *daemon) start() error {
 	out, err := os.OpenFile(d.dir+"/log", os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
@@ -101,7 +109,7 @@ func (d *daemon) start() error {
 	}
 	d.done = make(chan struct{})
 	go func(cmd *exec.Cmd, done chan struct{}) { cmd.Wait(); close(done) }(d.cmd, d.done)
-	for deadline := time.Now().Add(20 * time.Second); time.Now().Before(deadline); time.Sleep(5 * time.Millisecond) {
+	for deadline := time.Now().Add(slowly(20 * time.Second)); time.Now().Before(deadline); time.Sleep(5 * time.Millisecond) {
 		select {
 		case <-d.done:
 			return fmt.Errorf("the daemon ended:\n%s", d.log())
@@ -112,6 +120,8 @@ func (d *daemon) start() error {
 			return nil
 		}
 	}
+	_ = d.cmd.Process.Signal(syscall.SIGQUIT) // it says what it is at
+	<-d.done
 	return fmt.Errorf("the daemon does not listen:\n%s", d.log())
 }
 
@@ -158,6 +168,9 @@ func (d *daemon) close(t *testing.T) {
 }
 
 func setup(t *testing.T, env *testscript.Env, bin string) error {
+	if sharedSocket != "" {
+		return setupShared(t, env, bin)
+	}
 	dir, err := os.MkdirTemp("", "sv") // short: socket names have 107 bytes
 	if err != nil {
 		return err
@@ -304,12 +317,14 @@ func engineCmd(ts *testscript.TestScript, neg bool, args []string) {
 }
 
 // keyPause is the time between two typed lines: for what they start to be there.
-func keyPause() time.Duration {
-	slow, err := strconv.Atoi(os.Getenv("SERVIN_TEST_SLOW")) // an emulated machine's factor
-	if err != nil || slow < 1 {
-		slow = 1
+func keyPause() time.Duration { return slowly(400 * time.Millisecond) }
+
+// slowly is a time on the machine that this is: an emulated one has a factor.
+func slowly(d time.Duration) time.Duration {
+	if f, err := strconv.Atoi(os.Getenv("SERVIN_TEST_SLOW")); err == nil && f > 1 {
+		d *= time.Duration(f)
 	}
-	return time.Duration(slow) * 400 * time.Millisecond
+	return d
 }
 
 func onTTY(ts *testscript.TestScript, neg bool, args []string) {
@@ -341,7 +356,7 @@ func onTTY(ts *testscript.TestScript, neg bool, args []string) {
 		k = strings.NewReplacer("^C\n", "\x03", "^D\n", "\x04", "^P^Q\n", "\x10\x11").Replace(k)
 		io.WriteString(f, k)
 	}
-	timer := time.AfterFunc(time.Minute, func() { cmd.Process.Kill() })
+	timer := time.AfterFunc(slowly(time.Minute), func() { cmd.Process.Kill() })
 	err = cmd.Wait()
 	timer.Stop()
 	<-read
@@ -355,7 +370,7 @@ func onTTY(ts *testscript.TestScript, neg bool, args []string) {
 // awaitRaw returns once the terminal is the container's: keys typed before are
 // this side's line editing's. What never takes it over gets them in the end.
 func awaitRaw(f *os.File) {
-	for deadline := time.Now().Add(20 * time.Second); time.Now().Before(deadline); time.Sleep(10 * time.Millisecond) {
+	for deadline := time.Now().Add(slowly(20 * time.Second)); time.Now().Before(deadline); time.Sleep(10 * time.Millisecond) {
 		if tio, err := unix.IoctlGetTermios(int(f.Fd()), unix.TCGETS); err == nil && tio.Lflag&unix.ICANON == 0 {
 			return
 		}

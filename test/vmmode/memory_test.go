@@ -21,7 +21,7 @@ func busybox(t *testing.T, m *machine) {
 		t.Skip("SKIP: busybox-static is not installed")
 	}
 	os.WriteFile(filepath.Join(dir, "bin/busybox"), b, 0o755)
-	for _, a := range []string{"sh", "dd", "sleep", "cat", "ls", "rm", "sync", "inotifyd", "echo", "nc", "touch", "mkdir", "find", "wc"} {
+	for _, a := range []string{"sh", "dd", "sleep", "cat", "ls", "rm", "sync", "inotifyd", "echo", "nc", "touch", "mkdir", "find", "wc", "true"} {
 		os.Symlink("busybox", filepath.Join(dir, "bin", a))
 	}
 	tar := filepath.Join(t.TempDir(), "busybox.tar")
