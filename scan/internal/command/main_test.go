@@ -100,6 +100,7 @@ func layer(t testing.TB, files ...file) (blob []byte, diff string) {
 	}
 	h := sha256.New()
 	tw := tar.NewWriter(multi{z, h})
+	zeros := make([]byte, 1<<20)
 	for _, f := range files {
 		hdr := &tar.Header{Name: f.name, Typeflag: tar.TypeReg, Mode: 0o644, Size: int64(len(f.text)) + f.size}
 		if f.link != "" {
@@ -111,7 +112,6 @@ func layer(t testing.TB, files ...file) (blob []byte, diff string) {
 		if _, err := tw.Write([]byte(f.text)); err != nil && f.link == "" {
 			t.Fatal(err)
 		}
-		zeros := make([]byte, 1<<20)
 		for left := f.size; left > 0; left -= int64(len(zeros)) {
 			if _, err := tw.Write(zeros[:min(left, int64(len(zeros)))]); err != nil {
 				t.Fatal(err)
