@@ -6,10 +6,13 @@ import (
 	"golang.org/x/sys/windows"
 
 	"github.com/cloudos-io/cloudos/internal/vm"
+	"github.com/cloudos-io/cloudos/internal/vm/hyperv"
 	"github.com/cloudos-io/cloudos/internal/vm/qemu"
 )
 
-func drivers() []vm.Driver { return []vm.Driver{qemu.New(qemu.Config{})} }
+func drivers() []vm.Driver {
+	return []vm.Driver{hyperv.New(hyperv.ThisHost()), qemu.New(qemu.Config{})}
+}
 
 // memoryStatus is MEMORYSTATUSEX.
 type memoryStatus struct {

@@ -28,6 +28,8 @@ type Image struct {
 	Kernel string `json:"kernel"`
 	Initrd string `json:"initrd"`
 	Root   string `json:"root"`
+	// Disk is set instead of those three where the image is one bootable disk.
+	Disk string `json:"disk,omitempty"`
 	// Digest names the image's whole content.
 	Digest string `json:"digest"`
 }
@@ -64,8 +66,11 @@ func OpenImage(dir string, seen map[string]string) (Image, error) {
 	img := Image{Dir: dir, Version: m.Version, KernelVer: m.Kernel, CommandLine: m.CommandLine}
 	sum := sha256.Sum256(raw)
 	img.Digest = "sha256:" + hex.EncodeToString(sum[:])
-	for role, path := range map[string]*string{"kernel": &img.Kernel, "initrd": &img.Initrd, "root": &img.Root} {
-		file := m.Files[role]
+	for role, path := range map[string]*string{"kernel": &img.Kernel, "initrd": &img.Initrd, "root": &img.Root, "disk": &img.Disk} {
+		file, ok := m.Files[role]
+		if !ok {
+			continue // ParseManifest knows which may be missing
+		}
 		*path = filepath.Join(dir, file.Name)
 		if err := verify(*path, file, seen); err != nil {
 			return bad("%w", err)
@@ -87,13 +92,18 @@ func ParseManifest(raw []byte) (vmwire.Image, error) {
 	if m.FormatVersion != vmwire.FormatVersion {
 		return m, fmt.Errorf("its format is of version %d, this program knows %d", m.FormatVersion, vmwire.FormatVersion)
 	}
-	if m.Format != "vm" {
-		return m, fmt.Errorf("its format is %q, not vm", m.Format)
+	roles := []string{"kernel", "initrd", "root"}
+	switch m.Format {
+	case "vm":
+	case "disk":
+		roles = []string{"disk"}
+	default:
+		return m, fmt.Errorf("its format is %q, not vm or disk", m.Format)
 	}
 	if strings.ContainsAny(m.CommandLine, "\x00\n\r") || len(m.CommandLine) > 1500 {
 		return m, errors.New("its kernel command line is not one line of at most 1500 bytes")
 	}
-	for _, role := range []string{"kernel", "initrd", "root"} {
+	for _, role := range roles {
 		f, ok := m.Files[role]
 		if !ok {
 			return m, fmt.Errorf("it has no %s", role)

@@ -19,6 +19,9 @@ import (
 
 // Start implements vm.Driver.
 func (d *Driver) Start(ctx context.Context, s vm.Spec, h vm.Host, report func(string)) (_ vm.Machine, err error) {
+	if s.Image.Kernel == "" {
+		return nil, fault.New(fault.Invalid, "this driver boots images in the vm format: cloudos image build --format vm")
+	}
 	path, err := d.find(program(runtime.GOARCH))
 	if err != nil {
 		return nil, err

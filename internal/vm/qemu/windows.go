@@ -17,6 +17,9 @@ import (
 // Start implements vm.Driver. There are no descriptors to inherit here: QEMU binds
 // its sockets itself, in a folder that is its user's alone.
 func (d *Driver) Start(ctx context.Context, s vm.Spec, h vm.Host, report func(string)) (vm.Machine, error) {
+	if s.Image.Kernel == "" {
+		return nil, fault.New(fault.Invalid, "this driver boots images in the vm format: cloudos image build --format vm")
+	}
 	path, err := d.find(program(runtime.GOARCH))
 	if err != nil {
 		return nil, err

@@ -146,6 +146,9 @@ func (l limited) Write(p []byte) (int, error) {
 
 // Start implements vm.Driver.
 func (d *Driver) Start(ctx context.Context, s vm.Spec, _ vm.Host, report func(string)) (vm.Machine, error) {
+	if s.Image.Kernel == "" {
+		return nil, fault.New(fault.Invalid, "this driver boots images in the vm format: cloudos image build --format vm")
+	}
 	path, err := exec.LookPath(d.program)
 	if err != nil {
 		return nil, fault.New(fault.Unsupported, "cannot find %s: install it (brew install vfkit)", d.program)

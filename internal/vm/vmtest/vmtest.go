@@ -163,6 +163,9 @@ func (s Suite) Run(t *testing.T) {
 	t.Run("NoImage", func(t *testing.T) {
 		spec := s.Spec(t)
 		spec.Image.Kernel += ".none"
+		if spec.Image.Disk != "" {
+			spec.Image.Disk += ".none"
+		}
 		if m, err := s.Driver.Start(within(t), spec, s.Host, func(string) {}); err == nil {
 			end(t, m)
 			t.Fatal("started without a kernel")
