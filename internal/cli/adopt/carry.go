@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"regexp"
+	"slices"
 	"strings"
 
 	"github.com/moby/moby/api/types/container"
@@ -62,7 +63,7 @@ func DecideCarry(ctx context.Context, from, to *client.Client) ([]Step, error) {
 	var out []Step
 	placed := false
 	for _, s := range Decide(theirs, ours, Options{Archives: true}) {
-		if s.Kind == Images && strings.HasPrefix(s.Name, carried) {
+		if s.Kind == Images && strings.HasPrefix(s.Name, carried) && !inUse(theirs, s.Name) {
 			continue // of a switch that did not end
 		}
 		if s.Kind == Containers {
@@ -83,6 +84,11 @@ func DecideCarry(ctx context.Context, from, to *client.Client) ([]Step, error) {
 	return out, nil
 }
 
+// inUse tells whether a container is made from the image.
+func inUse(inv Inventory, name string) bool {
+	return slices.ContainsFunc(inv.Containers, func(c container.InspectResponse) bool { return c.Config != nil && c.Config.Image == name })
+}
+
 // here is the reason of what is there already.
 const here = "is here already"
 
@@ -101,11 +107,11 @@ var notInName = regexp.MustCompile(`[^a-z0-9]+`)
 
 // layer brings what a container wrote as an image of it.
 func (a *Adopter) layer(ctx context.Context, s *Step) (string, error) {
-	repo := carried + strings.Trim(notInName.ReplaceAllString(strings.ToLower(s.Name), "-"), "-")
-	if _, err := a.From.ContainerCommit(ctx, s.Name, client.CommitOptions{Repo: repo, Tag: "latest", Comment: "what " + s.Name + " wrote"}); err != nil {
+	repo, tag := carried+strings.Trim(notInName.ReplaceAllString(strings.ToLower(s.Name), "-"), "-"), s.id[:min(12, len(s.id))]
+	if _, err := a.From.ContainerCommit(ctx, s.Name, client.CommitOptions{Repo: repo, Tag: tag, Comment: "what " + s.Name + " wrote"}); err != nil {
 		return "", err
 	}
-	ref := repo + ":latest"
+	ref := repo + ":" + tag
 	r, err := a.From.ImageSave(ctx, []string{ref}, nil)
 	if err != nil {
 		return "", err

@@ -42,6 +42,7 @@ type Step struct {
 	others  []join
 	// written: a container that wrote outside of its volumes.
 	written bool
+	id      string // of the container there
 	secret  api.Secret
 }
 

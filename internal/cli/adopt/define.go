@@ -13,7 +13,7 @@ import (
 // define makes the request that creates a container like c.
 func define(c *container.InspectResponse, byID map[string]string, tags []string, nets map[string]network.Network) Step {
 	name := strings.TrimPrefix(c.Name, "/")
-	s := Step{Kind: Containers, Name: name, imageID: c.Image}
+	s := Step{Kind: Containers, Name: name, imageID: c.Image, id: c.ID}
 	cfg, host := *c.Config, *c.HostConfig
 
 	// The name it was made from, while that still means the same image.
