@@ -21,6 +21,7 @@ import (
 
 const usage = `Usage:
   cloudos image build [--arch amd64|arm64] [--format vm|disk|iso|netboot] -o DIR
+  cloudos image inspect [-n FILES] DIR
 
 `
 
@@ -41,6 +42,8 @@ func run(ctx context.Context, args []string) error {
 	switch args[0] {
 	case "build":
 		return build(ctx, args[1:])
+	case "inspect":
+		return inspect(args[1:])
 	default:
 		return fmt.Errorf("there is no command %q\n\n%s", args[0], usage)
 	}
@@ -101,5 +104,27 @@ func build(ctx context.Context, args []string) error {
 			}
 		}
 	}
+	return nil
+}
+
+func inspect(args []string) error {
+	f := pflag.NewFlagSet("inspect", pflag.ContinueOnError)
+	f.SetOutput(io.Discard)
+	n := f.IntP("files", "n", 15, "how many of the biggest files to show")
+	if err := f.Parse(args); err != nil {
+		if errors.Is(err, pflag.ErrHelp) {
+			fmt.Print(usage, f.FlagUsages())
+			return nil
+		}
+		return err
+	}
+	if f.NArg() != 1 || *n < 0 {
+		return errors.New("inspect takes the folder of one image")
+	}
+	in, err := osimage.Inspect(f.Arg(0))
+	if err != nil {
+		return err
+	}
+	in.Print(os.Stdout, *n)
 	return nil
 }

@@ -80,6 +80,9 @@ func buildParts(ctx context.Context, o Options) (*vmwire.Image, error) {
 		return nil, err
 	}
 	defer os.Remove(s.root)
+	if err := s.contents(o); err != nil {
+		return nil, err
+	}
 	img := s.describe(o)
 	img.CommandLine = commandLine(o.Arch)
 	if err := writeFile(img, o.Output, "kernel", "kernel", "", func(f *os.File) error { _, err := f.Write(s.kernel.Image); return err }); err != nil {

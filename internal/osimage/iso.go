@@ -37,6 +37,9 @@ func buildISO(ctx context.Context, o Options) (*vmwire.Image, error) {
 	if o.Words != "" {
 		img.CommandLine += " " + o.Words
 	}
+	if err := s.contents(o); err != nil {
+		return nil, err
+	}
 	dir, err := os.MkdirTemp(o.Output, ".iso-")
 	if err != nil {
 		return nil, err
@@ -49,7 +52,7 @@ func buildISO(ctx context.Context, o Options) (*vmwire.Image, error) {
 		return nil, err
 	}
 	id := identity("iso", o.Version, o.Arch, s.kernel.Package)
-	part, err := fat.Image(efi, 68*mib, "CLOUDOSEFI", binary.LittleEndian.Uint32(id[:]))
+	part, err := fat.Image(efi, 6*mib, "CLOUDOSEFI", binary.LittleEndian.Uint32(id[:]))
 	if err != nil {
 		return nil, err
 	}

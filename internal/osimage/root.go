@@ -45,9 +45,9 @@ var cloudModules = []string{
 	"nf_tables", "nft_*", "nf_nat", "nf_conntrack", "nf_conntrack_netlink", "nf_dup_*", "nf_defrag_*", "nf_reject_*", "nf_tproxy_*", "nfnetlink*",
 	"nf_log_syslog", "xt_*", "ip_tables", "ip6_tables", "iptable_*", "ip6table_*", "ip_vs*", "ip_set*", "kernel/net/netfilter/nf_conntrack_*",
 	"sch_*", "cls_*", "act_*", "ifb", "sctp", "inet_diag", "tcp_diag", "udp_diag", "unix_diag", "netlink_diag", "sctp_diag", "af_packet",
-	"nls_*", "vfat", "isofs", "nfs", "nfsv4", "nfsv3", "cifs", "btrfs", "xfs", "erofs", "squashfs", "ext4", "quota_v2", "quota_tree",
+	"nls_*", "vfat", "isofs", "nfs", "nfsv4", "nfsv3", "cifs", "erofs", "squashfs", "ext4", "quota_v2", "quota_tree",
 	"tcp_bbr", "nvme", "ena", "gve", "hv_*", "xen_blkfront", "xen_netfront", "vmxnet3", "vmw_*", "virtio_scsi", "sd_mod", "sr_mod",
-	"vsock", "vmw_vsock_virtio_transport", "tpm*", "rng_core", "binfmt_misc", "ipt_*", "ip6t_*", "crc32c_generic", "algif_*", "kvm*", "mlx4*", "ixgbevf", "pvpanic*",
+	"vsock", "vmw_vsock_virtio_transport", "tpm*", "rng_core", "binfmt_misc", "ipt_*", "ip6t_*", "crc32c_generic", "algif_*", "ixgbevf", "pvpanic*",
 }
 
 // metalModules add the drivers of real machines: disks, network cards, what a
@@ -57,7 +57,7 @@ var metalModules = append([]string{
 	"8139too", "8139cp", "pcnet32", "ne2k_pci", "via_rhine", "mlx4_en", "mlx5_core", "be2net", "cxgb4", "qede", "sfc", "enic", "nfp", "jme", "vmxnet3",
 	"cdc_ether", "cdc_ncm", "asix", "ax88179_178a", "smsc95xx", "lan78xx", "realtek", "broadcom", "marvell", "phy*",
 	"i6300esb", "iTCO_wdt", "sp5100_tco", "ipmi_si", "ipmi_devintf", "ipmi_watchdog", "coretemp", "k10temp", "intel_rapl_msr", "acpi_cpufreq",
-	"hpsa", "aacraid", "arcmsr", "3w_9xxx", "sata_*", "pata_*", "raid0", "raid1", "raid10", "raid456", "dm_raid", "dm_mod", "mmc_block",
+	"btrfs", "xfs", "kvm_intel", "kvm_amd", "hpsa", "aacraid", "arcmsr", "3w_9xxx", "sata_*", "pata_*", "raid0", "raid1", "raid10", "raid456", "dm_raid", "dm_mod", "mmc_block",
 }, append(append([]string{}, cloudModules...), isoModules...)...)
 
 // initialRoot is what the kernel unpacks: the first process and the modules
@@ -119,9 +119,7 @@ func systemRoot(ctx context.Context, o Options, apt *kernel.Apt, k *kernel.Kerne
 		if strings.HasSuffix(p.name, ".gz") {
 			perm = 0o644
 		}
-		if e, err := t.File("bin/"+p.name, perm, p.part, from); err == nil {
-			e.Store = p.name == "servind"
-		} else {
+		if _, err := t.File("bin/"+p.name, perm, p.part, from); err != nil {
 			return nil, fmt.Errorf("%w (make build)", err)
 		}
 	}

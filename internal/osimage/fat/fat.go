@@ -1,5 +1,6 @@
-// Package fat writes trees as FAT32 file systems: the partition that firmware boots
-// from. Names must be of 8 and 3 characters. The same tree gives the same bytes.
+// Package fat writes trees as FAT file systems: the partition that firmware boots
+// from. Those that are too small for FAT32 become FAT16. Names must be of 8 and 3
+// characters. The same tree gives the same bytes.
 package fat
 
 import (
@@ -18,6 +19,7 @@ const (
 	sector   = 512
 	cluster  = 2 * sector
 	reserved = 32
+	rootSize = 512 * 32         // FAT16's root folder
 	date     = 44<<9 | 1<<5 | 1 // 2024-01-01
 	end      = 0x0fffffff
 )
@@ -29,14 +31,21 @@ func Image(t *tree.Tree, size int64, label string, id uint32) ([]byte, error) {
 	if total > math.MaxUint32 || size%cluster != 0 {
 		return nil, errors.New("a FAT32 file system cannot have this size")
 	}
-	// Each of the clusters needs four bytes in each of two tables.
-	table := (total-reserved)/(cluster/sector*sector/4+2) + 1
-	first := reserved + 2*table
+	// Each of the clusters needs an entry in each of two tables.
+	wide, entry, root := true, int64(4), int64(0)
+	if (total-reserved)/(cluster/sector) < 65525+1024 {
+		wide, entry, root = false, 2, rootSize/sector
+	}
+	table := (total-reserved-root)/(cluster/sector*sector/entry+2) + 1
+	first := reserved + 2*table + root
 	clusters := (total - first) / (cluster / sector)
-	if clusters < 65525 {
-		return nil, fmt.Errorf("a FAT32 file system cannot be as small as %d bytes", size)
+	if clusters < 4085+16 || !wide && clusters > 65524-16 {
+		return nil, fmt.Errorf("a FAT file system cannot have %d bytes", size)
 	}
 	w := &writer{b: make([]byte, size), base: first * sector, next: 2, limit: uint32(clusters) + 2, fat: make([]uint32, clusters+2), start: map[string]uint32{}}
+	if !wide {
+		w.root = w.b[(first-root)*sector : first*sector]
+	}
 	w.fat[0], w.fat[1] = 0x0ffffff8, end
 	if err := w.tree(t, label); err != nil {
 		return nil, fmt.Errorf("cannot write a FAT file system: %w", err)
@@ -52,29 +61,42 @@ func Image(t *tree.Tree, size int64, label string, id uint32) ([]byte, error) {
 	le.PutUint16(boot[24:], 32)
 	le.PutUint16(boot[26:], 64)
 	le.PutUint32(boot[32:], uint32(total))
-	le.PutUint32(boot[36:], uint32(table))
-	le.PutUint32(boot[44:], 2)
-	le.PutUint16(boot[48:], 1)
-	le.PutUint16(boot[50:], 6)
-	boot[64], boot[66] = 0x80, 0x29
-	le.PutUint32(boot[67:], id)
-	copy(boot[71:], fmt.Sprintf("%-11s", label))
-	copy(boot[82:], "FAT32   ")
 	le.PutUint16(boot[510:], 0xaa55)
-	info := make([]byte, sector)
-	le.PutUint32(info, 0x41615252)
-	le.PutUint32(info[484:], 0x61417272)
-	le.PutUint32(info[488:], uint32(clusters)-(w.next-2))
-	le.PutUint32(info[492:], w.next)
-	le.PutUint32(info[508:], 0xaa550000)
-	for _, at := range []int{0, 6} {
-		copy(w.b[at*sector:], boot)
-		copy(w.b[(at+1)*sector:], info)
+	more := boot[36:]
+	if wide {
+		le.PutUint32(boot[36:], uint32(table))
+		le.PutUint32(boot[44:], 2)
+		le.PutUint16(boot[48:], 1)
+		le.PutUint16(boot[50:], 6)
+		more = boot[64:]
+	} else {
+		le.PutUint16(boot[17:], rootSize/32)
+		le.PutUint16(boot[22:], uint16(table))
+	}
+	more[0], more[2] = 0x80, 0x29
+	le.PutUint32(more[3:], id)
+	copy(more[7:], fmt.Sprintf("%-11s", label))
+	copy(more[18:], map[bool]string{true: "FAT32   ", false: "FAT16   "}[wide])
+	copy(w.b, boot)
+	if wide {
+		info := make([]byte, sector)
+		le.PutUint32(info, 0x41615252)
+		le.PutUint32(info[484:], 0x61417272)
+		le.PutUint32(info[488:], uint32(clusters)-(w.next-2))
+		le.PutUint32(info[492:], w.next)
+		le.PutUint32(info[508:], 0xaa550000)
+		copy(w.b[sector:], info)
+		copy(w.b[6*sector:], boot)
+		copy(w.b[7*sector:], info)
 	}
 	for i := range int64(2) {
 		at := (reserved + i*table) * sector
 		for j, v := range w.fat {
-			le.PutUint32(w.b[at+int64(j)*4:], v)
+			if wide {
+				le.PutUint32(w.b[at+int64(j)*4:], v)
+			} else {
+				le.PutUint16(w.b[at+int64(j)*2:], uint16(v))
+			}
 		}
 	}
 	return w.b, nil
@@ -82,6 +104,7 @@ func Image(t *tree.Tree, size int64, label string, id uint32) ([]byte, error) {
 
 type writer struct {
 	b           []byte
+	root        []byte // of FAT16
 	base        int64
 	next, limit uint32
 	fat         []uint32
@@ -123,6 +146,13 @@ func (w *writer) tree(t *tree.Tree, label string) error {
 	places := map[string][]byte{}
 	for _, d := range dirs { // the root is the first, as it has to be
 		n := int64(len(children[d])+2) * 32
+		if d == "." && w.root != nil {
+			if n > rootSize {
+				return errors.New("the root folder is full")
+			}
+			places[d] = w.root
+			continue
+		}
 		first, place, err := w.take(n)
 		if err != nil {
 			return err
