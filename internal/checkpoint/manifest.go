@@ -54,9 +54,10 @@ const (
 	maxManifest = 4 << 20
 	maxSeal     = 64 << 20
 	maxFiles    = 100_000
-	maxRounds   = 32
-	maxVolumes  = 256
-	maxBinds    = 250
+	// MaxRounds is how often memory may be written down.
+	MaxRounds  = 32
+	maxVolumes = 256
+	maxBinds   = 250
 )
 
 // Manifest describes a checkpoint.
@@ -154,7 +155,7 @@ func (m *Manifest) check() error {
 		return bad("its manifest describes no container")
 	case len(c.ID) != 64 || strings.Trim(c.ID, "0123456789abcdef") != "":
 		return bad("its container's id is none")
-	case m.Cold != (m.Rounds == 0) || m.Rounds < 0 || m.Rounds > maxRounds:
+	case m.Cold != (m.Rounds == 0) || m.Rounds < 0 || m.Rounds > MaxRounds:
 		return bad("it has %d rounds of images", m.Rounds)
 	case len(m.Volumes) > maxVolumes || len(m.Binds) > maxBinds:
 		return bad("it has too many volumes or mounts")

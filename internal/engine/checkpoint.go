@@ -123,6 +123,9 @@ func (e *Engine) CheckpointCreate(ctx context.Context, name string, o api.Checkp
 		if err := c.Checkpointable(ctx); err != nil {
 			return checkpointFailed(r, err)
 		}
+		if d.rounds >= checkpoint.MaxRounds-1 {
+			return checkpointFailed(r, fault.New(fault.Conflict, "it has %d pre-dumps of that name: make the checkpoint, or remove them", d.rounds))
+		}
 		if err := d.round(ctx, c, true); err != nil {
 			return checkpointFailed(r, err)
 		}
@@ -181,6 +184,7 @@ type draft struct {
 	tracked        bool
 	res            runtime.CheckpointResult
 	tcp, fileLocks bool
+	logs           bool // keep what CRIU tells of its work
 }
 
 // beginDraft makes the directory of a checkpoint, or goes on with its pre-dumps.
@@ -249,12 +253,23 @@ func (d *draft) round(ctx context.Context, c runtime.Checkpointer, pre bool) err
 	if err != nil {
 		return err
 	}
+	if d.logs {
+		for _, name := range criuLogs() {
+			if err := os.Rename(filepath.Join(work.path, name), filepath.Join(d.path, name)); errors.Is(err, unix.EXDEV) {
+				b, _ := os.ReadFile(filepath.Join(work.path, name))
+				_ = os.WriteFile(filepath.Join(d.path, name), b, 0o600)
+			}
+		}
+	}
 	d.rounds, d.tracked = n, d.tracked || pre
 	if !pre {
 		d.res = res
 	}
 	return nil
 }
+
+// criuLogs are what CRIU writes beside its images.
+func criuLogs() []string { return []string{"dump.log", "stats-dump"} }
 
 // files writes what else belongs to the container: its layer and volumes.
 func (d *draft) files(ctx context.Context, r *container.Record, m *checkpoint.Manifest) error {

@@ -109,7 +109,7 @@ func (e *Engine) CheckpointRestore(ctx context.Context, name string, o api.Resto
 		return api.Restored{}, err
 	}
 	defer dir.Close()
-	return e.restoreNew(ctx, dir, m, o)
+	return e.restoreNew(ctx, dir, m, o, false)
 }
 
 // CheckpointImport makes a container of a checkpoint's tar. Nothing of it is used
@@ -135,7 +135,15 @@ func (e *Engine) CheckpointImport(ctx context.Context, o api.RestoreOptions, r i
 	if err != nil {
 		return res, err
 	}
-	return e.restoreNew(ctx, dir, m, o)
+	if res, err = e.restoreNew(ctx, dir, m, o, true); err != nil || ctx.Err() == nil {
+		return res, err
+	}
+	// Nobody is there to be told that it runs: whoever sends a container of theirs
+	// would let it go on there, too.
+	if rerr := e.ContainerRemove(context.WithoutCancel(ctx), res.ID, true, true, false); rerr != nil {
+		e.log.Warn("cannot remove a restored container whose sender has gone", "container", res.ID, "cause", rerr)
+	}
+	return api.Restored{}, fault.New(fault.Unavailable, "cannot restore: the sender has gone: %w", context.Cause(ctx))
 }
 
 // admit looks at a manifest of elsewhere before anything of the rest is read.
@@ -220,7 +228,8 @@ func (e *Engine) imageOf(ctx context.Context, m *checkpoint.Manifest) (string, e
 
 // restoreNew makes a container of a sound checkpoint and starts it. What the
 // manifest says is a request: it is checked, judged and planned like any other.
-func (e *Engine) restoreNew(ctx context.Context, dir *os.File, m *checkpoint.Manifest, o api.RestoreOptions) (res api.Restored, err error) {
+// What is foreign comes from elsewhere.
+func (e *Engine) restoreNew(ctx context.Context, dir *os.File, m *checkpoint.Manifest, o api.RestoreOptions, foreign bool) (res api.Restored, err error) {
 	if m.WithImage {
 		if err := e.loadImage(ctx, dir, m); err != nil {
 			return res, err
@@ -250,7 +259,7 @@ func (e *Engine) restoreNew(ctx context.Context, dir *os.File, m *checkpoint.Man
 			_ = e.cfg.Volumes.Remove(ctx, v, true)
 		}
 	}()
-	if err := e.fillRestored(ctx, u, dir, m, o); err != nil {
+	if err := e.fillRestored(ctx, u, dir, m, o, foreign); err != nil {
 		return res, err
 	}
 	_, p, err := e.change(u, func(*container.Record) {})
@@ -339,7 +348,7 @@ func (e *Engine) loadImage(ctx context.Context, dir *os.File, m *checkpoint.Mani
 }
 
 // fillRestored gives a container that was just made its files and volumes.
-func (e *Engine) fillRestored(ctx context.Context, u *unit, dir *os.File, m *checkpoint.Manifest, o api.RestoreOptions) error {
+func (e *Engine) fillRestored(ctx context.Context, u *unit, dir *os.File, m *checkpoint.Manifest, o api.RestoreOptions, foreign bool) error {
 	layer, err := checkpoint.Open(dir, checkpoint.LayerName)
 	if err != nil {
 		return err
@@ -368,7 +377,7 @@ func (e *Engine) fillRestored(ctx context.Context, u *unit, dir *os.File, m *che
 		if err != nil {
 			return err
 		}
-		err = e.fillVolume(ctx, u.id, name, f)
+		err = e.fillVolume(ctx, u.id, name, f, !foreign)
 		f.Close()
 		if err != nil {
 			return fault.New(fault.Of(err), "cannot restore volume %s: %w", name, err)
@@ -378,13 +387,13 @@ func (e *Engine) fillRestored(ctx context.Context, u *unit, dir *os.File, m *che
 }
 
 // fillVolume puts content into a volume that was made for this container.
-func (e *Engine) fillVolume(ctx context.Context, id, name string, f *os.File) error {
+func (e *Engine) fillVolume(ctx context.Context, id, name string, f *os.File, devices bool) error {
 	for _, user := range e.cfg.Volumes.References(name) {
 		if user != id {
 			return fault.New(fault.Conflict, "container %s uses it: keep what it holds (--keep-volumes)", short(user))
 		}
 	}
-	_, err := e.VolumeService().VolumeRestore(ctx, name, RestoreOptions{Replace: true, Devices: true}, f)
+	_, err := e.VolumeService().VolumeRestore(ctx, name, RestoreOptions{Replace: true, Devices: devices}, f)
 	return err
 }
 

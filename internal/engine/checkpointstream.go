@@ -54,6 +54,9 @@ func (e *Engine) CheckpointStream(ctx context.Context, name string, o api.Checkp
 	m.WithImage = o.Image && r.Image.ID != ""
 	m.TCPEstablished, m.FileLocks = o.TCPEstablished, o.FileLocks
 	rounds := max(0, min(o.Rounds, 8))
+	if rounds > 0 && !c.Tracks() {
+		rounds = 0 // nobody could tell what has changed since
+	}
 	m.Rounds = rounds + 1
 	x := &streaming{e: e, d: d, s: s, m: m, image: imageRef(r)}
 	if x.w, err = checkpoint.NewWriter(s, m); err != nil {

@@ -42,6 +42,7 @@ func (e *Engine) PodContainerCheckpoint(ctx context.Context, id, location string
 		return checkpointFailed(r, err)
 	}
 	defer d.close()
+	d.logs = true
 	h, err := e.still(ctx, u, t, c)
 	if err != nil {
 		return checkpointFailed(r, err)
@@ -106,12 +107,13 @@ func (e *Engine) podArchive(w io.Writer, r *container.Record, d *draft, at time.
 		if err != nil || !x.Type().IsRegular() {
 			return err
 		}
-		name := "checkpoint/" + x.Name()
-		if x.Name() == "stats-dump" {
-			name = x.Name()
-		}
-		return addFile(tw, p, name, at)
+		return addFile(tw, p, "checkpoint/"+x.Name(), at)
 	})
+	for _, name := range criuLogs() {
+		if lerr := addFile(tw, filepath.Join(d.path, name), name, at); lerr != nil && !errors.Is(lerr, fs.ErrNotExist) {
+			err = errors.Join(err, lerr)
+		}
+	}
 	if err == nil {
 		err = addFile(tw, filepath.Join(d.path, checkpoint.LayerName), "rootfs-diff.tar", at)
 	}
@@ -140,6 +142,9 @@ func addFile(tw *tar.Writer, path, name string, at time.Time) error {
 func (e *Engine) describedSpec(r *container.Record) (*specs.Spec, error) {
 	hc := *r.HostConfig
 	hc.Devices, hc.DeviceRequests = nil, nil
+	if r.Pod != nil { // whose namespaces are the pod's, which lie nowhere for others
+		hc.NetworkMode, hc.IpcMode, hc.PidMode, hc.UTSMode = "none", "private", "", ""
+	}
 	in := oci.Input{
 		ID: r.ID, Name: r.Name, Config: r.Config, HostConfig: &hc, IDMap: idMap(r), CgroupPath: e.cgroupPath(r), CgroupV2: e.cfg.CgroupV2,
 		Devices: oci.DevicesAt, Host: e.cfg.Host, Seccomp: e.cfg.Profiles, NoNewPrivileges: e.cfg.NoNewPrivileges,

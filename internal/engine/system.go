@@ -207,7 +207,7 @@ func (s *SystemService) Version(context.Context) (system.VersionResponse, error)
 	_ = unix.Uname(&uts)
 	v := s.e.cfg.Version
 	return system.VersionResponse{
-		Platform: system.PlatformInfo{Name: "Servin"}, Version: v, Os: goruntime.GOOS, Arch: goruntime.GOARCH,
+		Platform: system.PlatformInfo{Name: "Servin"}, Experimental: true, Version: v, Os: goruntime.GOOS, Arch: goruntime.GOARCH,
 		GitCommit: s.e.cfg.GitCommit, GoVersion: goruntime.Version(), KernelVersion: unix.ByteSliceToString(uts.Release[:]),
 		Components: []system.ComponentVersion{{Name: "Engine", Version: v, Details: map[string]string{
 			"GitCommit": s.e.cfg.GitCommit, "GoVersion": goruntime.Version(), "Os": goruntime.GOOS, "Arch": goruntime.GOARCH,

@@ -17,6 +17,8 @@ type Checkpointer interface {
 	// has begun. fault.Conflict: what runs in it now cannot be written down, such as
 	// an exec; fault.Unsupported: this container never can, or nothing can here.
 	Checkpoint(ctx context.Context, req CheckpointRequest) (CheckpointResult, error)
+	// Tracks tells whether a later request can build on a pre-dump here.
+	Tracks() bool
 	// Quiet cuts the task off from its network, or undoes that: what arrives for
 	// connections that were written down must not be answered by their old owner.
 	Quiet(ctx context.Context, on bool) error

@@ -142,6 +142,9 @@ func (t *task) Checkpoint(ctx context.Context, req contract.CheckpointRequest) (
 	return res, nil
 }
 
+// Tracks implements runtime.Checkpointer.
+func (t *task) Tracks() bool { return criu.TracksMemory() }
+
 const (
 	dumpLog    = "dump.log"
 	restoreLog = "restore.log"
