@@ -23,6 +23,8 @@ import (
 
 	"github.com/moby/moby/api/types/build"
 	mnetwork "github.com/moby/moby/api/types/network"
+	"go.opentelemetry.io/otel"
+	"go.opentelemetry.io/otel/propagation"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 
@@ -75,6 +77,8 @@ func New(cfg Config) *Builder {
 	b.proxy = &httputil.ReverseProxy{
 		Rewrite: func(r *httputil.ProxyRequest) {
 			r.Out.URL.Scheme, r.Out.URL.Host, r.Out.Host = "http", "buildd", "buildd"
+			// What the builder does is part of the request's trace.
+			otel.GetTextMapPropagator().Inject(r.In.Context(), propagation.HeaderCarrier(r.Out.Header))
 		},
 		// Each request has a connection of its own: what is hijacked takes it along.
 		Transport:     &http.Transport{DialContext: b.dial, DisableKeepAlives: true, DisableCompression: true},

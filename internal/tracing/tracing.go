@@ -37,7 +37,9 @@ type Config struct {
 	Headers map[string]string
 	// Ratio of traces that are kept, of those that begin here; 0 is all. What a
 	// client decided for its own trace holds.
-	Ratio    float64
+	Ratio float64
+	// Service names the program; "" is servind.
+	Service  string
 	Version  string
 	Instance string
 	Logger   *slog.Logger
@@ -89,8 +91,11 @@ func Start(ctx context.Context, c Config) (*Provider, error) {
 	if err != nil {
 		return nil, fmt.Errorf("cannot send traces: %w", err)
 	}
+	if c.Service == "" {
+		c.Service = "servind"
+	}
 	res, err := resource.Merge(resource.Environment(), resource.NewSchemaless(
-		attribute.String("service.name", "servind"), attribute.String("service.version", c.Version), attribute.String("service.instance.id", c.Instance)))
+		attribute.String("service.name", c.Service), attribute.String("service.version", c.Version), attribute.String("service.instance.id", c.Instance)))
 	if err != nil {
 		res = resource.Default()
 	}

@@ -26,7 +26,8 @@ func newBuilder(c *config.Config, inside rootless.State, instance, armor string,
 	}
 	set := contract.Settings{
 		Root: filepath.Join(c.Root, "build"), RunRoot: c.RunRoot, Registries: registries(c), Runtimes: buildRuntimes(c, inside.Active),
-		AppArmor: armor, Rootless: inside.Active, Nameservers: c.Network.DNS, Search: c.Network.Search, Options: c.Network.Options, Version: api.Version,
+		AppArmor: armor, Rootless: inside.Active, Nameservers: c.Network.DNS, Search: c.Network.Search, Options: c.Network.Options, Version: api.Version, Instance: instance,
+		Tracing: contract.Tracing{Endpoint: c.Tracing.Endpoint, Headers: c.Tracing.Headers, Ratio: c.Tracing.Ratio},
 	}
 	if !inside.Active {
 		set.CgroupParent = "/servin-build-" + instance

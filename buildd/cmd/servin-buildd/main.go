@@ -18,6 +18,7 @@ import (
 	"github.com/cloudos-io/cloudos/buildd/internal/process"
 	"github.com/cloudos-io/cloudos/buildd/internal/server"
 	"github.com/cloudos-io/cloudos/internal/build/contract"
+	"github.com/cloudos-io/cloudos/internal/tracing"
 )
 
 func main() {
@@ -54,6 +55,12 @@ func run(logger *slog.Logger) error {
 	if err != nil {
 		return fmt.Errorf("cannot ask the engine for settings: %w", err)
 	}
+	t := set.Tracing
+	traces, err := tracing.Start(ctx, tracing.Config{Endpoint: t.Endpoint, Headers: t.Headers, Ratio: t.Ratio, Service: "servin-buildd", Version: set.Version, Instance: set.Instance, Logger: logger})
+	if err != nil {
+		return err
+	}
+	defer traces.Close()
 	go func() {
 		// Without an engine there is nothing to build with; being the first process
 		// of its namespace, this one takes every step along.

@@ -27,6 +27,7 @@ import (
 	"github.com/tonistiigi/fsutil"
 
 	"github.com/cloudos-io/cloudos/buildd/internal/upload"
+	"go.opentelemetry.io/otel"
 )
 
 // Config of a Builder.
@@ -59,7 +60,7 @@ func (b *Builder) control(ctx context.Context) (*client.Client, error) {
 	if b.client != nil {
 		return b.client, nil
 	}
-	c, err := client.New(context.WithoutCancel(ctx), "", client.WithContextDialer(b.cfg.Dial))
+	c, err := client.New(context.WithoutCancel(ctx), "", client.WithContextDialer(b.cfg.Dial), client.WithTracerProvider(otel.GetTracerProvider()))
 	if err != nil {
 		return nil, fmt.Errorf("cannot reach BuildKit: %w", err)
 	}

@@ -77,6 +77,7 @@ func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.
 	}
 	defer p.close()
 	d := dialer{getenv}
+	ctx = inTrace(ctx, getenv)
 	c, err := client.New(ctx, "", client.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) {
 		return d.upgrade(ctx, "/grpc", nil)
 	}), client.WithSessionDialer(func(ctx context.Context, _ string, meta map[string][]string) (net.Conn, error) {
@@ -215,6 +216,11 @@ func (d dialer) upgrade(ctx context.Context, path string, meta map[string][]stri
 	}
 	for k, v := range meta {
 		req.Header[http.CanonicalHeaderKey(k)] = v
+	}
+	for _, k := range []string{"TRACEPARENT", "TRACESTATE"} {
+		if v := d.getenv(k); v != "" {
+			req.Header.Set(k, v)
+		}
 	}
 	req.Header.Set("Connection", "Upgrade")
 	req.Header.Set("Upgrade", "h2c")

@@ -18,6 +18,8 @@ import (
 	"github.com/docker/go-units"
 	"github.com/moby/buildkit/client"
 	"github.com/moby/moby/api/types/build"
+	"go.opentelemetry.io/otel"
+	"go.opentelemetry.io/otel/propagation"
 )
 
 func (s *Server) routes() http.Handler {
@@ -28,7 +30,15 @@ func (s *Server) routes() http.Handler {
 	mux.HandleFunc("POST /build/cancel", s.classic.Cancel)
 	mux.HandleFunc("POST /build/prune", s.prune)
 	mux.HandleFunc("GET /usage", s.usage)
-	return mux
+	return traced(mux)
+}
+
+// traced makes a request part of the trace that its headers name.
+func traced(h http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		ctx := otel.GetTextMapPropagator().Extract(r.Context(), propagation.HeaderCarrier(r.Header))
+		h.ServeHTTP(w, r.WithContext(ctx))
+	})
 }
 
 func fail(w http.ResponseWriter, status int, err error) {

@@ -48,6 +48,7 @@ import (
 	wlabel "github.com/moby/buildkit/worker/label"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	bolt "go.etcd.io/bbolt"
+	"go.opentelemetry.io/contrib/instrumentation/google.golang.org/grpc/otelgrpc"
 	"google.golang.org/grpc"
 
 	"github.com/cloudos-io/cloudos/buildd/internal/classic"
@@ -130,6 +131,7 @@ func New(ctx context.Context, e *engine.Engine, set contract.Settings, log *slog
 		return nil, err
 	}
 	s.grpc = grpc.NewServer(
+		grpc.StatsHandler(otelgrpc.NewServerHandler()),
 		grpc.ChainUnaryInterceptor(grpcerrors.UnaryServerInterceptor, hostGateway(set.Gateway)),
 		grpc.StreamInterceptor(grpcerrors.StreamServerInterceptor),
 		grpc.MaxRecvMsgSize(maxMessage),

@@ -54,8 +54,17 @@ type Settings struct {
 	// Budget is how many bytes of cache are kept, MinFree how many bytes of the
 	// disk are to stay free. 0 is a default.
 	Budget, MinFree int64
-	// Version of the engine.
-	Version string
+	// Version of the engine, and its name among others.
+	Version, Instance string
+	// Tracing says where spans go.
+	Tracing Tracing
+}
+
+// Tracing is the engine's configuration of it.
+type Tracing struct {
+	Endpoint string
+	Headers  map[string]string
+	Ratio    float64
 }
 
 // LayerRequest asks for a layer to be unpacked as the chain Chain.
