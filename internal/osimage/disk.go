@@ -113,7 +113,7 @@ func diskCommandLine(arch string) string {
 
 // bootPartition is the tree of the partition that firmware boots from, with slot a.
 func bootPartition(ctx context.Context, o Options, apt *kernel.Apt, s *system) (*tree.Tree, error) {
-	t, err := efiTree(ctx, o, apt, slots.Script()+"boot\n")
+	t, err := efiTree(ctx, o, apt, slots.Script())
 	if err != nil {
 		return nil, err
 	}

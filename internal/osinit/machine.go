@@ -513,12 +513,11 @@ func (m *machine) Containers(ctx context.Context) (int, error) {
 }
 
 // Shutdown begins to stop the machine.
-func (m *machine) Shutdown(reboot bool, patience time.Duration) error {
+func (m *machine) Shutdown(reboot bool, patience time.Duration) {
 	select {
 	case m.orders <- order{reboot, patience}:
 	default: // it is stopping already
 	}
-	return nil
 }
 
 // Log writes a log.

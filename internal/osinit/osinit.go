@@ -126,6 +126,7 @@ func (m *machine) run(ctx context.Context) (reboot bool) {
 	}
 	parts.Go(func() { m.keepTime(ctx, doc.Time) })
 	parts.Go(m.growAtStart)
+	parts.Go(func() { m.confirmSlot(ctx) })
 	signals := make(chan os.Signal, 4)
 	signal.Notify(signals, unix.SIGTERM, unix.SIGINT, unix.SIGPWR, unix.SIGUSR1, unix.SIGUSR2)
 	order := order{patience: 15 * time.Second}

@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -66,6 +67,16 @@ func (m *machine) findRoot(set *modules.Set) error {
 	if spec == "" {
 		spec = "serial=" + vmwire.SerialRoot
 	}
+	// What the engine will need is loaded beside, one after the other, where the
+	// initial file system has it: the disks are more urgent.
+	var beside sync.WaitGroup
+	beside.Go(func() {
+		for _, name := range engineModules {
+			if err := set.Load(name); err != nil {
+				m.problem(err)
+			}
+		}
+	})
 	if err := set.LoadAll("virtio_pci", "virtio_blk", "squashfs", "quota_v2"); err != nil {
 		m.problem(err)
 	}
@@ -100,6 +111,7 @@ func (m *machine) findRoot(set *modules.Set) error {
 			return fmt.Errorf("cannot move %s: %w", d, err)
 		}
 	}
+	beside.Wait()
 	// What the kernel unpacked is memory: it is given back. The program itself
 	// stays for as long as it runs.
 	for _, d := range []string{"/init", "/lib"} {

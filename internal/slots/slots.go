@@ -107,7 +107,8 @@ func Folder(slot string) string { return "cloudos/" + slot }
 // BlockFile is the block's path on the boot partition.
 const BlockFile = "cloudos/grubenv"
 
-// Script is the boot loader's configuration. A slot's own folder has boot.cfg
+// Script is the boot loader's configuration. What cannot be started starts the
+// machine again, so that a slot that is tried runs out of tries. A slot's own folder has boot.cfg
 // with its kernel's command line, so that an upgrade changes that alone.
 func Script() string {
 	return `set timeout=0
@@ -125,5 +126,9 @@ if [ -n "$try" ]; then
 fi
 if [ "$slot" != a -a "$slot" != b ]; then set slot=a; fi
 source ($root)/cloudos/$slot/boot.cfg
+boot
+echo "The system in slot $slot cannot be started."
+sleep 5
+reboot
 `
 }

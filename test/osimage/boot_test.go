@@ -144,12 +144,12 @@ func TestPowerCut(t *testing.T) {
 			if out := m.must("run", "--rm", "-v", "kept:/v", "servin/hello", "cat", "/v/f"); !strings.Contains(out, "x") {
 				t.Fatalf("after cut %d: %q", i, out)
 			}
-			if out := m.must("ps", "-a", "--format", "{{.Names}}"); !strings.Contains(out, "c") {
+			if out := m.must("ps", "-a", "--format", "{{.Names}}"); !strings.Contains(out, "steady") {
 				t.Fatalf("after cut %d the containers are %q", i, out)
 			}
 		} else {
 			m.keep()
-			m.must("run", "-d", "--restart", "always", "--name", "c", "servin/hello", "serve")
+			m.must("run", "-d", "--restart", "always", "--name", "steady", "servin/hello", "serve")
 			m.must("volumes", "ls")
 			var out string
 			if err := m.ctl("POST", "/v1/sleep", vmwire.Sleep{}, &out); err != nil { // writes what is unwritten

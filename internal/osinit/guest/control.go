@@ -33,7 +33,7 @@ type Machine interface {
 	Sync()
 	Containers(ctx context.Context) (int, error)
 	// Shutdown begins to stop the machine and returns.
-	Shutdown(reboot bool, patience time.Duration) error
+	Shutdown(reboot bool, patience time.Duration)
 	Log(ctx context.Context, w io.Writer, source string, tail int, follow bool) error
 	Config() []byte
 	SetConfig([]byte) error
@@ -324,10 +324,10 @@ func (c *Control) shutdown(w http.ResponseWriter, r *http.Request) (any, error) 
 	if patience == 0 {
 		patience = 15 * time.Second
 	}
-	if err := c.machine.Shutdown(b.Action == "reboot", patience); err != nil {
-		return nil, err
-	}
 	w.WriteHeader(http.StatusAccepted)
+	http.NewResponseController(w).Flush()
+	// The answer is to leave the machine before the port does.
+	time.AfterFunc(100*time.Millisecond, func() { c.machine.Shutdown(b.Action == "reboot", patience) })
 	return nil, nil
 }
 

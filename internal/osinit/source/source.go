@@ -168,7 +168,7 @@ var client = &http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{
 	Proxy: nil, DialContext: (&net.Dialer{Timeout: 3 * time.Second}).DialContext, DisableKeepAlives: true,
 }, CheckRedirect: func(r *http.Request, via []*http.Request) error {
 	if len(via) > 3 || r.URL.Host != via[0].URL.Host {
-		return errors.New("it redirects elsewhere")
+		return fault.New(fault.Invalid, "it redirects elsewhere")
 	}
 	return nil
 }}
