@@ -19,7 +19,7 @@ import (
 type Checkpoints interface {
 	CheckpointCreate(ctx context.Context, name string, o api.CheckpointCreate) error
 	CheckpointList(name, dir string) ([]api.Checkpoint, error)
-	CheckpointRemove(name, id, dir string) error
+	CheckpointRemove(ctx context.Context, name, id, dir string) error
 	CheckpointRestore(ctx context.Context, name string, o api.RestoreOptions) (api.Restored, error)
 	CheckpointImport(ctx context.Context, o api.RestoreOptions, r io.Reader) (api.Restored, error)
 	CheckpointStream(ctx context.Context, name string, o api.CheckpointStart, s engine.CheckpointSink) error
@@ -52,7 +52,7 @@ func (a checkpointsAPI) list(w *response, r *request) error {
 // remove is DELETE /containers/{id}/checkpoints/{checkpoint}: two names in one path.
 func (a checkpointsAPI) remove(w *response, r *request) error {
 	name, id, _ := strings.Cut(r.name, "/checkpoints/")
-	if err := a.b.CheckpointRemove(name, id, r.query.Get("dir")); err != nil {
+	if err := a.b.CheckpointRemove(r.Context(), name, id, r.query.Get("dir")); err != nil {
 		return err
 	}
 	return w.noContent()

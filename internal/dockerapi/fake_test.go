@@ -420,7 +420,7 @@ func (f *fake) CheckpointList(name, dir string) ([]api.Checkpoint, error) {
 	return nil, f.call("checkpoints %s %q", name, dir)
 }
 
-func (f *fake) CheckpointRemove(name, id, dir string) error {
+func (f *fake) CheckpointRemove(_ context.Context, name, id, dir string) error {
 	return f.call("checkpoint remove %s %s %q", name, id, dir)
 }
 

@@ -254,7 +254,11 @@ func (e *Engine) restoreNew(ctx context.Context, dir *os.File, m *checkpoint.Man
 		if err == nil {
 			return
 		}
-		e.discard(ctx, u)
+		if u.running() != nil { // and cannot be stored
+			_ = e.removeUnit(ctx, u, true, true)
+		} else {
+			e.discard(ctx, u)
+		}
 		for _, v := range fresh {
 			_ = e.cfg.Volumes.Remove(ctx, v, true)
 		}
@@ -262,23 +266,24 @@ func (e *Engine) restoreNew(ctx context.Context, dir *os.File, m *checkpoint.Man
 	if err := e.fillRestored(ctx, u, dir, m, o, foreign); err != nil {
 		return res, err
 	}
-	_, p, err := e.change(u, func(*container.Record) {})
-	if err == nil {
-		err = p.Wait()
-	}
-	if err != nil {
-		return res, fmt.Errorf("cannot create container: %w", err)
-	}
-	e.publish(u, events.ActionCreate, nil)
 	res = api.Restored{ID: u.id, Name: u.rec.Load().Name, Warnings: warnings}
 	if o.NoStart && m.Cold || m.Stopped {
+		_, p, err := e.change(u, func(*container.Record) {})
+		if err == nil {
+			err = p.Wait()
+		}
+		if err != nil {
+			return res, fmt.Errorf("cannot create container: %w", err)
+		}
+		e.publish(u, events.ActionCreate, nil)
 		return res, nil
 	}
+	// Its record is stored once it runs: an engine that is killed before leaves none.
 	if err := u.acquire(ctx); err != nil {
 		return res, err
 	}
 	defer u.release()
-	l := launch{warnings: &res.Warnings}
+	l := launch{create: true, warnings: &res.Warnings}
 	if !m.Cold {
 		done, err := e.images(u.id, dir, m, &l)
 		if err != nil {
@@ -286,12 +291,15 @@ func (e *Engine) restoreNew(ctx context.Context, dir *os.File, m *checkpoint.Man
 		}
 		defer done()
 	}
-	p, err = e.launch(ctx, u, l)
-	if err == nil {
-		err = p.Wait()
+	p, err := e.launch(ctx, u, l)
+	if err != nil {
+		return res, err
 	}
-	res.Running = err == nil
-	return res, err
+	if err := p.Wait(); err != nil {
+		return res, fmt.Errorf("cannot create container: %w", err)
+	}
+	res.Running = true
+	return res, nil
 }
 
 // restoreRequest turns a manifest into a request for a container.

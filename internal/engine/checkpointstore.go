@@ -1,6 +1,7 @@
 package engine
 
 import (
+	"context"
 	"errors"
 	"io/fs"
 	"os"
@@ -135,7 +136,7 @@ func sizeOf(dir string) (n int64) {
 }
 
 // CheckpointRemove removes one, or the pre-dumps of that name.
-func (e *Engine) CheckpointRemove(name, id, dir string) error {
+func (e *Engine) CheckpointRemove(ctx context.Context, name, id, dir string) error {
 	u, err := e.lookup(name)
 	if err != nil {
 		return err
@@ -147,6 +148,15 @@ func (e *Engine) CheckpointRemove(name, id, dir string) error {
 	if err != nil {
 		return err
 	}
+	if dir != "" {
+		if err := e.mayUsePlace(ctx, u.rec.Load(), place); err != nil {
+			return err
+		}
+	}
+	if err := u.acquire(ctx); err != nil { // it may be being made, or used
+		return err
+	}
+	defer u.release()
 	found := false
 	for _, n := range []string{id, prePrefix + id} {
 		at := filepath.Join(place, n)

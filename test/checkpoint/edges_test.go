@@ -198,3 +198,83 @@ func TestRestoreKilled(t *testing.T) {
 	e.ok("containers", "restore", "box", "cp")
 	e.goesOn("box", n)
 }
+
+// TestMigrateBroken: whichever of the three ends in the middle of a move, the
+// container runs once in the end.
+func TestMigrateBroken(t *testing.T) {
+	criuWorks(t)
+	a, b := start(t, ""), start(t, "")
+	a.image()
+	a.ok("run", "-d", "--name", "box", "bb", "sh", "-c", counter)
+	a.eventually("it counts", func() bool { return a.count("box") > 5 })
+	once := func(what string, n int) {
+		t.Helper()
+		here, there := a.status("box"), b.status("box")
+		switch {
+		case here == "running" && there == "":
+			a.goesOn("box", n)
+		case here == "" && there == "running": // it was too late
+			b.goesOn("box", n)
+			b.ok("containers", "migrate", "--rounds", "0", "box", a.sock())
+		default:
+			t.Fatalf("%s: it is %q here and %q there", what, here, there)
+		}
+		for _, e := range []*engine{a, b} {
+			e.eventually(what+": nothing is left", func() bool { l, _ := os.ReadDir(e.dir + "/root/checkpoints"); return len(l) == 0 })
+		}
+	}
+	migrate := func() *exec.Cmd {
+		cmd := exec.Command(a.bin+"/servin", "--host", a.sock(), "containers", "migrate", "--rounds", "1", "box", b.sock())
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		return cmd
+	}
+	for _, after := range []time.Duration{500, 1500, 3000} {
+		n := a.count("box")
+		cmd := migrate()
+		time.Sleep(after * time.Millisecond)
+		_ = cmd.Process.Signal(os.Interrupt)
+		_ = cmd.Wait()
+		once("interrupted after "+after.String(), n)
+		n = a.count("box")
+		cmd = migrate()
+		time.Sleep(after * time.Millisecond)
+		a.kill()
+		_ = cmd.Wait()
+		a.boot()
+		once("source killed after "+after.String(), n)
+		n = a.count("box")
+		cmd = migrate()
+		time.Sleep(after * time.Millisecond)
+		b.kill()
+		_ = cmd.Wait()
+		b.boot()
+		once("target killed after "+after.String(), n)
+	}
+}
+
+// TestKeepAddress: a container that is made again gets its address if it asks.
+func TestKeepAddress(t *testing.T) {
+	criuWorks(t)
+	e := start(t, "")
+	e.image()
+	e.ok("networks", "create", "--subnet", "10.78.0.0/24", "net")
+	e.ok("run", "-d", "--name", "one", "--network", "net", "bb", "sh", "-c", counter)
+	e.eventually("it counts", func() bool { return e.count("one") > 5 })
+	ip := func(c string) string {
+		return e.ok("inspect", "--format", "{{.NetworkSettings.Networks.net.IPAddress}}", c)
+	}
+	n, was := e.count("one"), ip("one")
+	e.ok("containers", "checkpoint", "one", "cp")
+	e.ok("run", "-d", "--name", "other", "--network", "net", "--ip", "10.78.0.77", "bb", "sleep", "1000")
+	e.ok("containers", "restore", "--name", "two", "--keep-address", "one", "cp")
+	e.goesOn("two", n)
+	if now := ip("two"); now != was {
+		t.Errorf("it was %s and is %s", was, now)
+	}
+	e.fails("", "containers", "restore", "--name", "three", "--keep-address", "one", "cp")
+	if s := e.status("three"); s != "" {
+		t.Errorf("it is %s", s)
+	}
+}
