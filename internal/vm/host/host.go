@@ -168,6 +168,7 @@ func (h *Host) Run(ctx context.Context) error {
 	case err = <-failed:
 	}
 	cancel()
+	h.leave() // what waits for it ends, too
 	for _, s := range servers {
 		s.Close()
 	}
@@ -177,7 +178,14 @@ func (h *Host) Run(ctx context.Context) error {
 	if l != nil {
 		l.leave()
 	}
-	h.wg.Wait()
+	// A turn under way is not waited for long: its machine is in the records, and the
+	// next servin-vmd takes it over.
+	done := make(chan struct{})
+	go func() { h.wg.Wait(); close(done) }()
+	select {
+	case <-done:
+	case <-time.After(10 * time.Second):
+	}
 	if errors.Is(err, http.ErrServerClosed) {
 		err = nil
 	}
