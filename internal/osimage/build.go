@@ -54,6 +54,10 @@ func Build(ctx context.Context, o Options) (*vmwire.Image, error) {
 	if o.Arch != "amd64" && o.Arch != "arm64" {
 		return nil, fault.New(fault.Invalid, "cannot build an image for %q: it is amd64 or arm64", o.Arch)
 	}
+	var err error
+	if o.Cache, err = filepath.Abs(o.Cache); err != nil { // apt takes it as below its root
+		return nil, err
+	}
 	if err := os.MkdirAll(o.Output, 0o755); err != nil {
 		return nil, err
 	}
