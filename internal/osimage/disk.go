@@ -131,7 +131,7 @@ func bootPartition(ctx context.Context, o Options, apt *kernel.Apt, s *system) (
 
 // BootScript is a slot's boot.cfg: words are added to the kernel's command line.
 func BootScript(slot, arch, words string) string {
-	line := diskCommandLine(arch) + " cloudos.slot=" + slot + " cloudos.root=partlabel=" + slots.Partition(slot)
+	line := diskCommandLine(arch) + inVM(arch) + " cloudos.slot=" + slot + " cloudos.root=partlabel=" + slots.Partition(slot)
 	if words != "" {
 		line += " " + words
 	}
