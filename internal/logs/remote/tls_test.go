@@ -147,8 +147,15 @@ func TestSyslogOverTLS(t *testing.T) {
 	}
 }
 
+// system is the authority that the process trusts: it reads its roots once.
+var system *authority
+
 func TestFluentdOverTLS(t *testing.T) {
-	ca := newAuthority(t)
+	if system == nil {
+		system = newAuthority(t)
+	}
+	ca := *system
+	ca.t, ca.dir = t, t.TempDir()
 	// The forward protocol's options name no authority: the system's count.
 	t.Setenv("SSL_CERT_FILE", ca.file)
 	in := &receiver{t: t, addr: "127.0.0.1:0", each: ca.over(tls.NoClientCert, fluent(true))}
