@@ -34,7 +34,7 @@ func TestSecondKernel(t *testing.T) {
 	cmd := exec.Command("../vm/smoke.sh", bin, filepath.Join(cache, "servin-test", "kernel"), filepath.Join(dir, "suite.test"))
 	// What iptables loads by itself, for CRIU to lock the network with.
 	libs, _ := filepath.Glob("/usr/lib/*/xtables/lib*t_*.so")
-	cmd.Env = append(os.Environ(), "SMOKE_TIMEOUT=1500", "SMOKE_FILES="+strings.Join(libs, " "),
+	cmd.Env = append(os.Environ(), "SMOKE_TIMEOUT=2700", "SMOKE_FILES="+strings.Join(libs, " "),
 		"SMOKE_EXTRA=criu iptables-restore ip6tables-restore iptables-save ip6tables-save nft unshare tar gzip",
 		"SMOKE_MODULES=xt_mark|xt_conntrack|nft_compat|x_tables|inet_diag|tcp_diag|udp_diag|raw_diag|unix_diag|af_packet_diag|netlink_diag")
 	b, err := cmd.CombinedOutput()
