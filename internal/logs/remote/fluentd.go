@@ -52,14 +52,9 @@ func (f *fluentdSink) connect(ctx context.Context) error {
 	c := below
 	if f.o.Network == "tls" {
 		host, _, _ := net.SplitHostPort(f.o.Address)
-		t := tls.Client(below, &tls.Config{MinVersion: tls.VersionTLS12, ServerName: host})
-		hctx, cancel := context.WithTimeout(ctx, f.dial.Timeout)
-		defer cancel()
-		if err := t.HandshakeContext(hctx); err != nil {
-			below.Close()
+		if c, err = secure(ctx, below, &tls.Config{MinVersion: tls.VersionTLS12, ServerName: host}, f.dial.Timeout); err != nil {
 			return err
 		}
-		c = t
 	}
 	if f.s, err = newStream(c, below, !f.o.RequestAck); err != nil {
 		c.Close()

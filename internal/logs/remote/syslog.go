@@ -62,12 +62,9 @@ func (s *syslogSink) connect(ctx context.Context) error {
 		if derr != nil {
 			return derr
 		}
-		t := tls.Client(below, conf)
-		hctx, cancel := context.WithTimeout(ctx, s.dial.Timeout)
-		defer cancel()
-		if err = t.HandshakeContext(hctx); err != nil {
-			below.Close()
-			return err
+		t, terr := secure(ctx, below, conf, s.dial.Timeout)
+		if terr != nil {
+			return terr
 		}
 		c = t
 		s.stream, err = newStream(t, below, true)
