@@ -40,13 +40,12 @@ func TestMain(m *testing.M) {
 
 // engine is one daemon on folders of its own.
 type engine struct {
-	t         *testing.T
-	dir, bin  string
-	config    string
-	env       []string
-	cmd       *exec.Cmd
-	exited    chan struct{}
-	leftAlone bool
+	t        *testing.T
+	dir, bin string
+	config   string
+	env      []string
+	cmd      *exec.Cmd
+	exited   chan struct{}
 }
 
 // start begins a daemon with a busybox image "bb".
