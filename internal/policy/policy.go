@@ -8,7 +8,8 @@
 // Deciding is pure but for signatures, which a Verifier checks. What a privileged
 // container gets counts as asked for: all capabilities, all devices, nothing
 // confined. The engine asks before it creates a container or a volume, executes a
-// command, connects a network or changes limits; the edges show and test policies.
+// command, connects a network or changes limits, and for signatures before it pulls;
+// the edges show and test policies.
 package policy
 
 import (
