@@ -240,6 +240,10 @@ unless --keep is given; its volumes stay here in any case.`,
 				return err
 			}
 			dst, err := a.target(ctx, args[1])
+			if errors.Is(err, client.ErrConnectionLost) {
+				// The hint that goes with it is about the engine here.
+				return fmt.Errorf("cannot reach the target %s: no engine answers there; is servind running, and may you log in?", args[1])
+			}
 			if err != nil {
 				return fmt.Errorf("cannot reach the target: %w", err)
 			}
