@@ -7,6 +7,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 )
 
 // app is a project with most of what projects have.
@@ -274,10 +275,19 @@ services:
 	if out := p.must("images", "--format", "json"); !strings.Contains(out, `"Repository":"bb"`) {
 		t.Errorf("images: %s", out)
 	}
-	b := p.background("servin-compose", "wait", "db")
-	p.eventually("somebody waits", func() bool { return p.run("kill", "db").code == 0 })
-	if code := b.ends(); code != 137 {
-		t.Errorf("wait gave %d: %s", code, b.out)
+	// Nothing tells when somebody waits: later is tried when it was too early.
+	for delay := 200 * time.Millisecond; ; delay *= 2 {
+		b := p.background("servin-compose", "wait", "db")
+		time.Sleep(delay)
+		p.must("kill", "db")
+		code := b.ends()
+		if code == 137 {
+			break
+		}
+		if delay > 5*time.Second || !strings.Contains(b.out.String(), "no containers for project") {
+			t.Fatalf("wait gave %d: %s", code, b.out)
+		}
+		p.must("start", "db")
 	}
 	// By name alone, from elsewhere.
 	p.dir = t.TempDir()

@@ -59,9 +59,9 @@ func TestExecOutlivesDaemon(t *testing.T) {
 		}
 		return s
 	}
-	lasting, other, short := begin("sleep 500"), begin("trap 'exit 7' TERM; while :; do sleep 0.1; done"), begin("sleep 0.5")
-	pid := look(lasting).Pid
-	notes := func() []string { return glob(e.dir + "/run/execs/*") }
+	lasting, other, short := begin("sleep 500"), begin("trap 'exit 7' TERM; while :; do sleep 0.1; done"), begin("sleep 500")
+	pid, shortPid := look(lasting).Pid, look(short).Pid
+	notes := func() []string { return glob(e.dir + "/run/execs/*.json") }
 	eventually(t, "the execs are noted", 10*time.Second, func() bool { return len(notes()) == 3 })
 	for _, n := range notes() {
 		if b, _ := os.ReadFile(n); strings.Contains(string(b), "hidden") {
@@ -69,7 +69,10 @@ func TestExecOutlivesDaemon(t *testing.T) {
 		}
 	}
 	e.kill()
-	time.Sleep(700 * time.Millisecond) // the short one ends
+	if err := syscall.Kill(shortPid, syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the short one ends", 10*time.Second, func() bool { return syscall.Kill(shortPid, 0) != nil })
 	e.boot()
 	if s := look(lasting); !s.Running || s.Pid != pid || s.ExitCode != nil {
 		t.Errorf("after the restart: %+v, its pid was %d", s, pid)
