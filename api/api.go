@@ -66,7 +66,8 @@ type RunRequest struct {
 	DetachKeys string                    `json:",omitempty"`
 }
 
-// RunStarted is the first control frame of a run.
+// RunStarted is the first control frame of a run; of an exec
+// (POST /servin/containers/{name}/exec) the id is the exec's.
 type RunStarted struct {
 	ID       string
 	Warnings []string `json:",omitempty"`

@@ -6,13 +6,15 @@ import (
 	"errors"
 	"io"
 
+	"github.com/moby/moby/api/types/container"
+
 	"github.com/cloudos-io/cloudos/api"
 )
 
-// RunStream is a container that Run started.
+// RunStream is a container that Run started, or a command that Exec did.
 type RunStream struct {
 	*Stream
-	// Started is the engine's first word: the id and warnings.
+	// Started is the engine's first word: the id (of an exec its own) and warnings.
 	Started api.RunStarted
 
 	exited *api.RunExited
@@ -21,7 +23,18 @@ type RunStream struct {
 // Run creates, attaches to and starts a container in one round trip. It returns
 // once the container runs. A refusal comes back as an *Error with ExitCode set.
 func (c *Client) Run(ctx context.Context, req *api.RunRequest) (*RunStream, error) {
-	s, err := c.upgrade(ctx, api.Root+"/run", nil, req)
+	return c.run(ctx, api.Root+"/run", req)
+}
+
+// Exec creates an exec of a running container and starts it in one round trip. It
+// returns once the command runs; Started.ID is the exec's. A refusal comes back
+// as an *Error, with ExitCode set if the command cannot be executed.
+func (c *Client) Exec(ctx context.Context, name string, req container.ExecCreateRequest) (*RunStream, error) {
+	return c.run(ctx, api.Root+cpath(name, "/exec"), req)
+}
+
+func (c *Client) run(ctx context.Context, path string, req any) (*RunStream, error) {
+	s, err := c.upgrade(ctx, path, nil, req)
 	if err != nil {
 		return nil, err
 	}

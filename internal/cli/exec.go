@@ -8,6 +8,7 @@ import (
 
 	"github.com/moby/moby/api/types/container"
 
+	"github.com/cloudos-io/cloudos/api"
 	"github.com/cloudos-io/cloudos/client"
 	"github.com/cloudos-io/cloudos/internal/cli/command"
 	"github.com/cloudos-io/cloudos/internal/cli/notation"
@@ -59,54 +60,58 @@ func (a *App) exec(ctx context.Context, name string, req container.ExecCreateReq
 	if err != nil {
 		return err
 	}
-	id, err := c.ExecCreate(ctx, name, req)
-	if err != nil {
-		return execError(err)
-	}
-	start := container.ExecStartRequest{Tty: req.Tty, ConsoleSize: req.ConsoleSize}
 	if detach {
-		return execError(c.ExecStartDetached(ctx, id, start))
+		id, err := c.ExecCreate(ctx, name, req)
+		if err != nil {
+			return execError(err)
+		}
+		return execError(c.ExecStartDetached(ctx, id, container.ExecStartRequest{Tty: req.Tty}))
 	}
-	st, err := c.ExecStart(ctx, id, start)
+	r, err := c.Exec(ctx, name, req)
 	if err != nil {
 		return execError(err)
 	}
-	defer st.Close()
-	ses := &session{app: a, stream: st, tty: req.Tty, stdin: req.AttachStdin,
+	defer r.Close()
+	id := r.Started.ID
+	ses := &session{app: a, stream: r.Stream, tty: req.Tty, stdin: req.AttachStdin,
 		resize: func(ctx context.Context, w, h uint16) error { return c.ExecResize(ctx, id, w, h) }}
-	if err := ses.run(ctx, func(stdout, stderr io.Writer) error { return copyOutput(st, req.Tty, stdout, stderr) }); err != nil {
+	var end *api.RunExited
+	err = ses.run(ctx, func(stdout, stderr io.Writer) error {
+		var err error
+		end, err = r.Copy(stdout, stderr)
 		return err
+	})
+	switch {
+	case err != nil:
+		return err
+	case end == nil: // the engine left; the next one knows the command
+		return a.execEnd(ctx, c, id)
+	case end.Detached:
+		fmt.Fprintf(a.Stderr, "\nservin: detached; the command goes on\n")
+		return nil
 	}
-	return a.execEnd(ctx, c, id, req.Tty)
+	return exitWithCode(end.ExitCode)
 }
 
-// execEnd finds the exit code of an exec whose streams have ended. The engine may
-// take a moment to know it; one that still runs then was detached from, which
-// takes a terminal.
-func (a *App) execEnd(ctx context.Context, c *client.Client, id string, tty bool) error {
-	pause := time.Millisecond
+// execEnd finds the exit code of an exec whose engine has gone while it ran.
+func (a *App) execEnd(ctx context.Context, c *client.Client, id string) error {
 	limit := time.Now().Add(10 * time.Second)
-	if tty {
-		limit = time.Now().Add(300 * time.Millisecond)
-	}
-	for {
+	for pause := time.Millisecond; ; pause = min(2*pause, 100*time.Millisecond) {
 		info, err := c.ExecInspect(ctx, id)
-		if err != nil {
-			return err
-		}
-		if !info.Running && info.ExitCode != nil {
+		if err == nil && !info.Running && info.ExitCode != nil {
 			return exitWithCode(*info.ExitCode)
 		}
 		if time.Now().After(limit) {
-			fmt.Fprintf(a.Stderr, "\nservin: detached; the command goes on\n")
-			return nil
+			if err == nil {
+				err = fmt.Errorf("the engine was restarted; the command goes on, its output is no longer shown")
+			}
+			return err
 		}
 		select {
 		case <-time.After(pause):
 		case <-ctx.Done():
 			return ctx.Err()
 		}
-		pause = min(2*pause, 100*time.Millisecond)
 	}
 }
 

@@ -146,16 +146,10 @@ func (a execAPI) create(w *response, r *request) error {
 	if err := r.decode(w, &req); err != nil {
 		return err
 	}
-	if len(req.Cmd) == 0 {
-		return fault.New(fault.Invalid, "No exec command specified")
-	}
-	if _, err := parseDetachKeys(req.DetachKeys); err != nil {
-		return err
-	}
 	if r.version < 42 {
 		req.ConsoleSize = nil
 	}
-	if err := checkConsole(req.ConsoleSize); err != nil {
+	if err := checkExec(&req); err != nil {
 		return err
 	}
 	// Since 1.52 an unknown user is an error of the creation. For older clients it
@@ -172,6 +166,16 @@ func (a execAPI) create(w *response, r *request) error {
 	}
 	r.entry.Note("id", id)
 	return w.json(http.StatusCreated, container.ExecCreateResponse{ID: id})
+}
+
+func checkExec(req *container.ExecCreateRequest) error {
+	if len(req.Cmd) == 0 {
+		return fault.New(fault.Invalid, "No exec command specified")
+	}
+	if _, err := parseDetachKeys(req.DetachKeys); err != nil {
+		return err
+	}
+	return checkConsole(req.ConsoleSize)
 }
 
 func checkConsole(s *[2]uint) error {

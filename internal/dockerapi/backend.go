@@ -58,6 +58,9 @@ type Containers interface {
 	ContainerGetArchive(ctx context.Context, name, path string, w func(container.PathStat) (io.Writer, error)) error
 	ContainerPutArchive(ctx context.Context, name, path string, noOverwriteDirNonDir, copyUIDGID bool, r io.Reader) error
 
+	// ContainerExec is the creation of an exec and its start, for
+	// POST /servin/containers/{id}/exec. A refusal of the start comes with the id.
+	ContainerExec(ctx context.Context, name string, req container.ExecCreateRequest) (RunningContainer, error)
 	ExecCreate(ctx context.Context, name string, req container.ExecCreateRequest) (id string, err error)
 	// ExecStart runs it; Attached is zero when detach is set.
 	ExecStart(ctx context.Context, id string, req container.ExecStartRequest) (Attached, error)

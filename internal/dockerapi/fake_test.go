@@ -92,6 +92,12 @@ func (f *fake) ContainerRun(_ context.Context, req CreateRequest, at AttachReque
 	}
 	return RunningContainer{ID: "c0ffee", Warnings: []string{"careful"}, Streams: f.attached(), Wait: f.wait}, nil
 }
+func (f *fake) ContainerExec(_ context.Context, name string, req container.ExecCreateRequest) (RunningContainer, error) {
+	if err := f.call("exec %s %s", name, js(req)); err != nil {
+		return RunningContainer{ID: "e4ec"}, err
+	}
+	return RunningContainer{ID: "e4ec", Streams: f.attached(), Wait: f.wait}, nil
+}
 func (f *fake) ContainerStop(_ context.Context, name, signal string, t *int) error {
 	return f.call("stop %s signal=%s t=%s", name, signal, num(t))
 }

@@ -145,6 +145,7 @@ func routes(c Config) []route {
 		{"POST", "/configs/{id}/update", 30, noManager},
 
 		{"POST", "/servin/run", 0, own.run},
+		{"POST", "/servin/containers/{id}/exec", 0, own.exec},
 		{"GET", "/servin/health", 0, own.health},
 		{"GET", "/servin/doctor", 0, own.doctor},
 		{"POST", "/servin/doctor/fix", 0, own.fix},

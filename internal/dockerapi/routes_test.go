@@ -167,6 +167,7 @@ var routeCases = []routeCase{
 	{method: "POST", path: "/plugins/a/set", status: 404},
 
 	{method: "POST", path: "/servin/run", body: `{}`, status: 400, answer: "config cannot be empty"},
+	{method: "POST", path: "/servin/containers/web/exec", body: `{}`, status: 400, answer: "No exec command specified"},
 	{method: "GET", path: "/servin/health", status: 200, answer: `"Status":"ok"`},
 	{method: "GET", path: "/servin/doctor", status: 200, call: "doctor", answer: "[]"},
 	{method: "POST", path: "/servin/doctor/fix", body: `{"Actions":["a","b"]}`, status: 200, call: "fix [a b]", answer: `{"Done":[]}`},
@@ -358,6 +359,7 @@ Our own routes (types in package ` + "`api`" + `):
 | route | does |
 |---|---|
 | ` + "`POST /servin/run`" + ` | creates, attaches, starts and waits in one round trip: body ` + "`RunRequest`" + `, upgraded stream of frames |
+| ` + "`POST /servin/containers/{name}/exec`" + ` | creates and starts an exec and tells its end in one round trip: body as of ` + "`POST /containers/{name}/exec`" + `, answered as a run is; the id of the first frame is the exec's |
 | ` + "`GET /servin/health`" + ` | ` + "`Health`" + `; waits for nothing |
 | ` + "`GET /servin/doctor`" + ` | checks the host, a list of ` + "`Finding`" + ` |
 | ` + "`POST /servin/doctor/fix`" + ` | carries out the actions of findings that the user agreed to, ` + "`FixRequest` to `FixReport`" + ` |

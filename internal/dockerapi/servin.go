@@ -8,6 +8,8 @@ import (
 	"strings"
 	"time"
 
+	"github.com/moby/moby/api/types/container"
+
 	"github.com/cloudos-io/cloudos/api"
 	"github.com/cloudos-io/cloudos/internal/fault"
 )
@@ -66,7 +68,33 @@ func (a servinAPI) run(w *response, r *request) error {
 	run, err := a.containers.ContainerRun(r.Context(), c.CreateRequest, AttachRequest{
 		Stdin: body.Stdin, Stdout: body.Stdout, Stderr: body.Stderr, Stream: true, DetachKeys: body.DetachKeys,
 	})
-	started := api.RunStarted{ID: run.ID, Warnings: append(run.Warnings, c.warnings...)}
+	run.Warnings = append(run.Warnings, c.warnings...)
+	return frames(w, r, run, keys, err)
+}
+
+// exec is POST /servin/containers/{id}/exec: the creation of an exec, its start
+// and its end in one exchange, told as a run's are.
+func (a servinAPI) exec(w *response, r *request) error {
+	var req container.ExecCreateRequest
+	if err := r.decode(w, &req); err != nil {
+		return err
+	}
+	if err := checkExec(&req); err != nil {
+		return err
+	}
+	keys, err := parseDetachKeys(req.DetachKeys)
+	if err != nil {
+		return err
+	}
+	r.noteExec(&req)
+	run, err := a.containers.ContainerExec(r.Context(), r.name, req)
+	return frames(w, r, run, keys, err)
+}
+
+// frames answers with what became of a run, its output and its end. The header
+// and the first frame leave in one write.
+func frames(w *response, r *request, run RunningContainer, keys []byte, err error) error {
+	started := api.RunStarted{ID: run.ID, Warnings: run.Warnings}
 	r.entry.Note("id", run.ID)
 	if err != nil {
 		started.Error, started.Status, started.ExitCode = err.Error(), statusOf(err), fault.ExitCode(err)

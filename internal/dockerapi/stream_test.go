@@ -368,6 +368,31 @@ func TestRunFails(t *testing.T) {
 	}
 }
 
+// TestExecInOne: the frames of a run, of an exec.
+func TestExecInOne(t *testing.T) {
+	p := newProcess(false)
+	f := &fake{attached: func() Attached { return p.at }, wait: make(chan container.WaitResponse, 1)}
+	socket, _ := serveFake(t, f)
+	_, br, _ := rawRequest(t, socket, "POST", "/servin/containers/web/exec", `{"Cmd":["ls","-l"],"User":"u","AttachStdout":true}`, true)
+	if s := runFrames(t, br); s.ID != "e4ec" || s.Error != "" {
+		t.Fatalf("%+v", s)
+	}
+	if got := f.last(); !strings.HasPrefix(got, "exec web ") || !strings.Contains(got, `"Cmd":["ls","-l"]`) {
+		t.Errorf("backend saw %s", got)
+	}
+	p.out.Write([]byte("out"))
+	wantFrame(t, br, frameStdout, "out")
+	p.exit()
+	f.wait <- container.WaitResponse{StatusCode: 3}
+	wantFrame(t, br, frameSystem, `{"ExitCode":3}`)
+
+	f.err = fault.WithExitCode(127, fault.New(fault.Invalid, "no such file"))
+	_, br, _ = rawRequest(t, socket, "POST", "/servin/containers/web/exec", `{"Cmd":["ls"]}`, true)
+	if s := runFrames(t, br); s.Error != "no such file" || s.Status != 400 || s.ExitCode != 127 || s.ID != "e4ec" {
+		t.Fatalf("%+v", s)
+	}
+}
+
 func TestRunDetach(t *testing.T) {
 	p := newProcess(true)
 	f := &fake{attached: func() Attached { return p.at }, wait: make(chan container.WaitResponse)}

@@ -287,6 +287,31 @@ func (e *Engine) ExecStart(ctx context.Context, id string, req mcontainer.ExecSt
 	return a, nil
 }
 
+// ContainerExec is ExecCreate, ExecStart and the wait for its end in one.
+func (e *Engine) ContainerExec(ctx context.Context, name string, req mcontainer.ExecCreateRequest) (RunningContainer, error) {
+	id, err := e.ExecCreate(ctx, name, req)
+	if err != nil {
+		return RunningContainer{}, err
+	}
+	at, err := e.ExecStart(ctx, id, mcontainer.ExecStartRequest{Tty: req.Tty})
+	if err != nil {
+		return RunningContainer{ID: id}, err
+	}
+	x, err := e.execs.get(id)
+	if err != nil {
+		return RunningContainer{ID: id}, errors.Join(err, at.Close())
+	}
+	wait := make(chan mcontainer.WaitResponse, 1)
+	e.spawn(func() {
+		select {
+		case <-x.proc.Exited():
+			wait <- mcontainer.WaitResponse{StatusCode: int64(x.proc.Exit().Code)}
+		case <-e.ctx.Done():
+		}
+	})
+	return RunningContainer{ID: id, Streams: at, Wait: wait}, nil
+}
+
 // runExec starts the process.
 func (e *Engine) runExec(ctx context.Context, u *unit, t runtime.Task, x *execution, detach bool) (_ runtime.Exec, err error) {
 	ctx, end := e.span(ctx, "container.exec")

@@ -75,7 +75,8 @@ type Attached struct {
 	Close      func() error
 }
 
-// RunningContainer is what ContainerRun returns.
+// RunningContainer is what ContainerRun returns; of ContainerExec the id is the
+// exec's.
 type RunningContainer struct {
 	ID       string
 	Warnings []string
