@@ -10,7 +10,7 @@ BIN        := bin
 PROGRAMS   := servin servind servin-runtime servin-compose cloudos cloudos-image cloudos-init cloudos-modprobe servin-vmd
 export CGO_ENABLED := 0
 
-.PHONY: help build buildd scan deps shim hello run test test-unit test-e2e test-long bench check fuzz cross install clean
+.PHONY: help build arm64 buildd scan deps shim hello run test test-unit test-e2e test-long bench check fuzz cross install clean
 
 help: ## Show this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -42,6 +42,10 @@ shim: ## Build the static C program that the engine embeds
 hello: ## Build the image that the engine embeds
 	@scripts/hello-image $(GOARCH)
 
+arm64: ## Build the programs of arm64 images on another computer, into bin/arm64
+	@scripts/deps arm64
+	@[ $$($(GO) env GOHOSTARCH) = arm64 ] || VERSION='$(VERSION)' BUILDKIT=$(BUILDKIT) scripts/cross arm64
+
 run: ## Build, start the engine and run a first container
 	@scripts/deps build
 	@$(MAKE) --no-print-directory build
@@ -53,8 +57,8 @@ test: ## Units and the native end-to-end suite (needs root; 30 minutes cold at m
 	@scripts/test short
 
 test-long: ## Fault, leak and fuzz campaigns
-	@scripts/deps test
-	@$(MAKE) --no-print-directory build
+	@scripts/deps long
+	@$(MAKE) --no-print-directory build arm64
 	@scripts/test long
 
 bench: ## Measure beside Docker, Podman, containerd, crun and runc
