@@ -58,6 +58,7 @@ func build(ctx context.Context, args []string) error {
 	f.StringVar(&o.Format, "format", "vm", "vm: kernel, initrd and root for VM mode; disk: for clouds; iso: for discs and sticks; netboot: kernel and initrd")
 	f.StringVar(&o.DiskFormat, "disk-format", "raw", "raw or qcow2, of the format disk")
 	f.StringVar(&o.Words, "append", "", "words to add to the kernel's command line, of disk and iso")
+	configFile := f.String("config", "", "file with the machine's configuration for the image to carry: used where no other place has one")
 	f.StringVarP(&o.Output, "output", "o", "", "folder that the image is written to")
 	f.StringVar(&o.Programs, "programs", "", "folder with the programs for the architecture (default: where this program is)")
 	f.StringVar(&o.KernelPackage, "kernel", "", "file of a kernel's Debian package (default: the newest one, through apt)")
@@ -72,6 +73,15 @@ func build(ctx context.Context, args []string) error {
 	}
 	if f.NArg() > 0 || o.Output == "" {
 		return errors.New("build takes -o DIR and no arguments")
+	}
+	if *configFile != "" {
+		var err error
+		if o.Config, err = os.ReadFile(*configFile); err != nil {
+			return fmt.Errorf("cannot read the configuration: %w", err)
+		}
+		if len(o.Config) == 0 {
+			return fmt.Errorf("cannot put the configuration into the image: %s is empty", *configFile)
+		}
 	}
 	if o.Programs == "" {
 		exe, err := os.Executable()

@@ -22,6 +22,7 @@ import (
 	"github.com/cloudos-io/cloudos/internal/osimage/cpio"
 	"github.com/cloudos-io/cloudos/internal/osimage/kernel"
 	"github.com/cloudos-io/cloudos/internal/osimage/tree"
+	"github.com/cloudos-io/cloudos/internal/osinit/config"
 	"github.com/cloudos-io/cloudos/internal/vmwire"
 )
 
@@ -41,6 +42,9 @@ type Options struct {
 	Cache string
 	// KernelPackage is the file of a kernel's package; empty is Debian's newest.
 	KernelPackage string
+	// Config is the machine's configuration that the image carries (package
+	// osinit/config); empty is none.
+	Config []byte
 	// Log takes progress.
 	Log func(format string, args ...any)
 }
@@ -53,6 +57,11 @@ const epoch = 1704067200
 func Build(ctx context.Context, o Options) (*vmwire.Image, error) {
 	if o.Arch != "amd64" && o.Arch != "arm64" {
 		return nil, fault.New(fault.Invalid, "cannot build an image for %q: it is amd64 or arm64", o.Arch)
+	}
+	if len(o.Config) > 0 {
+		if _, err := config.Parse(o.Config); err != nil {
+			return nil, fault.New(fault.Invalid, "cannot put the configuration into the image: %w", err)
+		}
 	}
 	var err error
 	if o.Cache, err = filepath.Abs(o.Cache); err != nil { // apt takes it as below its root

@@ -98,7 +98,7 @@ func packInitial(t *tree.Tree) ([]byte, error) {
 func (s *system) describe(o Options) *vmwire.Image {
 	return &vmwire.Image{
 		FormatVersion: vmwire.FormatVersion, Format: o.Format, Version: o.Version, Arch: o.Arch,
-		Kernel: s.kernel.Version, KernelPackage: s.kernel.Package, Files: map[string]vmwire.File{},
+		Kernel: s.kernel.Version, KernelPackage: s.kernel.Package, Config: string(o.Config), Files: map[string]vmwire.File{},
 	}
 }
 

@@ -96,6 +96,13 @@ func Inspect(dir string) (*Inspection, error) {
 func (in *Inspection) Print(w io.Writer, n int) {
 	i := in.Image
 	fmt.Fprintf(w, "CloudOS %s, %s, format %s\nkernel %s (%s)\n\n", i.Version, i.Arch, i.Format, i.Kernel, i.KernelPackage)
+	if i.Config != "" {
+		fmt.Fprintln(w, "configuration, where no other place has one:")
+		for line := range strings.Lines(i.Config) {
+			fmt.Fprintf(w, "  | %s\n", printable(strings.TrimRight(line, "\r\n")))
+		}
+		fmt.Fprintln(w)
+	}
 	row := func(name string, stored, size int64, files int) {
 		fmt.Fprintf(w, "%-24s %9.2f MB %9.2f MB %6d\n", name, float64(stored)/1e6, float64(size)/1e6, files)
 	}
@@ -148,4 +155,14 @@ func (in *Inspection) Print(w io.Writer, n int) {
 			fmt.Fprintf(w, "%-8s %9.2f MB  %s  sha256:%s\n", role, float64(f.Size)/1e6, f.Name, f.SHA256)
 		}
 	}
+}
+
+// printable drops what a terminal would take for orders.
+func printable(s string) string {
+	return strings.Map(func(r rune) rune {
+		if r < ' ' && r != '\t' || r >= 0x7f && r < 0xa0 {
+			return -1
+		}
+		return r
+	}, s)
 }

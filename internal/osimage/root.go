@@ -12,6 +12,7 @@ import (
 
 	"github.com/cloudos-io/cloudos/internal/osimage/kernel"
 	"github.com/cloudos-io/cloudos/internal/osimage/tree"
+	"github.com/cloudos-io/cloudos/internal/osinit/config"
 )
 
 // Parts of an image, as inspect tells them.
@@ -149,6 +150,9 @@ func systemRoot(ctx context.Context, o Options, apt *kernel.Apt, k *kernel.Kerne
 		"cloudos/version": o.Version + "\n",
 	} {
 		t.Bytes("etc/"+name, 0o644, partSettings, []byte(text))
+	}
+	if len(o.Config) > 0 {
+		t.Bytes(strings.TrimPrefix(config.InImage, "/"), 0o600, partSettings, o.Config)
 	}
 	for _, name := range []string{"resolv.conf", "hostname", "hosts", "machine-id"} {
 		t.Symlink("etc/"+name, "/run/cloudos/etc/"+name)

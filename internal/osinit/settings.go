@@ -25,7 +25,7 @@ const configFile = "/var/lib/cloudos/config.yaml"
 // machine knows before it asks anybody, and again with what it then learns.
 func (m *machine) configure(ctx context.Context) (*config.Document, error) {
 	p := source.Places{
-		CommandLine: m.cmdline["config"], Disk: configFile, Volumes: m.cidata,
+		CommandLine: m.cmdline["config"], Disk: configFile, Volumes: m.cidata, Image: config.InImage,
 		Vendor: dmi("sys_vendor"), Product: dmi("product_name"), Log: m.log.Printf,
 	}
 	if m.dataKind != "disk" {

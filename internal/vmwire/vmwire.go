@@ -39,6 +39,8 @@ type Image struct {
 	// CommandLine is what the kernel is to be started with; further words may
 	// be added after it.
 	CommandLine string `json:"commandLine"`
+	// Config is the machine's configuration that the image carries, if any.
+	Config string `json:"config,omitempty"`
 	// Files are the files in the image's folder by role: kernel, initrd, root,
 	// disk, iso.
 	Files map[string]File `json:"files"`

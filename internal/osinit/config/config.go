@@ -26,6 +26,9 @@ const Version = 1
 // MaxSize bounds a document, in bytes.
 const MaxSize = 1 << 20
 
+// InImage is where an image carries a document.
+const InImage = "/etc/cloudos/config.yaml"
+
 // Document is the configuration. Zero values mean the default given with each field.
 type Document struct {
 	// Version must be 1.

@@ -1,6 +1,6 @@
 // Package source finds the machine's configuration: on the kernel's command line, on
-// the data disk (where the API puts it), on a NoCloud volume, or with the cloud that
-// the machine is in. The first that has one is taken; nothing is merged. What is
+// the data disk (where the API puts it), on a NoCloud volume, with the cloud that
+// the machine is in, or in the image itself. The first that has one is taken; nothing is merged. What is
 // found and cannot be read is an error, not a reason to look on.
 package source
 
@@ -22,7 +22,7 @@ import (
 
 // Found is a document and where it is from.
 type Found struct {
-	// Source is cmdline, disk, nocloud, aws, gcp, azure or digitalocean.
+	// Source is cmdline, disk, nocloud, aws, gcp, azure, digitalocean or image.
 	Source   string
 	Document []byte
 	// Hostname is what the cloud calls the machine; it stands behind the document's.
@@ -42,6 +42,8 @@ type Places struct {
 	Volumes func() (userData, metaData []byte, err error)
 	// Vendor and Product are the firmware's names of the machine's maker.
 	Vendor, Product string
+	// Image is the file that the image carries.
+	Image string
 	// Online is closed when there is a network.
 	Online <-chan struct{}
 	// Endpoint stands for the clouds' address in tests: http://host.
@@ -84,7 +86,7 @@ func (p *Places) Find(ctx context.Context) (Found, error) {
 	}
 	cloud := p.cloud()
 	if cloud == nil {
-		return Found{Hostname: hostname}, nil
+		return p.image(Found{Hostname: hostname})
 	}
 	select {
 	case <-p.Online:
@@ -97,7 +99,25 @@ func (p *Places) Find(ctx context.Context) (Found, error) {
 	if err != nil {
 		return Found{Source: cloud.name}, fmt.Errorf("cannot ask %s for the configuration: %w", cloud.name, err)
 	}
+	if len(f.Document) == 0 {
+		return p.image(f)
+	}
 	return f, nil
+}
+
+// image takes what the image carries, as nobody else has a document.
+func (p *Places) image(f Found) (Found, error) {
+	if p.Image == "" {
+		return f, nil
+	}
+	b, err := os.ReadFile(p.Image)
+	if errors.Is(err, os.ErrNotExist) {
+		return f, nil
+	}
+	if err != nil {
+		return Found{Source: "image", Hostname: f.Hostname}, fmt.Errorf("cannot read the configuration in the image: %w", err)
+	}
+	return Found{Source: "image", Document: b, Hostname: f.Hostname}, nil
 }
 
 // Remote reports whether Find may need the network.

@@ -80,6 +80,11 @@ func TestFind(t *testing.T) {
 		"azure":           {p: Places{Vendor: "Microsoft Corporation", Product: "Virtual Machine"}, source: "azure", host: "azure-host", document: true},
 		"surface":         {p: Places{Vendor: "Microsoft Corporation", Product: "Surface"}},
 		"digitalocean":    {p: Places{Vendor: "DigitalOcean"}, host: "do-host"},
+		"image":           {p: Places{Image: disk, Disk: disk + "x", Volumes: func() ([]byte, []byte, error) { return nil, nil, nil }}, source: "image", document: true},
+		"image, named":    {p: Places{Image: disk, Vendor: "DigitalOcean"}, source: "image", host: "do-host", document: true},
+		"image last":      {p: Places{Image: disk, Vendor: "Amazon EC2"}, source: "aws", host: "aws-host", document: true},
+		"image without":   {p: Places{Image: disk + "x"}},
+		"image broken":    {p: Places{Image: filepath.Dir(disk)}, source: "image", fail: true},
 		"disk before aws": {p: Places{Vendor: "Amazon EC2", Disk: disk}, source: "disk", document: true},
 	} {
 		t.Run(name, func(t *testing.T) {
