@@ -11,7 +11,6 @@ import (
 
 	mcontainer "github.com/moby/moby/api/types/container"
 	"github.com/moby/moby/api/types/events"
-	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/cloudos-io/cloudos/internal/container"
 	"github.com/cloudos-io/cloudos/internal/fault"
@@ -72,29 +71,21 @@ func (e *Engine) commitRequest(ctx context.Context, r *container.Record, o Commi
 	if o.Config != nil {
 		overlayConfig(&cfg, o.Config)
 	}
-	var onBuild []string
-	if err := applyChanges(&cfg, &onBuild, o.Changes); err != nil {
-		return image.CommitRequest{}, err
-	}
 	req := image.CommitRequest{
-		Ref: o.Ref, Author: o.Author, Comment: o.Comment, Created: time.Now().UTC(),
+		Ref: o.Ref, Author: o.Author, Comment: o.Comment, Created: time.Now().UTC(), Changes: o.Changes,
 		CreatedBy: strings.TrimSpace(r.Path + " " + strings.Join(r.Args, " ")),
-		Shell:     cfg.Shell, OnBuild: onBuild,
-		Config: ocispec.ImageConfig{
-			User: cfg.User, Env: cfg.Env, Entrypoint: cfg.Entrypoint, Cmd: cfg.Cmd, WorkingDir: cfg.WorkingDir, Labels: cfg.Labels, StopSignal: cfg.StopSignal,
-		},
 	}
+	c := &req.Config
+	c.User, c.Env, c.Entrypoint, c.Cmd, c.WorkingDir = cfg.User, cfg.Env, cfg.Entrypoint, cfg.Cmd, cfg.WorkingDir
+	c.Labels, c.StopSignal, c.Shell, c.Healthcheck = cfg.Labels, cfg.StopSignal, cfg.Shell, cfg.Healthcheck
 	if len(cfg.Volumes) > 0 {
-		req.Config.Volumes = cfg.Volumes
+		c.Volumes = cfg.Volumes
 	}
 	for p := range cfg.ExposedPorts {
-		if req.Config.ExposedPorts == nil {
-			req.Config.ExposedPorts = map[string]struct{}{}
+		if c.ExposedPorts == nil {
+			c.ExposedPorts = map[string]struct{}{}
 		}
-		req.Config.ExposedPorts[p.String()] = struct{}{}
-	}
-	if h := cfg.Healthcheck; h != nil {
-		req.Health = &image.Healthcheck{Test: h.Test, Interval: h.Interval, Timeout: h.Timeout, StartPeriod: h.StartPeriod, StartInterval: h.StartInterval, Retries: h.Retries}
+		c.ExposedPorts[p.String()] = struct{}{}
 	}
 	if r.Image.ID != "" {
 		parent, err := e.cfg.Images.Resolve(ctx, r.Image.ID, "")

@@ -249,29 +249,6 @@ func TestParseTime(t *testing.T) {
 	}
 }
 
-func TestApplyChanges(t *testing.T) {
-	c := &mcontainer.Config{Env: []string{"A=1"}, WorkingDir: "/w"}
-	var on []string
-	err := applyChanges(c, &on, []string{
-		`ENV A=2 B="two words"`, "ENV OLD form here", `CMD ["x","y"]`, "ENTRYPOINT run it", "EXPOSE 80 81-82/udp", "WORKDIR sub", "USER me:us",
-		`LABEL k=v "q q"='r'`, `VOLUME ["/a", "/b"]`, "STOPSIGNAL SIGQUIT", "ONBUILD RUN x", `HEALTHCHECK --interval=5s --retries=2 CMD curl x`, `SHELL ["/bin/bash"]`,
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	if !reflect.DeepEqual(c.Env, []string{"A=2", "B=two words", "OLD=form here"}) || !reflect.DeepEqual(c.Cmd, []string{"x", "y"}) ||
-		!reflect.DeepEqual(c.Entrypoint, []string{"/bin/sh", "-c", "run it"}) || len(c.ExposedPorts) != 3 || c.WorkingDir != "/w/sub" || c.User != "me:us" ||
-		c.Labels["k"] != "v" || c.Labels["q q"] != "r" || len(c.Volumes) != 2 || c.StopSignal != "SIGQUIT" || len(on) != 1 ||
-		c.Healthcheck.Interval != 5*time.Second || c.Healthcheck.Retries != 2 || c.Healthcheck.Test[0] != "CMD-SHELL" || c.Shell[0] != "/bin/bash" {
-		t.Errorf("got %+v", c)
-	}
-	for _, bad := range []string{"RUN x", "ENV", "ENV a=\"x", "EXPOSE 99999", "STOPSIGNAL SIGNOPE", "LABEL x", "HEALTHCHECK", "HEALTHCHECK --interval=x CMD y", "ADD a b"} {
-		if err := applyChanges(&mcontainer.Config{}, &on, []string{bad}); !fault.Is(err, fault.Invalid) {
-			t.Errorf("%q: %v", bad, err)
-		}
-	}
-}
-
 func TestHostsAndResolvConf(t *testing.T) {
 	e := &Engine{}
 	r := record("x", func(r *container.Record) {

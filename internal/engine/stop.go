@@ -10,8 +10,8 @@ import (
 
 	"github.com/cloudos-io/cloudos/internal/container"
 	"github.com/cloudos-io/cloudos/internal/fault"
-	"github.com/cloudos-io/cloudos/internal/oci"
 	"github.com/cloudos-io/cloudos/internal/runtime"
+	"github.com/cloudos-io/cloudos/internal/signal"
 )
 
 // defaultStopTimeout is how long a container has to end by itself.
@@ -25,7 +25,7 @@ func stopSignal(r *container.Record, asked string) (int, error) {
 	if asked == "" {
 		return int(unix.SIGTERM), nil
 	}
-	return oci.ParseSignal(asked)
+	return signal.Parse(asked)
 }
 
 // stopTimeout is how long to wait after that; negative is for ever.
@@ -149,14 +149,14 @@ func gone(t runtime.Task) bool {
 }
 
 // ContainerKill sends a signal to the container's first process.
-func (e *Engine) ContainerKill(ctx context.Context, name, signal string) error {
+func (e *Engine) ContainerKill(ctx context.Context, name, asked string) error {
 	u, err := e.lookup(name)
 	if err != nil {
 		return err
 	}
 	sig := int(unix.SIGKILL)
-	if signal != "" {
-		if sig, err = oci.ParseSignal(signal); err != nil {
+	if asked != "" {
+		if sig, err = signal.Parse(asked); err != nil {
 			return err
 		}
 	}

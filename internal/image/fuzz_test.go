@@ -72,7 +72,7 @@ func FuzzChanges(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, c string) {
 		var conf dockerspec.DockerOCIImageConfig
-		if err := applyChanges(&conf, []string{c, c}); err == nil {
+		if err := change(&conf, []string{c, c}); err == nil {
 			if _, err := json.Marshal(conf); err != nil {
 				t.Fatal(err)
 			}

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/cloudos-io/cloudos/internal/snapshot"
+	dockerspec "github.com/moby/docker-image-spec/specs-go/v1"
 	"github.com/moby/moby/api/types/registry"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -93,12 +94,11 @@ type RemoveOptions struct {
 
 // CommitRequest makes an image from a container's changes.
 type CommitRequest struct {
-	Parent  Resolved // zero for none
-	Ref     string   // "" leaves it untagged
-	Config  ocispec.ImageConfig
-	Health  *Healthcheck
-	Shell   []string
-	OnBuild []string
+	Parent Resolved // zero for none
+	Ref    string   // "" leaves it untagged
+	Config dockerspec.DockerOCIImageConfig
+	// Changes are Dockerfile instructions that Config is changed by.
+	Changes []string
 	Author  string
 	Comment string
 	Created time.Time

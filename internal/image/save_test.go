@@ -125,7 +125,7 @@ func TestImportAndCommit(t *testing.T) {
 			t.Errorf("change %q: %v", bad, err)
 		}
 	}
-	conf := r.Config
+	conf := dockerspec.DockerOCIImageConfig{ImageConfig: r.Config}
 	conf.Cmd = []string{"/new"}
 	cid, err := s.Commit(ctx, CommitRequest{Parent: r, Ref: "com:1", Config: conf, Author: "me", Comment: "c", CreatedBy: "/bin/x"},
 		bytes.NewReader(layerTar(t, file{name: "bin/y", body: "yy"}, file{name: "bin/.wh.x"})))

@@ -5,16 +5,15 @@ import (
 	"net/netip"
 	"path"
 	"slices"
-	"strconv"
 	"strings"
 	"time"
 
 	"github.com/docker/go-units"
 	"github.com/moby/moby/api/types/container"
 	"github.com/moby/moby/api/types/network"
-	"golang.org/x/sys/unix"
 
 	"github.com/cloudos-io/cloudos/internal/fault"
+	"github.com/cloudos-io/cloudos/internal/signal"
 )
 
 const (
@@ -69,7 +68,7 @@ func validConfig(cfg *container.Config) error {
 		cfg.WorkingDir = path.Clean(cfg.WorkingDir)
 	}
 	if cfg.StopSignal != "" {
-		if _, err := ParseSignal(cfg.StopSignal); err != nil {
+		if _, err := signal.Parse(cfg.StopSignal); err != nil {
 			return err
 		}
 	}
@@ -319,40 +318,6 @@ func StorageSize(opts map[string]string) (int64, error) {
 		return n, nil
 	}
 	return 0, nil
-}
-
-// ParseSignal reads a signal's name, with or without SIG, or number. Real-time
-// signals are RTMIN+n and RTMAX-n with glibc's bounds, as shells have them.
-func ParseSignal(s string) (int, error) {
-	bad := fault.New(fault.Invalid, "invalid signal: %s", s)
-	if n, err := strconv.Atoi(s); err == nil {
-		if n < 1 || n > 64 {
-			return 0, bad
-		}
-		return n, nil
-	}
-	name := strings.TrimPrefix(strings.ToUpper(s), "SIG")
-	const rtmin, rtmax = 34, 64
-	for _, rt := range []struct {
-		prefix     string
-		base, sign int
-	}{{"RTMIN", rtmin, 1}, {"RTMAX", rtmax, -1}} {
-		rest, ok := strings.CutPrefix(name, rt.prefix)
-		if !ok {
-			continue
-		}
-		if rest == "" {
-			return rt.base, nil
-		}
-		if n, err := strconv.Atoi(rest); err == nil && n*rt.sign > 0 && n*rt.sign <= rtmax-rtmin {
-			return rt.base + n, nil
-		}
-		return 0, bad
-	}
-	if n := unix.SignalNum("SIG" + name); n != 0 {
-		return int(n), nil
-	}
-	return 0, bad
 }
 
 // ValidateResources refuses wrong limits and drops, with a warning, those the

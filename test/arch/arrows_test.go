@@ -39,21 +39,22 @@ var arrows = map[string][]string{
 	"internal/apparmor":  {"internal/fault"},
 	"internal/cdi":       {"internal/fault"},
 	"internal/doctor":    {"internal/fault", "api"},
-	"internal/oci":       {"internal/fault", "internal/snapshot", "internal/image", "internal/seccomp", "internal/apparmor"},
+	"internal/oci":       {"internal/fault", "internal/signal", "internal/snapshot", "internal/image", "internal/seccomp", "internal/apparmor"},
 	"internal/plugin":    {"internal/fault"},
 	"internal/quota":     {},
+	"internal/signal":    {"internal/fault"},
 	"internal/secret":    {"internal/fault", "api"}, // ADR 27
 	"internal/caller":    {},
-	"internal/policy":    {"internal/fault", "internal/caller", "api"},                                 // ADR 28
-	"internal/signature": {"internal/fault", "internal/image", "internal/policy", "api"},               // ADR 35
-	"internal/audit":     {"internal/fault", "internal/caller", "api"},                                 // ADR 29
-	"internal/volume":    {"internal/fault", "internal/snapshot", "internal/plugin", "internal/quota"}, // ADR 26
-	"internal/network":   {"internal/fault", "internal/plugin"},                                        // ADR 33
-	"internal/image":     {"internal/fault", "internal/snapshot", "internal/hello", "api"},             // ADR 35
+	"internal/policy":    {"internal/fault", "internal/caller", "api"},                                        // ADR 28
+	"internal/signature": {"internal/fault", "internal/image", "internal/policy", "api"},                      // ADR 35
+	"internal/audit":     {"internal/fault", "internal/caller", "api"},                                        // ADR 29
+	"internal/volume":    {"internal/fault", "internal/snapshot", "internal/plugin", "internal/quota"},        // ADR 26
+	"internal/network":   {"internal/fault", "internal/plugin"},                                               // ADR 33
+	"internal/image":     {"internal/fault", "internal/signal", "internal/snapshot", "internal/hello", "api"}, // ADR 35
 	"internal/hello":     {},
 	"internal/shim":      {"internal/fault", "internal/plan"},
 	"internal/runtime":   {"internal/fault", "internal/shim", "internal/plan", "internal/seccomp", "internal/snapshot", "internal/apparmor", "internal/criu"}, // ADR 36
-	"internal/engine": {"internal/fault", "internal/container", "internal/event", "internal/oci", "internal/image", "internal/snapshot",
+	"internal/engine": {"internal/fault", "internal/signal", "internal/container", "internal/event", "internal/oci", "internal/image", "internal/snapshot",
 		"internal/network", "internal/volume", "internal/runtime", "internal/store", "internal/logs", "internal/idmap", "internal/cdi",
 		"internal/doctor", "internal/apparmor", "internal/config", "internal/caller", "internal/policy", "api", "internal/namespace",
 		"internal/checkpoint"}, // ADR 36
