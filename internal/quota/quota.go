@@ -19,6 +19,7 @@ var ErrUnsupported = errors.New("the file system has no project quotas: it must 
 
 // First ids of the ranges, clear of ids that administrators give by hand.
 const (
+	Layers  = 0x53560000
 	Volumes = 0x53570000
 	span    = 1 << 16
 )

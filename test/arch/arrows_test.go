@@ -34,7 +34,7 @@ var arrows = map[string][]string{
 	"internal/config":    {"internal/fault", "api"},
 	"internal/seccomp":   {"internal/fault"},
 	"internal/plan":      {"internal/fault", "internal/seccomp"},
-	"internal/snapshot":  {"internal/fault"},
+	"internal/snapshot":  {"internal/fault", "internal/quota"},
 	"internal/idmap":     {"internal/fault", "internal/snapshot"},
 	"internal/apparmor":  {"internal/fault"},
 	"internal/cdi":       {"internal/fault"},

@@ -19,6 +19,7 @@ import (
 	"sync/atomic"
 
 	"github.com/cloudos-io/cloudos/internal/fault"
+	"github.com/cloudos-io/cloudos/internal/quota"
 	"github.com/cloudos-io/cloudos/internal/snapshot"
 	"golang.org/x/sys/unix"
 )
@@ -43,12 +44,13 @@ type Store struct {
 	empty     string // the lower directory of the empty chain
 	spare     string // layers made in advance
 
-	cap    capability
-	users  userNamespaces
-	quota  quotas
-	serial atomic.Uint64
-	wake   chan struct{}
-	spares chan string
+	cap   capability
+	users userNamespaces
+	// projects are the ids that the sizes of layers are limited by.
+	projects *quota.IDs
+	serial   atomic.Uint64
+	wake     chan struct{}
+	spares   chan string
 
 	mu     sync.Mutex
 	layers map[string]*layer
@@ -89,16 +91,17 @@ func New(cfg Config) (*Store, error) {
 		log = slog.New(slog.DiscardHandler)
 	}
 	s := &Store{
-		log:    log,
-		root:   root,
-		rw:     filepath.Join(root, "rw"),
-		eph:    filepath.Join(root, "ephemeral", strings.TrimSpace(string(boot))),
-		trash:  filepath.Join(root, "trash"),
-		empty:  filepath.Join(root, "empty"),
-		spare:  filepath.Join(root, "spare"),
-		wake:   make(chan struct{}, 1),
-		spares: make(chan string, sparesKept),
-		layers: map[string]*layer{},
+		log:      log,
+		root:     root,
+		rw:       filepath.Join(root, "rw"),
+		eph:      filepath.Join(root, "ephemeral", strings.TrimSpace(string(boot))),
+		trash:    filepath.Join(root, "trash"),
+		empty:    filepath.Join(root, "empty"),
+		spare:    filepath.Join(root, "spare"),
+		wake:     make(chan struct{}, 1),
+		spares:   make(chan string, sparesKept),
+		layers:   map[string]*layer{},
+		projects: quota.NewIDs(quota.Layers),
 	}
 	for _, d := range []string{s.rw, s.eph, s.trash} {
 		if err := os.MkdirAll(d, 0o700); err != nil {
@@ -151,7 +154,9 @@ func (s *Store) sweep() error {
 				continue
 			}
 			s.layers[e.Name()] = l
-			s.quota.taken(l.Project)
+			if l.Project != 0 {
+				s.projects.Taken(l.Project)
+			}
 		}
 	}
 	return nil
@@ -213,7 +218,7 @@ func (s *Store) Create(ctx context.Context, id string, chain snapshot.Chain, eph
 		return createFault(id, err)
 	}
 	if sizeLimit > 0 {
-		if l.Project, err = s.quota.set(l.dir, sizeLimit); err != nil {
+		if l.Project, err = s.setQuota(l.dir, sizeLimit); err != nil {
 			return err
 		}
 	}
@@ -398,7 +403,7 @@ func (s *Store) Remove(_ context.Context, id string) error {
 		return nil
 	}
 	if l.Project != 0 {
-		s.quota.drop(l.dir, l.Project)
+		s.dropQuota(l.dir, l.Project)
 	}
 	if err := s.discard(l.dir); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		s.mu.Lock()
