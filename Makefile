@@ -7,7 +7,7 @@ VERSION    ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo d
 PKG        := github.com/cloudos-io/cloudos
 LDFLAGS    := -s -w -X $(PKG)/api.Version=$(VERSION) -X main.version=$(VERSION)
 BIN        := bin
-PROGRAMS   := servin servind servin-runtime servin-compose cloudos cloudos-image cloudos-init cloudos-modprobe servin-vmd
+PROGRAMS   := servin servind servin-runtime servin-compose cloudos cloudos-image cloudos-init cloudos-modprobe cloudos-seal servin-vmd
 export CGO_ENABLED := 0
 
 .PHONY: help build arm64 buildd scan deps shim hello run test test-unit test-e2e test-long bench check fuzz cross install clean

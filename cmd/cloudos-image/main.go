@@ -22,6 +22,8 @@ import (
 const usage = `Usage:
   cloudos image build [--arch amd64|arm64] [--format vm|disk|iso|netboot] -o DIR
   cloudos image inspect [-n FILES] DIR
+  cloudos image keygen --secure-boot [--name NAME] -o DIR
+  cloudos image enroll --secure-boot-cert CERT --vars FILE -o FILE
 
 `
 
@@ -44,6 +46,10 @@ func run(ctx context.Context, args []string) error {
 		return build(ctx, args[1:])
 	case "inspect":
 		return inspect(args[1:])
+	case "keygen":
+		return keygen(args[1:])
+	case "enroll":
+		return enroll(args[1:])
 	default:
 		return fmt.Errorf("there is no command %q\n\n%s", args[0], usage)
 	}
@@ -63,6 +69,8 @@ func build(ctx context.Context, args []string) error {
 	f.StringVar(&o.Programs, "programs", "", "folder with the programs for the architecture (default: where this program is)")
 	f.StringVar(&o.KernelPackage, "kernel", "", "file of a kernel's Debian package (default: the newest one, through apt)")
 	f.StringVar(&o.Cache, "cache", "", "folder where packages are kept (default: the user's cache folder)")
+	key := f.String("secure-boot-key", "", "sign a disk for Secure Boot with this key (PEM); see keygen")
+	cert := f.String("secure-boot-cert", "", "the key's certificate (PEM)")
 	quiet := f.BoolP("quiet", "q", false, "say nothing but errors")
 	if err := f.Parse(args); err != nil {
 		if errors.Is(err, pflag.ErrHelp) {
@@ -81,6 +89,15 @@ func build(ctx context.Context, args []string) error {
 		}
 		if len(o.Config) == 0 {
 			return fmt.Errorf("cannot put the configuration into the image: %s is empty", *configFile)
+		}
+	}
+	if (*key == "") != (*cert == "") {
+		return errors.New("--secure-boot-key and --secure-boot-cert go together")
+	}
+	if *key != "" {
+		var err error
+		if o.Owner, err = osimage.LoadOwner(*key, *cert); err != nil {
+			return err
 		}
 	}
 	if o.Programs == "" {

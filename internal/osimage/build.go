@@ -45,6 +45,8 @@ type Options struct {
 	// Config is the machine's configuration that the image carries (package
 	// osinit/config); empty is none.
 	Config []byte
+	// Owner signs what firmware starts, of the format disk; nil is Debian's signed chain.
+	Owner *Owner
 	// Log takes progress.
 	Log func(format string, args ...any)
 }
@@ -69,6 +71,9 @@ func Build(ctx context.Context, o Options) (*vmwire.Image, error) {
 	}
 	if err := os.MkdirAll(o.Output, 0o755); err != nil {
 		return nil, err
+	}
+	if o.Owner != nil && o.Format != "disk" {
+		return nil, fault.New(fault.Unsupported, "cannot sign an image of the format %q for Secure Boot: only disk is", o.Format)
 	}
 	switch o.Format {
 	case "vm", "netboot":

@@ -8,6 +8,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 
 	"github.com/klauspost/compress/zstd"
 
@@ -19,6 +20,7 @@ import (
 	"github.com/cloudos-io/cloudos/internal/osimage/qcow2"
 	"github.com/cloudos-io/cloudos/internal/osimage/squashfs"
 	"github.com/cloudos-io/cloudos/internal/osimage/tree"
+	"github.com/cloudos-io/cloudos/internal/osimage/verity"
 	"github.com/cloudos-io/cloudos/internal/slots"
 	"github.com/cloudos-io/cloudos/internal/vmwire"
 )
@@ -29,7 +31,7 @@ const (
 	biosSize = 1
 	espSize  = 160
 	slotSize = 192
-	dataSize = 1024
+	dataSize = 1024 + 16 // a file system's least, and the header of an encrypted one
 )
 
 // system is what all formats are made of.
@@ -41,6 +43,7 @@ type system struct {
 	initialTree  *tree.Tree
 	rootTree     *tree.Tree
 	rootFileSize int64
+	verity       verity.Root // of disks
 }
 
 // makeSystem makes kernel, initial file system and root; the caller removes root.
@@ -57,6 +60,9 @@ func makeSystem(ctx context.Context, o Options, apt *kernel.Apt, kind kernel.Kin
 	if s.initrd, err = packInitial(s.initialTree); err != nil {
 		return nil, err
 	}
+	if o.Format != "vm" {
+		modules = append(slices.Clip(modules), trustModules...)
+	}
 	if s.rootTree, err = systemRoot(ctx, o, apt, k, modules); err != nil {
 		return nil, err
 	}
@@ -66,6 +72,9 @@ func makeSystem(ctx context.Context, o Options, apt *kernel.Apt, kind kernel.Kin
 	}
 	s.root = f.Name()
 	s.rootUsage, err = squashfs.Write(f, s.rootTree, epoch)
+	if err == nil && o.Format == "disk" {
+		err = s.appendTree(f)
+	}
 	if err == nil {
 		s.rootFileSize, err = f.Seek(0, io.SeekEnd)
 	}
@@ -120,7 +129,7 @@ func bootPartition(ctx context.Context, o Options, apt *kernel.Apt, s *system) (
 	dir := slots.Folder("a")
 	t.Bytes(dir+"/kernel", 0o644, partKernel, s.kernel.Image)
 	t.Bytes(dir+"/initrd", 0o644, partInit, s.initrd)
-	t.Bytes(dir+"/boot.cfg", 0o644, partSettings, []byte(BootScript("a", o.Arch, o.Words)))
+	t.Bytes(dir+"/boot.cfg", 0o644, partSettings, []byte(BootScript("a", o.Arch, join(s.words(), o.Words))))
 	block, err := slots.State{Good: "a"}.Block()
 	if err != nil {
 		return nil, err
@@ -166,7 +175,11 @@ func buildDisk(ctx context.Context, o Options) (*vmwire.Image, error) {
 	if s.rootFileSize > slotSize*mib {
 		return nil, fault.New(fault.Exhausted, "the root of %d MiB does not fit into a slot of %d", s.rootFileSize>>20, slotSize)
 	}
-	esp, err := bootPartition(ctx, o, apt, s)
+	partition := bootPartition
+	if o.Owner != nil {
+		partition = ownersPartition
+	}
+	esp, err := partition(ctx, o, apt, s)
 	if err != nil {
 		return nil, err
 	}
@@ -177,13 +190,13 @@ func buildDisk(ctx context.Context, o Options) (*vmwire.Image, error) {
 	}
 	table, sectors := layout(id)
 	img := s.describe(o)
-	img.CommandLine = diskCommandLine(o.Arch)
+	img.CommandLine, img.Verity = diskCommandLine(o.Arch), s.verity.String()
 	raw := filepath.Join(o.Output, "disk.raw")
 	write := func(f *os.File) error {
 		if err := f.Truncate(int64(sectors * gpt.Sector)); err != nil {
 			return err
 		}
-		if o.Arch == "amd64" {
+		if o.Arch == "amd64" && o.Owner == nil { // a BIOS checks nothing
 			if err := writeBIOS(ctx, apt, f, table); err != nil {
 				return err
 			}

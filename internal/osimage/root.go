@@ -36,7 +36,7 @@ var earlyModules = []string{"overlay", "bridge", "veth", "nf_tables", "nft_chain
 	"nft_fib", "nft_fib_ipv4", "nft_fib_ipv6", "nft_fib_inet", "nft_dup_ipv4", "nft_dup_ipv6", "virtio_console", "virtio_net"}
 
 // diskModules find the root on a cloud's disk.
-var diskModules = append([]string{"virtio_scsi", "sd_mod", "nvme", "hv_vmbus", "hv_storvsc", "xen_blkfront", "isofs"}, rootModules...)
+var diskModules = append([]string{"virtio_scsi", "sd_mod", "nvme", "hv_vmbus", "hv_storvsc", "xen_blkfront", "isofs", "dm_verity", "sha256_*"}, rootModules...)
 
 // isoModules find the root on any machine's disk, stick or disc.
 var isoModules = append([]string{
@@ -55,6 +55,10 @@ var cloudModules = []string{
 	"tcp_bbr", "nvme", "ena", "gve", "hv_*", "xen_blkfront", "xen_netfront", "vmxnet3", "vmw_*", "virtio_scsi", "sd_mod", "sr_mod",
 	"vsock", "vmw_vsock_virtio_transport", "tpm*", "rng_core", "binfmt_misc", "ipt_*", "ip6t_*", "crc32c_generic", "algif_*", "ixgbevf", "pvpanic*",
 }
+
+// trustModules are for Secure Boot's state and for encrypted data, on what is no
+// virtual machine of VM mode.
+var trustModules = []string{"efivarfs", "xts", "ecb", "aesni_intel", "aes_ce*", "sha256_*", "dm_crypt", "dm_verity"}
 
 // metalModules add the drivers of real machines: disks, network cards, what a
 // screen and a keyboard need.
@@ -109,6 +113,7 @@ var programs = []struct {
 	{"servin-buildd", partBuilder, true},
 	{"servin-toolbox.tar.gz", partEngine, true},
 	{"cloudos-modprobe", partInit, false},
+	{"cloudos-seal", partInit, true},
 }
 
 // systemRoot is the read-only root. It is mounted at /system; the names at the top of the tree
@@ -117,6 +122,9 @@ func systemRoot(ctx context.Context, o Options, apt *kernel.Apt, k *kernel.Kerne
 	t := tree.New()
 	for _, p := range programs {
 		from := filepath.Join(o.Programs, p.name)
+		if p.name == "cloudos-seal" && o.Format == "vm" {
+			continue // its disk is the host's to protect
+		}
 		if _, err := os.Stat(from); err != nil && p.optional {
 			o.Log("leaving out %s: it is not among the programs", p.name)
 			continue

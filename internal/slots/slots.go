@@ -109,13 +109,14 @@ const BlockFile = "cloudos/grubenv"
 
 // Script is the boot loader's configuration. What cannot be started starts the
 // machine again, so that a slot that is tried runs out of tries. A slot's own folder has boot.cfg
-// with its kernel's command line, so that an upgrade changes that alone.
+// with its kernel's command line, so that an upgrade changes that alone. The block is
+// read without being measured (--skip-sig): PCR 9 stays what keys are sealed to.
 func Script() string {
 	return `set timeout=0
 set good=a
 set try=
 set left=0
-if [ -f ($root)/cloudos/grubenv ]; then load_env -f ($root)/cloudos/grubenv good try left; fi
+if [ -f ($root)/cloudos/grubenv ]; then load_env --skip-sig -f ($root)/cloudos/grubenv good try left; fi
 set slot=$good
 if [ -n "$try" ]; then
   if [ "$left" = 3 ]; then set left=2; set slot=$try

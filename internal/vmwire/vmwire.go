@@ -44,6 +44,9 @@ type Image struct {
 	// Files are the files in the image's folder by role: kernel, initrd, root,
 	// disk, iso.
 	Files map[string]File `json:"files"`
+	// Verity says how the root is checked while it is read: HASH,BLOCKS of the word
+	// cloudos.verity; the tree of hashes is behind the root. Empty is not at all.
+	Verity string `json:"verity,omitempty"`
 }
 
 // File is one file of an image.
@@ -88,6 +91,8 @@ type Status struct {
 	// Boot are the points in time of this boot, in seconds since the kernel
 	// began: name to seconds.
 	Boot map[string]float64 `json:"boot,omitempty"`
+	// Trust says what the machine started from is protected by.
+	Trust Trust `json:"trust"`
 }
 
 // Engine is the state of servind.

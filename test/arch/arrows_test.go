@@ -80,6 +80,7 @@ var arrows = map[string][]string{
 	"cmd/cloudos-image":    {"internal/osimage", "internal/fault", "internal/vmwire", "api"},
 	"cmd/cloudos-modprobe": {"internal/osinit/modules"},
 	"cmd/cloudos-init":     {"internal/osinit"},
+	"cmd/cloudos-seal":     {"internal/osinit/tpm", "internal/osinit/seal"},
 
 	"cmd/servin-vmd": {"internal/vm", "api"},                       // ADR 41
 	"internal/vm":    {"internal/fault", "internal/vmwire", "api"}, // ADR 41

@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/cloudos-io/cloudos/internal/fault"
+	"github.com/cloudos-io/cloudos/internal/osinit/dm"
 )
 
 // Label is that of our file systems.
@@ -23,6 +24,8 @@ const Label = "cloudos-data"
 type Device struct {
 	// Path is below /dev.
 	Path string
+
+	crypt *dm.Crypt // where Path is one that is made of an encrypted one
 }
 
 // Find returns the block device with a serial number, or the partition with that
@@ -112,14 +115,14 @@ func prepare(f *os.File) error {
 	switch what {
 	case ours:
 		return nil
-	case foreign:
+	case foreign, encrypted:
 		return fault.New(fault.Conflict, "it holds something that is not ours: give an empty disk, or one of this system")
 	}
 	n, err := size(f)
 	if err != nil {
 		return err
 	}
-	return format(f, n)
+	return format(f, n, false)
 }
 
 // extIOCResize is EXT4_IOC_RESIZE_FS.

@@ -29,7 +29,7 @@ func TestFormat(t *testing.T) {
 	}
 	check := func() {
 		t.Helper()
-		if err := format(f, size); err != nil {
+		if err := format(f, size, false); err != nil {
 			t.Fatal(err)
 		}
 		out, err := exec.Command(e2fsck, "-fn", f.Name()).CombinedOutput()
@@ -59,7 +59,7 @@ func TestFormat(t *testing.T) {
 	if c, err := inspect(f); err != nil || c != foreign {
 		t.Fatal(c, err)
 	}
-	if err := format(f, 1<<20); err == nil {
+	if err := format(f, 1<<20, false); err == nil {
 		t.Error("a disk that is too small was taken")
 	}
 }

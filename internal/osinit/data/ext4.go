@@ -14,6 +14,8 @@ import (
 
 	"github.com/klauspost/compress/zstd"
 	"golang.org/x/sys/unix"
+
+	"github.com/cloudos-io/cloudos/internal/osinit/luks"
 )
 
 // template is an empty ext4 of templateSize: scripts/ext4-template made it.
@@ -30,9 +32,30 @@ const (
 	mark    = "cloudos: this disk is being prepared\n"
 )
 
+// used are the template's blocks that the file system takes for its own, and so
+// must be zero where the template has none: from, and how many. The first is tables of inodes, bitmaps
+// and a few folders, the last the journal, the others room for tables of groups.
+var used = [][2]int64{{1, 4248}, {32768, 129}, {98304, 129}, {163840, 129}, {229376, 129}, {131072, 16384}}
+
+// zeroUsed is for devices on which zeros are not cheap, as encrypted ones.
+func zeroUsed(dev *os.File) error {
+	zero := make([]byte, 1<<20)
+	for _, u := range used {
+		for at, end := u[0]*blockSize, (u[0]+u[1])*blockSize; at < end; {
+			n, err := dev.WriteAt(zero[:min(int64(len(zero)), end-at)], at)
+			if err != nil {
+				return err
+			}
+			at += int64(n)
+		}
+	}
+	return nil
+}
+
 // format puts an empty file system on the device: everything but its first block, then that. One that
 // was killed in between leaves mark, and is done again.
-func format(dev *os.File, size uint64) error {
+// scrambled says that what was never written does not read as zeros.
+func format(dev *os.File, size uint64, scrambled bool) error {
 	if size < templateSize {
 		return fmt.Errorf("the disk has %d MiB: at least %d are needed", size>>20, templateSize>>20)
 	}
@@ -49,7 +72,11 @@ func format(dev *os.File, size uint64) error {
 	if err := discard(dev, 0x1277 /* BLKDISCARD */, blockSize, size-blockSize); err != nil && !errors.Is(err, unix.EOPNOTSUPP) && !errors.Is(err, unix.ENOTTY) {
 		return fmt.Errorf("cannot discard: %w", err)
 	}
-	if err := discard(dev, 0x127f /* BLKZEROOUT */, blockSize, templateSize-blockSize); err != nil && !errors.Is(err, unix.ENOTTY) {
+	if scrambled {
+		if err := zeroUsed(dev); err != nil {
+			return fmt.Errorf("cannot write zeros: %w", err)
+		}
+	} else if err := discard(dev, 0x127f /* BLKZEROOUT */, blockSize, templateSize-blockSize); err != nil && !errors.Is(err, unix.ENOTTY) {
 		return fmt.Errorf("cannot write zeros: %w", err)
 	}
 	z, err := zstd.NewReader(bytes.NewReader(template), zstd.WithDecoderConcurrency(1))
@@ -113,6 +140,7 @@ const (
 	ours
 	unfinished
 	foreign
+	encrypted
 )
 
 // inspect looks at a device's first blocks.
@@ -128,6 +156,9 @@ func inspect(dev *os.File) (content, error) {
 	}
 	if len(bytes.TrimLeft(b, "\x00")) == 0 {
 		return empty, nil
+	}
+	if luks.Is(b) {
+		return encrypted, nil
 	}
 	if len(b) >= superAt+1024 {
 		super := b[superAt:]

@@ -17,6 +17,9 @@ import (
 // it; what is no partition is left alone. The table is written before the kernel is told, so a
 // machine that stops in between is right at its next start.
 func (d Device) GrowPartition() error {
+	if d.crypt != nil {
+		return d.growEncrypted()
+	}
 	name := filepath.Base(d.Path)
 	dir := filepath.Join("/sys/class/block", name)
 	if _, err := os.Stat(filepath.Join(dir, "partition")); err != nil {

@@ -79,8 +79,8 @@ type Program struct {
 	Args []string
 	Env  []string
 	Dir  string
-	// Output takes standard output and error; nil is /dev/null.
-	Output *os.File
+	// Input is standard input, Output takes standard output and error; nil is /dev/null.
+	Input, Output *os.File
 	// OOMScoreAdj is written before it runs on.
 	OOMScoreAdj int
 	// Attr is added to.
@@ -104,10 +104,14 @@ func (t *Table) Start(p Program) (*Process, error) {
 	if out == nil {
 		out = null
 	}
+	in := p.Input
+	if in == nil {
+		in = null
+	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	pid, err := syscall.ForkExec(p.Path, append([]string{p.Path}, p.Args...), &syscall.ProcAttr{
-		Dir: p.Dir, Env: p.Env, Files: []uintptr{null.Fd(), out.Fd(), out.Fd()},
+		Dir: p.Dir, Env: p.Env, Files: []uintptr{in.Fd(), out.Fd(), out.Fd()},
 		Sys: &syscall.SysProcAttr{Setsid: p.NewSession},
 	})
 	if err != nil {
