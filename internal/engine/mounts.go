@@ -66,11 +66,11 @@ func (e *Engine) createMounts(ctx context.Context, r *container.Record, chain sn
 				}
 			})
 			made = made || !r.Ephemeral || !anonymous
-			if !p.NoCopy && !p.Inherited && p.Subpath == "" {
+			if !p.NoCopy && !p.Inherited {
 				fill = append(fill, p)
 			}
 		case mount.TypeImage:
-			if _, err := e.cfg.Images.Resolve(ctx, p.Source, ""); err != nil {
+			if err := e.holdImage(ctx, r, i, p, back); err != nil {
 				return nil, err
 			}
 		}
@@ -87,7 +87,7 @@ func (e *Engine) createMounts(ctx context.Context, r *container.Record, chain sn
 		}
 		defer root.Close()
 		for _, p := range fill {
-			if err := e.cfg.Volumes.CopyUp(ctx, root, p.Target, p.Name, snapshot.IDMap{}); err != nil {
+			if err := e.cfg.Volumes.CopyUp(ctx, root, p.Target, p.Name, p.Subpath, snapshot.IDMap{}); err != nil {
 				return nil, fmt.Errorf("cannot fill volume %s from the image: %w", p.Name, err)
 			}
 		}
@@ -177,31 +177,71 @@ func (e *Engine) startMounts(ctx context.Context, u *unit, r *container.Record, 
 	return out, nil
 }
 
-// subpath opens a part of a volume; links cannot lead out of it.
+// subpath opens a part of a volume.
 func (e *Engine) subpath(name, sub string) (*os.File, error) {
 	root, err := e.cfg.Volumes.Open(name)
 	if err != nil {
 		return nil, err
 	}
 	defer root.Close()
-	f, err := openIn(root, sub, unix.O_PATH, 0)
-	if err != nil {
-		return nil, fault.New(fault.Invalid, "cannot access subpath %s of volume %s: %w", sub, name, err)
-	}
-	return f, nil
+	return openBelow(root, sub, "volume "+name)
 }
 
 // hostDir is where mounts of a running container are kept on the host: a shared
 // /dev/shm and other images' file systems.
 func (e *Engine) hostDir(u *unit) string { return filepath.Join(e.stateDir(true), u.id, "mnt") }
 
+// imageLayer names the layer that keeps the image of a container's nth mount.
+func imageLayer(id string, n int) string { return id + imageLayerMark + strconv.Itoa(n) }
+
+const imageLayerMark = "-image-"
+
+// holdImage notes which image a mount means and keeps its content for as long as
+// there is the container: an empty layer stands on it.
+func (e *Engine) holdImage(ctx context.Context, r *container.Record, n int, p *vol.Point, back *undo) error {
+	img, err := e.cfg.Images.Resolve(ctx, p.Source, "")
+	if err != nil {
+		return err
+	}
+	id := imageLayer(r.ID, n)
+	if err := e.cfg.Snapshots.Create(ctx, id, img.Chain, r.Ephemeral, 0); err != nil {
+		return fmt.Errorf("cannot keep image %s for the container: %w", p.Source, err)
+	}
+	back.add(func(ctx context.Context) { _ = e.cfg.Snapshots.Remove(ctx, id) })
+	p.ImageID = img.ID.String()
+	return nil
+}
+
+// imageChain is what a mount of an image shows: what it was when the container was
+// made. A pod's container is made with its mounts resolved anew.
+func (e *Engine) imageChain(ctx context.Context, r *container.Record, n int, p vol.Point) (snapshot.Chain, error) {
+	if p.ImageID != "" {
+		return e.cfg.Snapshots.Chain(imageLayer(r.ID, n))
+	}
+	img, err := e.cfg.Images.Resolve(ctx, p.Source, "")
+	return img.Chain, err
+}
+
+// dropImages lets go of the images that a container had mounted.
+func (e *Engine) dropImages(ctx context.Context, r *container.Record) error {
+	for i, p := range r.Mounts {
+		if p.ImageID == "" {
+			continue
+		}
+		if err := e.cfg.Snapshots.Remove(ctx, imageLayer(r.ID, i)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // imageMount mounts another image for the container.
 func (e *Engine) imageMount(ctx context.Context, u *unit, r *container.Record, i int, p vol.Point, label string) (string, error) {
-	img, err := e.cfg.Images.Resolve(ctx, p.Source, "")
+	chain, err := e.imageChain(ctx, r, i, p)
 	if err != nil {
 		return "", err
 	}
-	f, err := e.cfg.Snapshots.MountChainLabelled(ctx, img.Chain, idMap(r), label)
+	f, err := e.cfg.Snapshots.MountChainLabelled(ctx, chain, idMap(r), label)
 	if err != nil {
 		return "", fmt.Errorf("cannot mount image %s: %w", p.Source, err)
 	}
@@ -221,9 +261,9 @@ func (e *Engine) imageMount(ctx context.Context, u *unit, r *container.Record, i
 		return "", err
 	}
 	defer root.Close()
-	sub, err := openIn(root, p.Subpath, unix.O_PATH, 0)
+	sub, err := openBelow(root, p.Subpath, "image "+p.Source)
 	if err != nil {
-		return "", fault.New(fault.Invalid, "cannot access subpath %s of image %s: %w", p.Subpath, p.Source, err)
+		return "", err
 	}
 	defer sub.Close()
 	// The mount is read-only: what was resolved inside it stays what it is.
@@ -316,11 +356,28 @@ func (e *Engine) inheritedAnonymous(ctx context.Context, p *vol.Point) bool {
 // openIn opens name below root as if root were the file system's root: neither
 // "..", nor absolute links, nor magic links lead out of it.
 func openIn(root *os.File, name string, flags int, mode uint32) (*os.File, error) {
+	return openResolved(root, name, flags, mode, unix.RESOLVE_IN_ROOT)
+}
+
+// openBelow opens a part of a volume or image. A link that leads out of it, an
+// absolute one too, is refused, in the words that Docker's clients know.
+func openBelow(root *os.File, sub, of string) (*os.File, error) {
+	f, err := openResolved(root, sub, unix.O_PATH, 0, unix.RESOLVE_BENEATH)
+	switch {
+	case errors.Is(err, unix.EXDEV):
+		return nil, fault.New(fault.Invalid, "path concatenation escapes the base directory: subpath %s of %s", sub, of)
+	case err != nil:
+		return nil, fault.New(fault.Invalid, "cannot access path %s of %s: %w", sub, of, err)
+	}
+	return f, nil
+}
+
+func openResolved(root *os.File, name string, flags int, mode uint32, resolve uint64) (*os.File, error) {
 	name = strings.TrimLeft(name, "/")
 	if name == "" {
 		name = "."
 	}
-	how := unix.OpenHow{Flags: uint64(flags | unix.O_CLOEXEC), Mode: uint64(mode), Resolve: unix.RESOLVE_IN_ROOT | unix.RESOLVE_NO_MAGICLINKS}
+	how := unix.OpenHow{Flags: uint64(flags | unix.O_CLOEXEC), Mode: uint64(mode), Resolve: resolve | unix.RESOLVE_NO_MAGICLINKS}
 	for range 128 {
 		fd, err := unix.Openat2(int(root.Fd()), name, &how)
 		if errors.Is(err, unix.EAGAIN) || errors.Is(err, unix.EINTR) {

@@ -3,9 +3,12 @@ package engine
 import (
 	"context"
 	"fmt"
+	"slices"
 	"sync"
 
 	mcontainer "github.com/moby/moby/api/types/container"
+
+	"github.com/cloudos-io/cloudos/internal/volume"
 )
 
 // ImageBucket holds the names of images that Kubernetes pulled with their ids, in
@@ -82,7 +85,7 @@ func (e *Engine) ImageUsers(id string) map[string]bool {
 	m := map[string]bool{}
 	for _, u := range e.all() {
 		r := u.rec.Load()
-		if r.Image.ID == id {
+		if r.Image.ID == id || slices.ContainsFunc(r.Mounts, func(p volume.Point) bool { return p.ImageID == id }) {
 			m[r.ID] = r.State.Running() || r.State.Status == mcontainer.StateRestarting
 		}
 	}

@@ -299,7 +299,8 @@ func (e *Engine) settleFreezer(ctx context.Context, u *unit, t runtime.Task, pau
 func (e *Engine) dropUnknown(ctx context.Context) {
 	if ids, err := e.cfg.Snapshots.List(ctx); err == nil {
 		for _, id := range ids {
-			if e.units[id] == nil && container.ValidID(id) {
+			of, _, _ := strings.Cut(id, imageLayerMark)
+			if e.units[of] == nil && container.ValidID(of) {
 				if err := e.cfg.Snapshots.Remove(ctx, id); err != nil {
 					e.log.Warn("cannot remove a layer that belongs to no container", "id", id, "cause", err)
 				}

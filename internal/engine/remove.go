@@ -135,7 +135,7 @@ func (e *Engine) remove(ctx context.Context, u *unit, volumes bool) error {
 // erase removes what a container has on disk, its record last. Every step can
 // be repeated.
 func (e *Engine) erase(ctx context.Context, u *unit, r *container.Record, volumes bool) error {
-	if err := e.cfg.Snapshots.Remove(ctx, r.ID); err != nil {
+	if err := errors.Join(e.cfg.Snapshots.Remove(ctx, r.ID), e.dropImages(ctx, r)); err != nil {
 		return err
 	}
 	e.dropVolumes(ctx, r, volumes)

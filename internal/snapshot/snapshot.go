@@ -39,6 +39,8 @@ type Store interface {
 	Mount(ctx context.Context, id string, readonly bool, m IDMap) (*os.File, error)
 	// MountLabelled is Mount, writable, with one SELinux label for all that is in it.
 	MountLabelled(ctx context.Context, id string, m IDMap, label string) (*os.File, error)
+	// Chain is what a writable layer stands on.
+	Chain(id string) (Chain, error)
 	// MountChain mounts the chain alone, read-only.
 	MountChain(ctx context.Context, chain Chain, m IDMap) (*os.File, error)
 	// MountChainLabelled is MountChain with one SELinux label for all that is in it.

@@ -27,8 +27,9 @@ const stagingPrefix = ".copy-"
 // so is one where the image has nothing. Call it before Use.
 //
 // The copy is made aside and takes the place of the empty directory in one step,
-// so that a volume is never half filled.
-func (s *Store) CopyUp(ctx context.Context, root *os.File, inside, name string, m snapshot.IDMap) error {
+// so that a volume is never half filled. With sub, an empty directory of the volume
+// is filled instead, in place; where there is none nothing is done.
+func (s *Store) CopyUp(ctx context.Context, root *os.File, inside, name, sub string, m snapshot.IDMap) error {
 	v, err := s.get(name)
 	if err != nil {
 		return err
@@ -61,6 +62,14 @@ func (s *Store) CopyUp(ctx context.Context, root *os.File, inside, name string, 
 	if v.busy {
 		return errBusy(name)
 	}
+	if sub != "" {
+		top, err := beneath(int(data.Fd()), sub, unix.O_RDONLY|unix.O_DIRECTORY)
+		if err != nil {
+			return nil // the start tells
+		}
+		defer top.Close()
+		data = top
+	}
 	if names, err := data.Readdirnames(1); len(names) > 0 {
 		return nil
 	} else if err != nil && !errors.Is(err, io.EOF) {
@@ -78,7 +87,7 @@ func (s *Store) CopyUp(ctx context.Context, root *os.File, inside, name string, 
 
 	// A mount cannot be replaced, and a directory that a running container has
 	// mounted must not: there the copy goes in place.
-	if v.rec.mounts() || v.rec.Driver != "" || len(v.uses) > 0 {
+	if sub != "" || v.rec.mounts() || v.rec.Driver != "" || len(v.uses) > 0 {
 		c.top = int(data.Fd())
 		return fail(c.dir(int(src.Fd()), int(data.Fd()), ""))
 	}

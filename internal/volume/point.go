@@ -25,6 +25,9 @@ type Point struct {
 	// volume it is where its data lies, once known.
 	Source string `json:",omitempty"`
 	Target string
+	// ImageID is the image that Source meant when the container was made; it is kept
+	// for the container.
+	ImageID string `json:",omitempty"`
 	// Mode is the option list as it was given, for inspect.
 	Mode     string `json:",omitempty"`
 	ReadOnly bool   `json:",omitempty"`

@@ -384,13 +384,13 @@ func TestCopyUp(t *testing.T) {
 	defer root.Close()
 	m := snapshot.IDMap{UIDs: []snapshot.IDRange{{Host: 1000, Size: 65536}}, GIDs: []snapshot.IDRange{{Host: 1000, Size: 65536}}}
 	// Only what is mapped can be copied: root's files are not.
-	if err := s.CopyUp(t.Context(), root, "/www", "data", m); !errors.Is(err, unix.EOVERFLOW) {
+	if err := s.CopyUp(t.Context(), root, "/www", "data", "", m); !errors.Is(err, unix.EOVERFLOW) {
 		t.Fatalf("unmapped owner: %v", err)
 	}
 	if left := must(os.ReadDir(v.Mountpoint)); len(left) != 0 {
 		t.Fatalf("failed copy left %v", left)
 	}
-	if err := s.CopyUp(t.Context(), root, "/www", "data", snapshot.IDMap{}); err != nil {
+	if err := s.CopyUp(t.Context(), root, "/www", "data", "", snapshot.IDMap{}); err != nil {
 		t.Fatal(err)
 	}
 	var top, a, b unix.Stat_t
@@ -421,7 +421,7 @@ func TestCopyUp(t *testing.T) {
 	}
 	// What a volume holds is never touched.
 	write(t, v.Mountpoint+"/a", "mine")
-	if err := s.CopyUp(t.Context(), root, "/www", "data", snapshot.IDMap{}); err != nil {
+	if err := s.CopyUp(t.Context(), root, "/www", "data", "", snapshot.IDMap{}); err != nil {
 		t.Fatal(err)
 	}
 	if b := must(os.ReadFile(v.Mountpoint + "/a")); string(b) != "mine" {
@@ -443,7 +443,7 @@ func TestCopyUpStaysInRoot(t *testing.T) {
 	defer root.Close()
 	v := create(t, s, volume.CreateRequest{Name: "data"}, CreateOptions{})
 	for _, p := range []string{"/abs", "/up", "/magic", "../.." + outside, "/missing"} {
-		if err := s.CopyUp(t.Context(), root, p, "data", snapshot.IDMap{}); err != nil {
+		if err := s.CopyUp(t.Context(), root, p, "data", "", snapshot.IDMap{}); err != nil {
 			t.Errorf("%s: %v", p, err)
 		}
 		if got := must(os.ReadDir(v.Mountpoint)); len(got) != 0 {
@@ -465,7 +465,7 @@ func TestCopyUpKeepsAMountedDirectory(t *testing.T) {
 	if err := unix.Stat(v.Mountpoint, &before); err != nil {
 		t.Fatal(err)
 	}
-	if err := s.CopyUp(t.Context(), root, "/", "data", snapshot.IDMap{}); err != nil {
+	if err := s.CopyUp(t.Context(), root, "/", "data", "", snapshot.IDMap{}); err != nil {
 		t.Fatal(err)
 	}
 	if err := unix.Stat(v.Mountpoint, &after); err != nil || before.Ino != after.Ino {

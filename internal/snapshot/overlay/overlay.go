@@ -379,6 +379,15 @@ func (s *Store) List(context.Context) ([]string, error) {
 	return ids, nil
 }
 
+// Chain is what a layer stands on. See snapshot.Store.
+func (s *Store) Chain(id string) (snapshot.Chain, error) {
+	l, err := s.lookup(id)
+	if err != nil {
+		return snapshot.Chain{}, err
+	}
+	return l.Chain, nil
+}
+
 // ChainIDs names every chain that a writable layer stands on, so that image
 // collection keeps them.
 func (s *Store) ChainIDs() map[string]struct{} {
