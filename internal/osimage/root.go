@@ -58,7 +58,7 @@ var cloudModules = []string{
 
 // trustModules are for Secure Boot's state and for encrypted data, on what is no
 // virtual machine of VM mode.
-var trustModules = []string{"efivarfs", "xts", "ecb", "aesni_intel", "aes_ce*", "sha256_*", "dm_crypt", "dm_verity"}
+var trustModules = []string{"efivarfs", "xts", "ecb", "aesni*", "aes_ce*", "sha256_*", "dm_crypt", "dm_verity"}
 
 // metalModules add the drivers of real machines: disks, network cards, what a
 // screen and a keyboard need.

@@ -15,6 +15,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -140,19 +141,25 @@ func (m *machine) said() string {
 // start starts a machine with a port.
 func start(t *testing.T, limit time.Duration, args ...string) *machine {
 	t.Helper()
-	needs(t, "qemu-system-x86_64")
+	// A /dev/kvm that is there need not run a guest: TCG is sure.
+	return emulate(t, limit, append([]string{"qemu-system-x86_64", "-cpu", "max"}, args...)...)
+}
+
+// emulate starts a machine with a port under one of QEMU's programs.
+func emulate(t *testing.T, limit time.Duration, args ...string) *machine {
+	t.Helper()
+	needs(t, args[0])
 	dir, err := os.MkdirTemp("", "m")
 	if err != nil {
 		t.Fatal(err)
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), limit)
 	m := &machine{t: t, dir: dir, done: make(chan error, 1)}
-	// A /dev/kvm that is there need not run a guest: TCG is sure.
-	m.cmd = exec.CommandContext(ctx, "qemu-system-x86_64", append([]string{
-		"-accel", "tcg", "-cpu", "max", "-smp", "2", "-m", "1024", "-nodefaults", "-no-reboot", "-display", "none", "-serial", "stdio",
+	m.cmd = exec.CommandContext(ctx, args[0], append([]string{
+		"-accel", "tcg", "-smp", "2", "-m", "1024", "-nodefaults", "-no-reboot", "-display", "none", "-serial", "stdio",
 		"-netdev", "user,id=n", "-device", "virtio-net-pci,netdev=n", "-device", "virtio-rng-pci", "-device", "virtio-balloon-pci,free-page-reporting=on",
 		"-device", "virtio-serial-pci", "-chardev", "socket,id=p,path=" + dir + "/port,server=on,wait=off", "-device", "virtserialport,chardev=p,name=" + vmwire.Port,
-	}, args...)...)
+	}, args[1:]...)...)
 	m.cmd.Stdout, m.cmd.Stderr = m, m
 	if err := m.cmd.Start(); err != nil {
 		t.Fatal(err)
@@ -191,7 +198,11 @@ func vm(t *testing.T, image, disk, words string, more ...string) *machine {
 	if disk != "" {
 		args = append(args, "-drive", "file="+disk+",format=raw,if=none,id=data,discard=unmap,detect-zeroes=unmap", "-device", "virtio-blk-pci,drive=data,serial="+vmwire.SerialData)
 	}
-	m := start(t, 5*time.Minute, append(args, more...)...)
+	run := []string{"qemu-system-x86_64", "-cpu", "max"}
+	if img.Arch == "arm64" {
+		run = armBoard
+	}
+	m := emulate(t, 5*time.Minute, append(append(slices.Clone(run), args...), more...)...)
 	m.connect()
 	return m
 }
