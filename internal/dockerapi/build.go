@@ -10,6 +10,7 @@ import (
 	"github.com/moby/moby/api/types/build"
 
 	"github.com/cloudos-io/cloudos/api"
+	"github.com/cloudos-io/cloudos/internal/fault"
 )
 
 // Builds is the builder of images: its handler serves paths without a version.
@@ -57,14 +58,27 @@ func (a buildsAPI) session(w *response, r *request) error {
 	if !a.there() {
 		return noSession(w, r)
 	}
-	return a.hand(w, r, "/session")
+	return a.handUpgraded(w, r, "/session")
 }
 
 func (a buildsAPI) grpc(w *response, r *request) error {
 	if !a.there() {
 		return noSession(w, r)
 	}
-	return a.hand(w, r, "/grpc")
+	return a.handUpgraded(w, r, "/grpc")
+}
+
+// handUpgraded hands over a request whose connection becomes one of HTTP/2. As with
+// Docker the header Upgrade is enough to ask for that; proxies want Connection too.
+func (a buildsAPI) handUpgraded(w *response, r *request, path string) error {
+	switch proto := r.Header.Get("Upgrade"); {
+	case proto == "":
+		return fault.New(fault.Invalid, "no upgrade proto in request")
+	case !strings.EqualFold(proto, "h2c"):
+		return fault.New(fault.Invalid, "protocol %s not supported", proto)
+	}
+	r.Header.Set("Connection", "Upgrade")
+	return a.hand(w, r, path)
 }
 
 // hand gives a request to the builder, both directions at once.

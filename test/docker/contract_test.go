@@ -164,6 +164,7 @@ func contractCases() []contractCase {
 		{op: "POST /build/prune", path: "/build/prune?all=1", want: 200},
 		{op: "POST /session", path: "/session", want: 400},
 		{op: "POST /session", path: "/session", header: "Upgrade: h2c", want: 101},
+		{op: "POST /session", path: "/session", header: "Upgrade: foo", want: 400},
 
 		{op: "POST /networks/create", path: "/networks/create", body: `{"Name":"cnet","Labels":{"a":"b"},"IPAM":{"Config":[{"Subnet":"10.99.77.0/24"}]}}`, want: 201},
 		{op: "POST /networks/create", path: "/networks/create", body: `{"Name":"cnet2","IPAM":{"Config":[{"Subnet":"nonsense"}]}}`, want: 400},

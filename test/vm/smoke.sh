@@ -3,7 +3,7 @@
 # there), run containers in it, and print what it said.
 # usage: test/vm/smoke.sh BIN CACHE [SUITE]   BIN: folder with servin and servind
 # SUITE: a static test program, with its testdata beside it, that is run there instead of the checks.
-# env: SMOKE_CHECKS a folder whose script "run" is read there instead of the checks; SMOKE_APPEND more for the kernel's command line
+# env: SMOKE_CHECKS a folder whose script "run" is read there instead of the checks; SMOKE_APPEND more for the kernel's command line; SMOKE_DISK a disk's image
 set -euo pipefail
 bin=$(realpath "$1") cache=$2 suite=${3:-}
 mkdir -p "$cache"
@@ -152,6 +152,7 @@ if [ -n "$suite" ]; then
 	trap 'rm -rf "$root" "$cache/disk.$$"' EXIT
 	disk=(-drive "file=$cache/disk.$$,format=raw,if=virtio,cache=unsafe")
 fi
+[ -z "${SMOKE_DISK:-}" ] || disk=(-drive "file=$SMOKE_DISK,format=raw,if=virtio,cache=unsafe")
 timeout "${SMOKE_TIMEOUT:-240}" qemu-system-x86_64 -accel $accel -cpu max -smp 2 -m $memory -nographic -no-reboot -nodefaults -serial stdio "${disk[@]}" \
 	-kernel "$kernel" -initrd "$cache/initrd.$$" -append "console=ttyS0 quiet panic=-1 random.trust_cpu=on ${SMOKE_APPEND:-}" </dev/null || say "qemu ended with $?"
 rm -f "$cache/initrd.$$"
