@@ -25,8 +25,11 @@ func keygen(args []string) error {
 		}
 		return err
 	}
+	if f.NArg() == 1 && *out == "" && !*secure {
+		return signingKey(f.Arg(0))
+	}
 	if f.NArg() > 0 || *out == "" || !*secure {
-		return errors.New("keygen takes --secure-boot, -o DIR and no arguments")
+		return errors.New("keygen takes the file for a key to sign images with, or --secure-boot and -o DIR")
 	}
 	if err := osimage.NewOwner(*out, *name); err != nil {
 		return err

@@ -20,10 +20,12 @@ import (
 )
 
 const usage = `Usage:
-  cloudos image build [--arch amd64|arm64] [--format vm|disk|iso|netboot] -o DIR
+  cloudos image build [--arch amd64|arm64] [--format vm|disk|iso|netboot|release] [--sign KEY] -o DIR
   cloudos image inspect [-n FILES] DIR
   cloudos image keygen --secure-boot [--name NAME] -o DIR
   cloudos image enroll --secure-boot-cert CERT --vars FILE -o FILE
+  cloudos image keygen FILE
+  cloudos image verify --key FILE.pub DIR|RELEASE
 
 `
 
@@ -50,6 +52,8 @@ func run(ctx context.Context, args []string) error {
 		return keygen(args[1:])
 	case "enroll":
 		return enroll(args[1:])
+	case "verify":
+		return verify(args[1:])
 	default:
 		return fmt.Errorf("there is no command %q\n\n%s", args[0], usage)
 	}
@@ -61,16 +65,20 @@ func build(ctx context.Context, args []string) error {
 	f.SetOutput(io.Discard)
 	var o osimage.Options
 	f.StringVar(&o.Arch, "arch", runtime.GOARCH, "amd64 or arm64")
-	f.StringVar(&o.Format, "format", "vm", "vm: kernel, initrd and root for VM mode; disk: for clouds; iso: for discs and sticks; netboot: kernel and initrd")
+	f.StringVar(&o.Format, "format", "vm", "vm: kernel, initrd and root for VM mode; disk: for clouds; iso: for discs and sticks; netboot: kernel and initrd; release: what systems are upgraded from")
 	f.StringVar(&o.DiskFormat, "disk-format", "raw", "raw or qcow2, of the format disk")
 	f.StringVar(&o.Words, "append", "", "words to add to the kernel's command line, of disk and iso")
 	configFile := f.String("config", "", "file with the machine's configuration for the image to carry: used where no other place has one")
 	f.StringVarP(&o.Output, "output", "o", "", "folder that the image is written to")
+	version := f.String("version", "", "the system's version (default: that of the programs)")
 	f.StringVar(&o.Programs, "programs", "", "folder with the programs for the architecture (default: where this program is)")
 	f.StringVar(&o.KernelPackage, "kernel", "", "file of a kernel's Debian package (default: the newest one, through apt)")
 	f.StringVar(&o.Cache, "cache", "", "folder where packages are kept (default: the user's cache folder)")
 	key := f.String("secure-boot-key", "", "sign a disk for Secure Boot with this key (PEM); see keygen")
 	cert := f.String("secure-boot-cert", "", "the key's certificate (PEM)")
+	f.StringVar(&o.Platform, "platform", "metal", "of the format release: metal has the drivers of real machines and of clouds, cloud the latter alone")
+	var keys signing
+	keys.flags(f)
 	quiet := f.BoolP("quiet", "q", false, "say nothing but errors")
 	if err := f.Parse(args); err != nil {
 		if errors.Is(err, pflag.ErrHelp) {
@@ -82,8 +90,8 @@ func build(ctx context.Context, args []string) error {
 	if f.NArg() > 0 || o.Output == "" {
 		return errors.New("build takes -o DIR and no arguments")
 	}
+	var err error
 	if *configFile != "" {
-		var err error
 		if o.Config, err = os.ReadFile(*configFile); err != nil {
 			return fmt.Errorf("cannot read the configuration: %w", err)
 		}
@@ -114,7 +122,13 @@ func build(ctx context.Context, args []string) error {
 		}
 		o.Cache = filepath.Join(base, "cloudos", "packages")
 	}
+	if o.Sign, o.Trust, err = keys.read(); err != nil {
+		return err
+	}
 	o.Version = api.Version
+	if *version != "" {
+		o.Version = *version
+	}
 	o.Log = func(format string, args ...any) {
 		if !*quiet {
 			fmt.Fprintf(os.Stderr, format+"\n", args...)
@@ -125,7 +139,7 @@ func build(ctx context.Context, args []string) error {
 		return err
 	}
 	if !*quiet {
-		for _, role := range []string{"kernel", "initrd", "root", "disk", "iso"} {
+		for _, role := range []string{"kernel", "initrd", "root", "disk", "iso", "release"} {
 			if file, ok := img.Files[role]; ok {
 				fmt.Printf("%-8s %9.1f MB  %s\n", role, float64(file.Size)/1e6, filepath.Join(o.Output, file.Name))
 			}

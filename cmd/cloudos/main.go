@@ -16,7 +16,11 @@ import (
 const usage = `Usage: cloudos COMMAND
 
 Commands:
-  image      Build images of the operating system, and look into them
+  image      Build images of the operating system, sign them, and look into them
+  status     Show a machine's slots, versions, and what became of the last upgrade
+  upgrade    Upgrade a machine to a release; it goes back by itself if that does not come up
+  rollback   Have a machine start the system in its other slot
+  reboot     Start a machine again
   version    Print the version
 `
 
@@ -36,6 +40,14 @@ func run(args []string) (int, error) {
 	switch args[0] {
 	case "image":
 		return beside("cloudos-image", args[1:])
+	case "status":
+		return onMachine(statusCommand, args[1:])
+	case "upgrade":
+		return onMachine(upgradeCommand, args[1:])
+	case "rollback":
+		return onMachine(rollbackCommand, args[1:])
+	case "reboot":
+		return onMachine(rebootCommand, args[1:])
 	case "version", "--version":
 		fmt.Println("cloudos", api.Version)
 		return 0, nil

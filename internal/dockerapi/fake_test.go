@@ -383,6 +383,10 @@ func handlerOf(f *fake) http.Handler {
 	return New(Config{
 		Containers: f, Images: fakeImages{f}, Networks: f, Volumes: f, VolumeCopies: f, Checkpoints: f, Secrets: f, Policy: f, System: f, Version: "test",
 		Logger: slog.New(slog.NewTextHandler(io.Discard, nil)),
+		OS: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			b, _ := io.ReadAll(r.Body)
+			fmt.Fprintf(w, "passed %s %s %s", r.Method, r.URL.RequestURI(), b)
+		}),
 	})
 }
 

@@ -19,6 +19,10 @@ var ownCases = []routeCase{
 	{method: "POST", path: "/servin/volumes/v/import?devices=1", body: "abc", status: 204, call: "import v replace=false devices=true abc"},
 	{method: "POST", path: "/servin/volumes/v/clone", body: `{"Name":"w","Pause":true}`, status: 201, call: "clone v w pause=true", answer: `"Name":"w"`},
 
+	{method: "GET", path: "/servin/os/status", status: 200, answer: "passed GET /servin/os/status"},
+	{method: "POST", path: "/servin/os/upgrade?reboot=1", body: "tar", status: 200, answer: "passed POST /servin/os/upgrade?reboot=1 tar"},
+	{method: "POST", path: "/servin/os/rollback", status: 200, answer: "passed POST /servin/os/rollback"},
+	{method: "POST", path: "/servin/os/reboot", status: 200, answer: "passed POST /servin/os/reboot"},
 	{method: "GET", path: "/servin/signatures?image=a", status: 501, answer: "cannot look for signatures"},
 	{method: "GET", path: "/servin/signatures", status: 400, answer: "names none"},
 

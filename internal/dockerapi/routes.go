@@ -18,6 +18,7 @@ func routes(c Config) []route {
 	bld := buildsAPI{c.Builds}
 	own := servinAPI{c.Containers, c.System, c.Version, c.Problems, c.Builds}
 	alerts := alertAPI{c.Alerts}
+	system := osAPI{c.OS}
 	lse := leaseAPI{c.Containers, c.Networks, c.Volumes, c.Logger, leaseGrace, &leases{n: map[string]int{}}}
 
 	return []route{
@@ -183,6 +184,10 @@ func routes(c Config) []route {
 		{"POST", "/servin/policy/test", 0, pol.test},
 		{"GET", "/servin/audit", 0, adt.read},
 		{"GET", "/servin/audit/verify", 0, adt.verify},
+		{"GET", "/servin/os/status", 0, system.pass},
+		{"POST", "/servin/os/upgrade", 0, system.pass},
+		{"POST", "/servin/os/rollback", 0, system.pass},
+		{"POST", "/servin/os/reboot", 0, system.pass},
 		{"GET", "/metrics", 0, own.metrics},
 	}
 }

@@ -40,6 +40,8 @@ type Config struct {
 	Problems func() []string
 	// Alerts watches alert rules; nil if there are none.
 	Alerts Alerts
+	// OS passes calls about the system itself on, on a CloudOS machine; nil elsewhere.
+	OS http.Handler
 	// Audit records calls; nil records none.
 	Audit *audit.Log
 	// Policy shows and tests the policy in force.

@@ -10,6 +10,7 @@ package osimage
 import (
 	"bytes"
 	"context"
+	"crypto/ed25519"
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
@@ -23,12 +24,13 @@ import (
 	"github.com/cloudos-io/cloudos/internal/osimage/kernel"
 	"github.com/cloudos-io/cloudos/internal/osimage/tree"
 	"github.com/cloudos-io/cloudos/internal/osinit/config"
+	"github.com/cloudos-io/cloudos/internal/release"
 	"github.com/cloudos-io/cloudos/internal/vmwire"
 )
 
 // Options say what to build.
 type Options struct {
-	// Arch is amd64 or arm64; Format vm, disk, iso or netboot; DiskFormat raw or qcow2.
+	// Arch is amd64 or arm64; Format vm, disk, iso, netboot or release; DiskFormat raw or qcow2.
 	Arch, Format, DiskFormat string
 	// Words are added to the kernel's command line of disk and iso.
 	Words string
@@ -47,6 +49,11 @@ type Options struct {
 	Config []byte
 	// Owner signs what firmware starts, of the format disk; nil is Debian's signed chain.
 	Owner *Owner
+	// Sign are the keys that sign the image; it trusts them, and Trust.
+	Sign  []ed25519.PrivateKey
+	Trust []release.Key
+	// Platform of a release: metal (default) or cloud.
+	Platform string
 	// Log takes progress.
 	Log func(format string, args ...any)
 }
@@ -82,8 +89,10 @@ func Build(ctx context.Context, o Options) (*vmwire.Image, error) {
 		return buildDisk(ctx, o)
 	case "iso":
 		return buildISO(ctx, o)
+	case "release":
+		return buildRelease(ctx, o)
 	}
-	return nil, fault.New(fault.Invalid, "cannot build an image of the format %q: it is vm, disk, iso or netboot", o.Format)
+	return nil, fault.New(fault.Invalid, "cannot build an image of the format %q: it is vm, disk, iso, netboot or release", o.Format)
 }
 
 // buildParts makes the formats whose files a boot loader outside takes: vm and netboot.
@@ -145,7 +154,11 @@ func finish(img *vmwire.Image, o Options, role, name, format string, write func(
 	if err != nil {
 		return err
 	}
-	return replace(filepath.Join(o.Output, vmwire.Manifest), func(f *os.File) error { _, err := f.Write(append(b, '\n')); return err })
+	b = append(b, '\n')
+	if err := replace(filepath.Join(o.Output, vmwire.Manifest), func(f *os.File) error { _, err := f.Write(b); return err }); err != nil {
+		return err
+	}
+	return sealImage(o, b)
 }
 
 // inVM are words for kernels in virtual machines: the check of the timer's interrupt

@@ -21,21 +21,22 @@ import (
 	"github.com/cloudos-io/cloudos/internal/osimage/squashfs"
 	"github.com/cloudos-io/cloudos/internal/osimage/tree"
 	"github.com/cloudos-io/cloudos/internal/osimage/verity"
+	"github.com/cloudos-io/cloudos/internal/release"
 	"github.com/cloudos-io/cloudos/internal/slots"
 	"github.com/cloudos-io/cloudos/internal/vmwire"
 )
 
-// The partitions of a disk, in MiB. Data is the last: it grows with the disk.
+// The partitions of a disk, in MiB.
 const (
 	mib      = 1 << 20
-	biosSize = 1
-	espSize  = 160
-	slotSize = 192
-	dataSize = 1024 + 16 // a file system's least, and the header of an encrypted one
+	biosSize = slots.BIOSSize
+	espSize  = slots.ESPSize
+	slotSize = slots.SlotSize
 )
 
 // system is what all formats are made of.
 type system struct {
+	kind         kernel.Kind
 	kernel       *kernel.Kernel
 	initrd       []byte
 	root         string // a file
@@ -53,7 +54,7 @@ func makeSystem(ctx context.Context, o Options, apt *kernel.Apt, kind kernel.Kin
 		return nil, err
 	}
 	o.Log("kernel %s from %s", k.Version, k.Package)
-	s := &system{kernel: k}
+	s := &system{kind: kind, kernel: k}
 	if s.initialTree, err = initialRoot(o, k, initial); err != nil {
 		return nil, err
 	}
@@ -66,13 +67,16 @@ func makeSystem(ctx context.Context, o Options, apt *kernel.Apt, kind kernel.Kin
 	if s.rootTree, err = systemRoot(ctx, o, apt, k, modules); err != nil {
 		return nil, err
 	}
+	if err := addTrust(s.rootTree, o, kind); err != nil {
+		return nil, err
+	}
 	f, err := os.CreateTemp(o.Output, ".root-")
 	if err != nil {
 		return nil, err
 	}
 	s.root = f.Name()
 	s.rootUsage, err = squashfs.Write(f, s.rootTree, epoch)
-	if err == nil && o.Format == "disk" {
+	if err == nil && (o.Format == "disk" || o.Format == "release" || o.Format == "iso") {
 		err = s.appendTree(f)
 	}
 	if err == nil {
@@ -135,6 +139,13 @@ func bootPartition(ctx context.Context, o Options, apt *kernel.Apt, s *system) (
 		return nil, err
 	}
 	t.Bytes(slots.BlockFile, 0o644, partSettings, block)
+	p, err := s.payload(ctx, o, apt, false)
+	if err != nil {
+		return nil, err
+	}
+	t.Dir(slots.Folder("b"), 0o755)
+	t.Bytes(dir+"/"+release.RawName("boot.cfg"), 0o644, partSettings, p.content["boot.cfg"])
+	t.Bytes(dir+"/"+slots.SealedFile, 0o644, partSettings, p.sealed)
 	return t, nil
 }
 
@@ -236,21 +247,7 @@ func buildDisk(ctx context.Context, o Options) (*vmwire.Image, error) {
 
 // layout is a disk's partition table, and how many sectors the disk has.
 func layout(id gpt.GUID) (*gpt.Table, uint64) {
-	t := &gpt.Table{Disk: id}
-	at := uint64(mib / gpt.Sector)
-	for _, p := range []struct {
-		name string
-		kind gpt.GUID
-		size uint64
-	}{
-		{"bios", gpt.BIOSBoot, biosSize}, {"esp", gpt.ESP, espSize}, {slots.Partition("a"), gpt.LinuxData, slotSize},
-		{slots.Partition("b"), gpt.LinuxData, slotSize}, {"cloudos-data", gpt.LinuxData, dataSize},
-	} {
-		n := p.size * mib / gpt.Sector
-		t.Partitions = append(t.Partitions, gpt.Partition{Type: p.kind, ID: identity(string(id[:]), p.name), First: at, Last: at + n - 1, Name: p.name})
-		at += n
-	}
-	return t, at + mib/gpt.Sector
+	return slots.Layout(id, func(name string) gpt.GUID { return identity(string(id[:]), name) })
 }
 
 // writeBIOS writes what a BIOS starts: code in the first sector, and GRUB's core

@@ -150,7 +150,7 @@ func (in *Inspection) Print(w io.Writer, n int) {
 		fmt.Fprintf(w, "%9.2f MB %9.2f MB  %s\n", float64(c.Stored)/1e6, float64(c.Size)/1e6, c.Path)
 	}
 	fmt.Fprintln(w)
-	for _, role := range []string{"kernel", "initrd", "root", "disk", "iso"} {
+	for _, role := range []string{"kernel", "initrd", "root", "disk", "iso", "release"} {
 		if f, ok := i.Files[role]; ok {
 			fmt.Fprintf(w, "%-8s %9.2f MB  %s  sha256:%s\n", role, float64(f.Size)/1e6, f.Name, f.SHA256)
 		}

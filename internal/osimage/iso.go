@@ -14,6 +14,7 @@ import (
 	"github.com/cloudos-io/cloudos/internal/osimage/fat"
 	"github.com/cloudos-io/cloudos/internal/osimage/kernel"
 	"github.com/cloudos-io/cloudos/internal/osimage/tree"
+	"github.com/cloudos-io/cloudos/internal/release"
 	"github.com/cloudos-io/cloudos/internal/vmwire"
 )
 
@@ -33,7 +34,7 @@ func buildISO(ctx context.Context, o Options) (*vmwire.Image, error) {
 	}
 	defer os.Remove(s.root)
 	img := s.describe(o)
-	img.CommandLine = strings.Replace(diskCommandLine(o.Arch), " quiet", "", 1) + " quiet cloudos.root=iso=" + isoLabel
+	img.CommandLine = strings.Replace(diskCommandLine(o.Arch), " quiet", "", 1) + " quiet cloudos.menu=1 cloudos.root=iso=" + isoLabel
 	if o.Words != "" {
 		img.CommandLine += " " + o.Words
 	}
@@ -57,6 +58,16 @@ func buildISO(ctx context.Context, o Options) (*vmwire.Image, error) {
 		return nil, err
 	}
 	put := map[string][]byte{"boot/efi.img": part, "cloudos/kernel": s.kernel.Image, "cloudos/initrd": s.initrd, "boot/grub/grub.cfg": []byte("set timeout=0\n" + boot)}
+	p, err := s.payload(ctx, o, apt, true) // what the system is installed from
+	if err != nil {
+		return nil, err
+	}
+	put["cloudos/"+release.EnvelopeFile] = p.sealed
+	for _, name := range []string{"boot.cfg", "bios.img", "esp.zst"} {
+		if b := p.content[name]; b != nil {
+			put["cloudos/"+name] = b
+		}
+	}
 	args := []string{
 		"-as", "mkisofs", "-quiet", "-R", "-V", isoLabel, "-o", "",
 	}

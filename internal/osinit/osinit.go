@@ -107,10 +107,19 @@ func (m *machine) run(ctx context.Context) (reboot bool) {
 	dataErr := m.mountData()
 	m.mark("data")
 	doc, err := m.configure(ctx)
+	if err == nil && dataErr == nil && m.cmdline["menu"] != "" && doc.Install == nil {
+		doc = m.menu(ctx, doc)
+	}
 	m.apply(ctx, doc)
 	m.mark("config")
 	needed.Wait()
 	m.mark("modules")
+	changes := newChanges(m)
+	if l, err := listenChanges(); err != nil {
+		m.problem(err)
+	} else {
+		parts.Go(func() { changes.serve(ctx, l) })
+	}
 	engineCtx, stopEngine := context.WithCancel(ctx)
 	engineDone := make(chan struct{})
 	switch err := errors.Join(dataErr, err); {
@@ -121,12 +130,17 @@ func (m *machine) run(ctx context.Context) (reboot bool) {
 		}
 		m.setState(vmwire.StateSafe)
 		close(engineDone)
+	case m.installs(doc):
+		close(engineDone)
+		parts.Go(func() { m.install(ctx, doc) })
 	default:
 		go func() { defer close(engineDone); m.runEngine(engineCtx) }()
 	}
 	parts.Go(func() { m.keepTime(ctx, doc.Time) })
-	parts.Go(m.growAtStart)
-	parts.Go(func() { m.confirmSlot(ctx) })
+	if doc.Install == nil {
+		parts.Go(m.growAtStart)
+	}
+	parts.Go(func() { changes.confirm(ctx) })
 	signals := make(chan os.Signal, 4)
 	signal.Notify(signals, unix.SIGTERM, unix.SIGINT, unix.SIGPWR, unix.SIGUSR1, unix.SIGUSR2)
 	order := order{patience: 15 * time.Second}

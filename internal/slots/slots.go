@@ -94,6 +94,17 @@ func (s State) Start(slot string) State { return State{Good: s.Good, Try: slot, 
 // Confirm notes that the running slot came up well.
 func (s State) Confirm(running string) State { return State{Good: running} }
 
+// GiveUp notes that the slot which is tried did not come up: the next start is the good one's.
+func (s State) GiveUp() State { return State{Good: s.Good, Try: s.Try} }
+
+// Next is the slot that the next boot starts.
+func (s State) Next() string {
+	if s.Try != "" && s.Left > 0 {
+		return s.Try
+	}
+	return s.Good
+}
+
 // Fallen reports whether a slot was tried and given up.
 func (s State) Fallen() bool { return s.Try != "" && s.Left == 0 }
 
@@ -103,6 +114,10 @@ func Partition(slot string) string { return "cloudos-" + slot }
 
 // Folder is where a slot's kernel is on the boot partition.
 func Folder(slot string) string { return "cloudos/" + slot }
+
+// SealedFile is the name of the envelope of a slot's system (package release), in the slot's
+// folder. It is written last and removed first: a slot without it has no whole system.
+const SealedFile = "release.jsn"
 
 // BlockFile is the block's path on the boot partition.
 const BlockFile = "cloudos/grubenv"

@@ -315,6 +315,7 @@ func New(ctx context.Context, c *config.Config, inside rootless.State, log *slog
 		Audit:   calls, Policy: policing{rules, s.Engine},
 		System: s.Engine.SystemService(), Logger: log, Version: api.Version,
 		Problems: images.LazyTrouble, Alerts: alerts, Tracer: tracer.Tracer(),
+		OS: operatingSystem(log),
 	})
 	return s, nil
 }

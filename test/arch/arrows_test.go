@@ -72,12 +72,13 @@ var arrows = map[string][]string{
 
 	// the image, ADR 38
 	"internal/vmwire":      {},
-	"internal/osimage":     {"internal/fault", "internal/vmwire", "internal/osinit/config", "internal/slots", "internal/gpt"},
-	"internal/osinit":      {"internal/fault", "internal/vmwire", "internal/config", "internal/slots", "internal/gpt"},
-	"internal/slots":       {"internal/fault"},
+	"internal/osimage":     {"internal/fault", "internal/vmwire", "internal/osinit/config", "internal/slots", "internal/gpt", "internal/release"},        // ADR 43
+	"internal/osinit":      {"internal/fault", "internal/vmwire", "internal/config", "internal/slots", "internal/gpt", "internal/release", "api/system"}, // ADR 43
+	"internal/slots":       {"internal/fault", "internal/gpt"},
+	"internal/release":     {"internal/fault"}, // ADR 43
 	"internal/gpt":         {},
-	"cmd/cloudos":          {"client", "api"},
-	"cmd/cloudos-image":    {"internal/osimage", "internal/fault", "internal/vmwire", "api"},
+	"cmd/cloudos":          {"internal/cli", "client", "api"}, // ADR 43
+	"cmd/cloudos-image":    {"internal/osimage", "internal/release", "internal/fault", "internal/vmwire", "api"},
 	"cmd/cloudos-modprobe": {"internal/osinit/modules"},
 	"cmd/cloudos-init":     {"internal/osinit"},
 	"cmd/cloudos-seal":     {"internal/osinit/tpm", "internal/osinit/seal"},
@@ -101,7 +102,7 @@ var roots = []string{"internal/wire", "internal/daemon", "test", "bench"}
 var links = map[string][]string{
 	"cmd/servin":           {"github.com/containerd/containerd/v2", "github.com/vishvananda/netlink", "go.etcd.io/bbolt", "google.golang.org/grpc", "github.com/cloudos-io/cloudos/internal/engine"},
 	"cmd/servin-hello":     {"github.com/"},
-	"cmd/cloudos":          {"github.com/cloudos-io/cloudos/internal/", "github.com/vishvananda/netlink"},
+	"cmd/cloudos":          {"github.com/containerd/containerd/v2", "github.com/vishvananda/netlink", "go.etcd.io/bbolt", "google.golang.org/grpc", "github.com/cloudos-io/cloudos/internal/engine"},
 	"cmd/cloudos-init":     {"github.com/containerd", "google.golang.org/grpc", "go.etcd.io/bbolt", "github.com/cloudos-io/cloudos/internal/engine"},
 	"cmd/cloudos-modprobe": {"net", "github.com/vishvananda/netlink"},
 	"cmd/servind":          {"k8s.io/kubernetes", "github.com/moby/moby/client"},

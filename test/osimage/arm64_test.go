@@ -121,7 +121,7 @@ func TestArm64Firmware(t *testing.T) {
 	armPrograms(t)
 	boot := func(t *testing.T, kind string, args ...string) {
 		t.Helper()
-		m := emulate(t, 8*time.Minute, append(append(append([]string{}, armBoard...), args...), "-device", "ramfb")...)
+		m := emulate(t, 8*time.Minute, "stdio", append(append(append([]string{}, armBoard...), args...), "-device", "ramfb")...)
 		m.connect()
 		m.hello()
 		if s := m.settled(); s.State != vmwire.StateReady || s.Arch != "arm64" || s.Data.Kind != kind {

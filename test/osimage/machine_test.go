@@ -111,6 +111,7 @@ func TestMain(m *testing.M) {
 	if vmOnce.dir != "" {
 		os.RemoveAll(vmOnce.dir)
 	}
+	removeISO()
 	os.Exit(code)
 }
 
@@ -121,6 +122,10 @@ type machine struct {
 	dir     string
 	session *vmwire.Session
 	done    chan error
+	// restarts counts how often the machine was seen to start again.
+	restarts int
+	// serial is the console of startConsole.
+	serial net.Conn
 
 	mu      sync.Mutex
 	console bytes.Buffer
@@ -141,12 +146,18 @@ func (m *machine) said() string {
 // start starts a machine with a port.
 func start(t *testing.T, limit time.Duration, args ...string) *machine {
 	t.Helper()
+	return startWith(t, limit, "stdio", args...)
+}
+
+// startWith is start with QEMU's word for where the serial console is.
+func startWith(t *testing.T, limit time.Duration, serial string, args ...string) *machine {
+	t.Helper()
 	// A /dev/kvm that is there need not run a guest: TCG is sure.
-	return emulate(t, limit, append([]string{"qemu-system-x86_64", "-cpu", "max"}, args...)...)
+	return emulate(t, limit, serial, append([]string{"qemu-system-x86_64", "-cpu", "max"}, args...)...)
 }
 
 // emulate starts a machine with a port under one of QEMU's programs.
-func emulate(t *testing.T, limit time.Duration, args ...string) *machine {
+func emulate(t *testing.T, limit time.Duration, serial string, args ...string) *machine {
 	t.Helper()
 	needs(t, args[0])
 	dir, err := os.MkdirTemp("", "m")
@@ -156,7 +167,7 @@ func emulate(t *testing.T, limit time.Duration, args ...string) *machine {
 	ctx, cancel := context.WithTimeout(context.Background(), limit)
 	m := &machine{t: t, dir: dir, done: make(chan error, 1)}
 	m.cmd = exec.CommandContext(ctx, args[0], append([]string{
-		"-accel", "tcg", "-smp", "2", "-m", "1024", "-nodefaults", "-no-reboot", "-display", "none", "-serial", "stdio",
+		"-accel", "tcg", "-smp", "2", "-m", "1024", "-nodefaults", "-no-reboot", "-display", "none", "-serial", serial,
 		"-netdev", "user,id=n", "-device", "virtio-net-pci,netdev=n", "-device", "virtio-rng-pci", "-device", "virtio-balloon-pci,free-page-reporting=on",
 		"-device", "virtio-serial-pci", "-chardev", "socket,id=p,path=" + dir + "/port,server=on,wait=off", "-device", "virtserialport,chardev=p,name=" + vmwire.Port,
 	}, args[1:]...)...)
@@ -202,7 +213,7 @@ func vm(t *testing.T, image, disk, words string, more ...string) *machine {
 	if img.Arch == "arm64" {
 		run = armBoard
 	}
-	m := emulate(t, 5*time.Minute, append(append(slices.Clone(run), args...), more...)...)
+	m := emulate(t, 5*time.Minute, "stdio", append(append(slices.Clone(run), args...), more...)...)
 	m.connect()
 	return m
 }
@@ -215,9 +226,13 @@ func (m *machine) connect() {
 	for {
 		c, err := net.Dial("unix", m.dir+"/port")
 		if err == nil {
-			if m.session, err = vmwire.Host(ctx, c); err != nil {
+			s, err := vmwire.Host(ctx, c)
+			if err != nil {
 				m.t.Fatal(err)
 			}
+			m.mu.Lock()
+			m.session = s
+			m.mu.Unlock()
 			return
 		}
 		if ctx.Err() != nil {

@@ -11,6 +11,7 @@ import (
 	"io"
 	"net/netip"
 	"regexp"
+	"slices"
 	"strings"
 
 	"go.yaml.in/yaml/v3"
@@ -35,8 +36,11 @@ type Document struct {
 	Version int `yaml:"version"`
 	// Hostname is the machine's name (default: what DHCP or the cloud says, else cloudos).
 	Hostname string `yaml:"hostname"`
-	// Role is standalone (default): the engine alone.
-	Role    string        `yaml:"role"`
+	// Role is standalone (default): the engine alone; master and node are kept for
+	// clusters, and run the engine alone so far.
+	Role string `yaml:"role"`
+	// Join says which cluster a node joins.
+	Join    *Join         `yaml:"join"`
 	Network uplink.Config `yaml:"network"`
 	Time    Time          `yaml:"time"`
 	// Engine is the engine's own document (docs/configuration.md), without its version.
@@ -46,6 +50,8 @@ type Document struct {
 	// Modules are kernel modules to load; Sysctl are kernel settings by dotted name.
 	Modules []string          `yaml:"modules"`
 	Sysctl  map[string]string `yaml:"sysctl"`
+	// Install puts the system on a disk.
+	Install *Install `yaml:"install"`
 
 	engine []byte
 }
@@ -95,8 +101,11 @@ func (d *Document) check() error {
 	if d.Hostname != "" && !IsHostname(d.Hostname) {
 		return bad("hostname %q is no host's name", d.Hostname)
 	}
-	if d.Role != "" && d.Role != "standalone" {
-		return bad("role %q is not known: it is standalone", d.Role)
+	if !slices.Contains(roles, d.Role) {
+		return bad("role %q is not known: it is standalone, master or node", d.Role)
+	}
+	if err := d.checkInstall(); err != nil {
+		return err
 	}
 	for _, s := range d.Time.Servers {
 		if !server.MatchString(s) {

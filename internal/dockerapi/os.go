@@ -1,0 +1,18 @@
+package dockerapi
+
+import (
+	"net/http"
+
+	"github.com/cloudos-io/cloudos/internal/fault"
+)
+
+// osAPI passes what is about the system itself on to the machine's first process.
+type osAPI struct{ next http.Handler }
+
+func (a osAPI) pass(w *response, r *request) error {
+	if a.next == nil {
+		return fault.New(fault.NotFound, "this engine does not run on a CloudOS machine: it has no system to look at or to upgrade")
+	}
+	a.next.ServeHTTP(w, r.Request)
+	return nil
+}

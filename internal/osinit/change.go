@@ -1,0 +1,461 @@
+package osinit
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"os"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/cloudos-io/cloudos/api/system"
+	"github.com/cloudos-io/cloudos/internal/fault"
+	"github.com/cloudos-io/cloudos/internal/osinit/data"
+	"github.com/cloudos-io/cloudos/internal/osinit/upgrade"
+	"github.com/cloudos-io/cloudos/internal/release"
+	"github.com/cloudos-io/cloudos/internal/slots"
+	"github.com/cloudos-io/cloudos/internal/vmwire"
+)
+
+const (
+	// changeFile keeps the last upgrade or rollback.
+	changeFile = "/var/lib/cloudos/change.json"
+	// keysDir has the public keys that the image trusts.
+	keysDir     = "/etc/cloudos/keys"
+	versionFile = "/etc/cloudos/version"
+	// healthLimit is how long a new system has to come up well; healthyFor is how
+	// long it must then stay so.
+	healthLimit = 5 * time.Minute
+	healthyFor  = 5 * time.Second
+	maxRestarts = 3
+)
+
+// changes upgrades the system and goes back to the earlier one.
+type changes struct {
+	m    *machine
+	boot *upgrade.Boot
+
+	mu   sync.Mutex // held for a moment, never while something is written
+	busy string
+}
+
+func newChanges(m *machine) *changes {
+	return &changes{m: m, boot: &upgrade.Boot{At: "/run/cloudos/boot", Prepare: func() error {
+		return m.modules.LoadAll("vfat", "nls_cp437", "nls_iso8859_1", "nls_ascii", "nls_utf8")
+	}}}
+}
+
+// begin reserves the slots for one change at a time.
+func (c *changes) begin(what string) (end func(), err error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.busy != "" {
+		return nil, fault.New(fault.Conflict, "cannot %s: another change of the system is under way (%s)", what, c.busy)
+	}
+	c.busy = what
+	return func() {
+		c.mu.Lock()
+		c.busy = ""
+		c.mu.Unlock()
+	}, nil
+}
+
+// running is the slot that this system runs from.
+func (c *changes) running() (string, error) {
+	s := c.m.cmdline["slot"]
+	if s != "a" && s != "b" {
+		return "", fault.New(fault.Unsupported, "this machine does not run from a disk with slots (it is a virtual machine of VM mode, or runs from a medium): install it first")
+	}
+	return s, nil
+}
+
+func runningVersion() string { return strings.TrimSpace(readText(versionFile)) }
+
+func readText(p string) string {
+	b, err := os.ReadFile(p)
+	if err != nil {
+		return ""
+	}
+	return string(b)
+}
+
+// slotDevice is the partition of a slot, on the disk that the running one is on.
+func slotDevice(slot string) (string, error) {
+	dev, ok := data.Find("partlabel=" + slots.Partition(slot))
+	if !ok {
+		return "", fault.New(fault.NotFound, "there is no partition %s", slots.Partition(slot))
+	}
+	return dev.Path, nil
+}
+
+// options of an upgrade.
+type options struct {
+	allowUnsigned, allowDowngrade bool
+}
+
+// upgrade writes an archive into the slot that does not run and has it start next.
+func (c *changes) upgrade(ctx context.Context, r io.Reader, o options, progress func(step, part string, n, total int64)) (*system.Change, error) {
+	running, err := c.running()
+	if err != nil {
+		return nil, err
+	}
+	end, err := c.begin("upgrade")
+	if err != nil {
+		return nil, err
+	}
+	defer end()
+	archive, err := release.ReadArchive(r)
+	if err != nil {
+		return nil, err
+	}
+	manifest, err := c.judge(archive.Envelope(), o)
+	if err != nil {
+		return nil, err
+	}
+	slot := slots.Other(running)
+	root, err := slotDevice(slot)
+	if err != nil {
+		return nil, err
+	}
+	change := &system.Change{Kind: "upgrade", From: runningVersion(), To: manifest.Version, Slot: slot, Outcome: system.Pending, Begun: time.Now().UTC(), Network: c.m.hasAddress()}
+	// The slot is not to be tried while it is written.
+	if err := c.next(func(slots.State) slots.State { return slots.State{Good: running} }); err != nil {
+		return nil, err
+	}
+	c.m.log.Printf("writing system %s to slot %s", manifest.Version, slot)
+	t := upgrade.Target{Boot: c.boot, Slot: slot, Root: root, Progress: progress}
+	if err := t.Write(ctx, manifest, archive.Envelope(), archive); err != nil {
+		return nil, fmt.Errorf("cannot upgrade to %s: %w", manifest.Version, err)
+	}
+	return change, c.start(change)
+}
+
+// judge decides whether a release may be written.
+func (c *changes) judge(sealed []byte, o options) (*release.Manifest, error) {
+	trusted, err := release.KeysIn(keysDir)
+	if err != nil {
+		return nil, err
+	}
+	m, _, err := release.Signed(sealed, trusted)
+	if fault.Of(err) == fault.Forbidden && o.allowUnsigned {
+		if m, _, err = release.Open(sealed, nil); err == nil {
+			c.m.log.Printf("the release %s is not signed by a key that is trusted: it is written because that was asked for", m.Version)
+		}
+	}
+	if err != nil {
+		return nil, err
+	}
+	return m, c.suits(m, o.allowDowngrade)
+}
+
+// suits tells whether a release is one for this machine.
+func (c *changes) suits(m *release.Manifest, allowDowngrade bool) error {
+	s := c.m.Status()
+	if m.Arch != s.Arch {
+		return fault.New(fault.Invalid, "cannot use the release %s: it is for %s, and this machine is %s", m.Version, m.Arch, s.Arch)
+	}
+	if m.Platform == release.Cloud && platform() == release.Metal {
+		return fault.New(fault.Invalid, "cannot use the release %s: it has the drivers of virtual machines alone, and this system those of real ones", m.Version)
+	}
+	if allowDowngrade {
+		return nil
+	}
+	now := runningVersion()
+	switch older, known := release.Older(m.Version, now); {
+	case !known:
+		return fault.New(fault.Conflict, "cannot use the release %s: whether it is older than %s, which runs, cannot be told (allow it with --downgrade)", m.Version, now)
+	case older:
+		return fault.New(fault.Conflict, "cannot use the release %s: it is older than %s, which runs (allow it with --downgrade)", m.Version, now)
+	}
+	return nil
+}
+
+// platform is that of the running system, as its image says.
+func platform() string { return strings.TrimSpace(readText("/etc/cloudos/platform")) }
+
+// hasAddress tells whether a link has an address.
+func (m *machine) hasAddress() bool {
+	for _, l := range m.Status().Interfaces {
+		if len(l.Addresses) > 0 {
+			return true
+		}
+	}
+	return false
+}
+
+// next changes what starts next.
+func (c *changes) next(change func(slots.State) slots.State) error {
+	return c.boot.With(true, func(dir string) error {
+		s, err := upgrade.State(dir)
+		if err != nil {
+			return err
+		}
+		if to := change(s); to != s {
+			return upgrade.SetState(dir, to)
+		}
+		return nil
+	})
+}
+
+// start notes a change, and then has the boot loader try its slot.
+func (c *changes) start(change *system.Change) error {
+	if err := keep(change); err != nil {
+		return err
+	}
+	running, err := c.running()
+	if err != nil {
+		return err
+	}
+	if err := c.next(func(slots.State) slots.State { return slots.State{Good: running}.Start(change.Slot) }); err != nil {
+		return err
+	}
+	c.m.log.Printf("system %s in slot %s starts next", change.To, change.Slot)
+	return nil
+}
+
+// keep writes what is known of a change.
+func keep(change *system.Change) error {
+	b, err := json.Marshal(change)
+	if err != nil {
+		return err
+	}
+	return save(changeFile, append(b, '\n'))
+}
+
+// last reads it.
+func last() *system.Change {
+	c := new(system.Change)
+	if b, err := os.ReadFile(changeFile); err != nil || json.Unmarshal(b, c) != nil {
+		return nil
+	}
+	return c
+}
+
+// rollback has the other slot's system start, if it is whole.
+func (c *changes) rollback(ctx context.Context, force bool) (*system.Change, error) {
+	running, err := c.running()
+	if err != nil {
+		return nil, err
+	}
+	end, err := c.begin("go back")
+	if err != nil {
+		return nil, err
+	}
+	defer end()
+	slot := slots.Other(running)
+	root, err := slotDevice(slot)
+	if err != nil {
+		return nil, err
+	}
+	var sealed []byte
+	var state slots.State
+	err = c.boot.With(false, func(dir string) (err error) {
+		if state, err = upgrade.State(dir); err == nil {
+			sealed, err = upgrade.Sealed(dir, slot)
+		}
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	if sealed == nil {
+		return nil, fault.New(fault.NotFound, "cannot go back: there is no whole system in slot %s", slot)
+	}
+	m, _, err := release.Open(sealed, nil) // it was written by an upgrade, or with the disk
+	if err != nil {
+		return nil, err
+	}
+	if state.Fallen() && state.Try == slot && !force {
+		return nil, fault.New(fault.Conflict, "cannot go to system %s in slot %s: it did not come up when it was tried (try again with --force)", m.Version, slot)
+	}
+	if err := c.boot.Check(ctx, slot, root, m); err != nil {
+		return nil, fmt.Errorf("cannot go back: %w", err)
+	}
+	change := &system.Change{Kind: "rollback", From: runningVersion(), To: m.Version, Slot: slot, Outcome: system.Pending, Begun: time.Now().UTC(), Network: c.m.hasAddress()}
+	return change, c.start(change)
+}
+
+// status tells everything about slots and changes.
+func (c *changes) status() system.Status {
+	s := c.m.Status()
+	out := system.Status{Version: runningVersion(), Arch: s.Arch, Platform: platform(), Kernel: s.Kernel, Hostname: s.Hostname, State: s.State, Problems: s.Problems, Last: last()}
+	c.mu.Lock()
+	out.Busy = c.busy
+	c.mu.Unlock()
+	trusted, err := release.KeysIn(keysDir)
+	if err != nil {
+		out.Problems = append(out.Problems, err.Error())
+	}
+	for _, k := range trusted {
+		out.Keys = append(out.Keys, k.ID())
+	}
+	running, err := c.running()
+	if err != nil || out.Busy != "" {
+		return out // the boot partition is in use while a system is written
+	}
+	err = c.boot.With(false, func(dir string) error {
+		state, err := upgrade.State(dir)
+		if err != nil {
+			return err
+		}
+		out.Next = state.Next()
+		for _, name := range []string{"a", "b"} {
+			slot := system.Slot{Name: name, Running: name == running, Good: name == state.Good}
+			if state.Try == name {
+				slot.TriesLeft, slot.Failed = state.Left, state.Left == 0 && name != running
+			}
+			if sealed, err := upgrade.Sealed(dir, name); err == nil && sealed != nil {
+				if m, signer, err := release.Open(sealed, trusted); err == nil {
+					slot.Version, slot.SignedBy = m.Version, signer
+				}
+			}
+			out.Slots = append(out.Slots, slot)
+		}
+		return nil
+	})
+	if err != nil {
+		out.Problems = append(out.Problems, err.Error())
+	}
+	return out
+}
+
+// confirm watches a system that is tried: one that comes up well is kept, one that
+// does not within the limit is given up, and the machine starts the earlier one. Where the
+// earlier one runs again, it says what became of the other.
+func (c *changes) confirm(ctx context.Context) {
+	running, err := c.running()
+	if err != nil {
+		return
+	}
+	var state slots.State
+	err = c.boot.With(false, func(dir string) (err error) { state, err = upgrade.State(dir); return err })
+	if err != nil {
+		c.m.problem(fmt.Errorf("cannot tell whether this system is tried: %w", err))
+		return
+	}
+	if state.Try != running {
+		if state.Fallen() {
+			c.fellBack(state.Try, running)
+		}
+		return
+	}
+	change := last()
+	if change != nil && (change.Slot != running || change.Outcome != system.Pending) {
+		change = nil
+	}
+	why := c.awaitHealth(ctx, change != nil && change.Network)
+	if ctx.Err() != nil {
+		return
+	}
+	end, err := c.begin("confirm the system")
+	if err != nil {
+		c.m.problem(err)
+		return
+	}
+	defer end()
+	if change != nil {
+		change.Ended, change.Outcome, change.Reason = time.Now().UTC(), system.Succeeded, why
+		if why != "" {
+			change.Outcome = system.RolledBack
+		}
+		if err := keep(change); err != nil {
+			c.m.problem(err)
+		}
+	}
+	if why != "" {
+		c.m.log.Printf("the system in slot %s did not come up well: %s. Slot %s starts again.", running, why, state.Good)
+		if err := c.next(func(s slots.State) slots.State { return s.GiveUp() }); err != nil {
+			c.m.problem(err) // each start counts: it is given up all the same
+		}
+		c.m.Shutdown(true, 10*time.Second)
+		return
+	}
+	if err := c.next(func(s slots.State) slots.State { return s.Confirm(running) }); err != nil {
+		c.m.problem(fmt.Errorf("cannot confirm the system in slot %s: %w", running, err))
+		return
+	}
+	c.m.log.Printf("the system in slot %s came up well and is kept", running)
+}
+
+func (c *changes) fellBack(tried, running string) {
+	reason := "it was started several times and never came up"
+	if change := last(); change != nil && change.Slot == tried {
+		if change.Outcome == system.Pending {
+			change.Outcome, change.Reason, change.Ended = system.RolledBack, reason, time.Now().UTC()
+			if err := keep(change); err != nil {
+				c.m.problem(err)
+			}
+		}
+		if change.Reason != "" {
+			reason = change.Reason
+		}
+	}
+	c.m.problem(fmt.Errorf("the system in slot %s did not come up: slot %s runs instead (%s)", tried, running, reason))
+}
+
+// awaitHealth waits until the system is well, and returns why it is not.
+func (c *changes) awaitHealth(ctx context.Context, network bool) string {
+	end := time.Now().Add(healthLimit)
+	var since time.Time
+	why := ""
+	for ctx.Err() == nil {
+		switch why = c.unwell(ctx, network); {
+		case why != "":
+			since = time.Time{}
+		case since.IsZero():
+			since = time.Now()
+		case time.Since(since) >= healthyFor:
+			return ""
+		}
+		s := c.m.Status()
+		if s.State == vmwire.StateSafe || s.Engine.Restarts >= maxRestarts || time.Now().After(end) {
+			return why
+		}
+		select {
+		case <-ctx.Done():
+		case <-time.After(time.Second):
+		}
+	}
+	return ctx.Err().Error()
+}
+
+// unwell says what keeps the system from being well at this moment.
+func (c *changes) unwell(ctx context.Context, network bool) string {
+	s := c.m.Status()
+	switch {
+	case s.State == vmwire.StateSafe:
+		return "safe mode: " + strings.Join(s.Problems, "; ")
+	case s.State != vmwire.StateReady || !s.Engine.Ready:
+		return fmt.Sprintf("the engine does not run (started again %d times: %s)", s.Engine.Restarts, s.Engine.LastExit)
+	case s.Data.Kind != "disk":
+		return "what is kept was not found"
+	case network && !c.m.hasAddress():
+		return "no link has an address, and the earlier system had one"
+	}
+	if err := c.ping(ctx); err != nil {
+		return fmt.Sprintf("the engine does not answer: %v", err)
+	}
+	return ""
+}
+
+func (c *changes) ping(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
+	defer cancel()
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://engine/_ping", nil)
+	if err != nil {
+		return err
+	}
+	res, err := c.m.engineClient().Do(req)
+	if err != nil {
+		return err
+	}
+	res.Body.Close()
+	if res.StatusCode != http.StatusOK {
+		return errors.New(res.Status)
+	}
+	return nil
+}
