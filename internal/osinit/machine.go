@@ -44,22 +44,27 @@ type machine struct {
 	come      broadcast
 	ready     chan struct{} // closed when the engine has answered once
 
-	shareMu sync.Mutex // held over mounting, never inside mu
+	shareMu  sync.Mutex // held over mounting, never inside mu
+	unlockMu sync.Mutex // held over a guess at the data's key
 
-	mu           sync.Mutex
-	state        string
-	problems     []string
-	boot         map[string]float64
-	engine       vmwire.Engine
-	data         data.Device
-	dataKind     string
-	mounts       []vmwire.Mount
-	synced       bool
-	hostClock    bool
-	changed      chan struct{}
-	host         string // the configured name
-	document     []byte
-	configSource string
+	mu        sync.Mutex
+	state     string
+	problems  []string
+	boot      map[string]float64
+	engine    vmwire.Engine
+	data      data.Device
+	dataKind  string
+	mounts    []vmwire.Mount
+	synced    bool
+	hostClock bool
+	changed   chan struct{}
+	host      string // the configured name
+	document  []byte
+	trust     vmwire.Trust
+	recovery  string // a recovery key that was just made
+	// recoveryShown says whether the console shows it.
+	recoveryShown bool
+	configSource  string
 
 	// Of run alone.
 	engineArgs []string
@@ -323,7 +328,7 @@ func (m *machine) Status() vmwire.Status {
 	s := vmwire.Status{
 		State: m.state, Version: m.version, Arch: runtime.GOARCH, Kernel: unix.ByteSliceToString(uts.Release[:]), BootID: m.bootID,
 		Hostname: m.name(), Problems: slices.Clone(m.problems), ConfigSource: m.configSource, Time: time.Now(), Uptime: uptime(),
-		Engine: m.engine, Mounts: slices.Clone(m.mounts), TimeSynchronized: m.synced, Boot: map[string]float64{},
+		Engine: m.engine, Mounts: slices.Clone(m.mounts), TimeSynchronized: m.synced, Boot: map[string]float64{}, Trust: m.trust,
 	}
 	for k, v := range m.boot {
 		s.Boot[k] = v

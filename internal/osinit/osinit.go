@@ -83,6 +83,7 @@ func (m *machine) run(ctx context.Context) (reboot bool) {
 		m.fatal(err)
 	}
 	m.later()
+	m.firmware()
 	parts.Go(func() { m.table.Run(ctx) })
 	if listener != nil {
 		parts.Go(func() { m.devices(ctx, listener) })
@@ -104,12 +105,13 @@ func (m *machine) run(ctx context.Context) (reboot bool) {
 		}
 	})
 	parts.Go(func() { m.show(ctx) })
-	dataErr := m.mountData()
+	dataErr := m.mountData(ctx)
 	m.mark("data")
 	doc, err := m.configure(ctx)
 	if err == nil && dataErr == nil && m.cmdline["menu"] != "" && doc.Install == nil {
 		doc = m.menu(ctx, doc)
 	}
+	err = errors.Join(err, m.checkEncryption(doc))
 	m.apply(ctx, doc)
 	m.mark("config")
 	needed.Wait()

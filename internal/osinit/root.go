@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/cloudos-io/cloudos/internal/osinit/data"
+	"github.com/cloudos-io/cloudos/internal/osinit/dm"
 	"github.com/cloudos-io/cloudos/internal/osinit/modules"
 	"github.com/cloudos-io/cloudos/internal/vmwire"
 )
@@ -80,7 +81,22 @@ func (m *machine) findRoot(set *modules.Set) error {
 	if err := set.LoadAll("virtio_pci", "virtio_blk", "squashfs", "quota_v2"); err != nil {
 		m.problem(err)
 	}
-	source, err := m.rootSource(set, spec)
+	var check dm.Verity
+	var err error
+	if word := m.cmdline["verity"]; word != "" {
+		if check, err = dm.ParseVerity(word); err != nil {
+			return err
+		}
+	}
+	var source string
+	if spec == "verity" {
+		source, err = m.slotOfRoot(set, check)
+	} else {
+		source, err = m.rootSource(set, spec)
+	}
+	if err == nil && check.Blocks > 0 {
+		source, err = m.checkedRoot(set, check, source)
+	}
 	if err != nil {
 		return err
 	}
@@ -237,7 +253,7 @@ func (m *machine) later() {
 
 // mountData mounts what is kept at /var. Where that fails it is memory, and the
 // error a reason for safe mode: nothing that is to be kept may go there.
-func (m *machine) mountData() error {
+func (m *machine) mountData(ctx context.Context) error {
 	var failed error
 	spec := m.cmdline["data"]
 	if spec == "" {
@@ -249,7 +265,10 @@ func (m *machine) mountData() error {
 		dev, ok = data.Find(spec)
 	}
 	if ok {
-		err := dev.Mount("/var")
+		var err error
+		if dev, err = m.openData(ctx, dev); err == nil {
+			err = dev.Mount("/var")
+		}
 		if err == nil {
 			m.mu.Lock()
 			m.data, m.dataKind = dev, "disk"

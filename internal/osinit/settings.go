@@ -240,15 +240,19 @@ func (m *machine) Config() []byte {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if len(m.document) > 0 {
-		return m.document
+		return config.Redacted(m.document)
 	}
 	return []byte("version: 1\n")
 }
 
 // SetConfig keeps a document on the data disk for the next start.
 func (m *machine) SetConfig(b []byte) error {
-	if _, err := config.Parse(b); err != nil {
+	doc, err := config.Parse(b)
+	if err != nil {
 		return fault.New(fault.Invalid, "cannot use the configuration: %w", err)
+	}
+	if doc.Encryption.Passphrase != "" {
+		return fault.New(fault.Invalid, "cannot keep a passphrase on the disk that it opens: it belongs into a configuration outside of the disk")
 	}
 	m.mu.Lock()
 	kind := m.dataKind
@@ -318,6 +322,9 @@ func (m *machine) screen() string {
 		fmt.Fprintf(&b, "  data     in memory: nothing is kept\n")
 	}
 	fmt.Fprintf(&b, "  config   %s\n", s.ConfigSource)
+	if key := m.shownRecovery(); key != "" {
+		fmt.Fprintf(&b, "\n  The data were encrypted. Recovery key, shown in this boot alone:\n    %s\n", key)
+	}
 	for _, p := range s.Problems {
 		fmt.Fprintf(&b, "\n  ! %s\n", p)
 	}

@@ -112,6 +112,9 @@ func TestMain(m *testing.M) {
 		os.RemoveAll(vmOnce.dir)
 	}
 	removeISO()
+	if diskOnce.dir != "" {
+		os.RemoveAll(diskOnce.dir)
+	}
 	os.Exit(code)
 }
 

@@ -52,6 +52,8 @@ type Document struct {
 	Sysctl  map[string]string `yaml:"sysctl"`
 	// Install puts the system on a disk.
 	Install *Install `yaml:"install"`
+	// Encryption is of what is kept.
+	Encryption Encryption `yaml:"encryption"`
 
 	engine []byte
 }
@@ -137,6 +139,9 @@ func (d *Document) check() error {
 		}
 	}
 	if err := d.links(); err != nil {
+		return err
+	}
+	if err := d.Encryption.check(); err != nil {
 		return err
 	}
 	return d.checkEngine()

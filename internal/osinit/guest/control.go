@@ -37,6 +37,10 @@ type Machine interface {
 	Log(ctx context.Context, w io.Writer, source string, tail int, follow bool) error
 	Config() []byte
 	SetConfig([]byte) error
+	// RecoveryKey gives the recovery key of data that were encrypted in this boot, once.
+	RecoveryKey() (vmwire.Recovery, error)
+	// Unlock takes a recovery key or a passphrase of data that are closed.
+	Unlock(ctx context.Context, key string) error
 }
 
 // Control serves the control API.
@@ -74,6 +78,8 @@ func NewControl(m Machine, streams func() int) *Control {
 		{"GET /v1/log", c.log},
 		{"GET /v1/config", c.config},
 		{"PUT /v1/config", c.setConfig},
+		{"GET /v1/encryption/recovery", c.recovery},
+		{"POST /v1/encryption/unlock", c.unlock},
 	} {
 		mux.HandleFunc(r.pattern, func(w http.ResponseWriter, req *http.Request) {
 			answer, err := r.handle(w, req)
