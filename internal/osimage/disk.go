@@ -54,6 +54,7 @@ func makeSystem(ctx context.Context, o Options, apt *kernel.Apt, kind kernel.Kin
 		return nil, err
 	}
 	o.Log("kernel %s from %s", k.Version, k.Package)
+	initial, modules = modulesFor(o.Arch, kind, initial, modules)
 	s := &system{kind: kind, kernel: k}
 	if s.initialTree, err = initialRoot(o, k, initial); err != nil {
 		return nil, err
