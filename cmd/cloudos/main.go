@@ -1,6 +1,6 @@
 // Command cloudos is the command line of the operating system and of clusters.
 // Commands that link much are programs of their own beside it: "cloudos image"
-// runs cloudos-image.
+// runs cloudos-image, "cloudos debug" runs servin.
 package main
 
 import (
@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 
 	"github.com/cloudos-io/cloudos/api"
 )
@@ -16,6 +17,7 @@ import (
 const usage = `Usage: cloudos COMMAND
 
 Commands:
+  debug      Open a shell on a machine, in an emergency
   image      Build images of the operating system, sign them, and look into them
   status     Show a machine's slots, versions, and what became of the last upgrade
   upgrade    Upgrade a machine to a release; it goes back by itself if that does not come up
@@ -38,6 +40,8 @@ func run(args []string) (int, error) {
 		return 2, nil
 	}
 	switch args[0] {
+	case "debug":
+		return debug(args[1:])
 	case "image":
 		return beside("cloudos-image", args[1:])
 	case "status":
@@ -60,6 +64,9 @@ func run(args []string) (int, error) {
 
 // beside runs a program from this one's folder, or else from the PATH.
 func beside(name string, args []string) (int, error) {
+	if runtime.GOOS == "windows" {
+		name += ".exe"
+	}
 	path := ""
 	if exe, err := os.Executable(); err == nil {
 		if p := filepath.Join(filepath.Dir(exe), name); exists(p) {

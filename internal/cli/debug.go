@@ -22,7 +22,11 @@ func (a *App) cmdDebug() *command.Command {
 A shell (or the command) runs from an image of its own, in the container's
 process, network and IPC namespaces. The container's files are at /target: of
 one that runs as it sees them, of one that has ended read-only. Nothing is
-put into the container.`,
+put into the container.
+
+On CloudOS, @host in place of a container is the machine itself: with all its
+namespaces and powers, its files at /target, if that is switched on (servin
+system debug-shell).`,
 		Example: `servin debug web
 servin debug web ps -ef
 servin debug --image nicolaka/netshoot web tcpdump -i any`,

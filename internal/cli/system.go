@@ -23,7 +23,7 @@ import (
 )
 
 func (a *App) system() []*command.Command {
-	return []*command.Command{a.cmdInfo(), a.cmdDf(), a.cmdSystemPrune(), a.cmdEvents(), a.cmdDoctor(), a.cmdAdopt(), a.cmdAlerts(), a.cmdPolicy(), a.cmdAudit(), a.cmdShutdown(), a.cmdDrained(), a.cmdDialStdio()}
+	return []*command.Command{a.cmdInfo(), a.cmdDf(), a.cmdSystemPrune(), a.cmdEvents(), a.cmdDoctor(), a.cmdAdopt(), a.cmdAlerts(), a.cmdPolicy(), a.cmdAudit(), a.cmdDebugShell(), a.cmdShutdown(), a.cmdDrained(), a.cmdDialStdio()}
 }
 
 // versionOutput is what version shows and templates see.

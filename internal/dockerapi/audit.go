@@ -110,6 +110,7 @@ func (r *request) noteCreate(c *CreateRequest) {
 	}
 	e := r.entry
 	e.Note("name", c.Name)
+	e.Note("debug", c.Extra.Debug)
 	if c.Config != nil {
 		e.Note("image", c.Config.Image)
 		e.Note("user", c.Config.User)

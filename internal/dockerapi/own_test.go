@@ -36,6 +36,11 @@ var ownCases = []routeCase{
 	{method: "POST", path: "/servin/checkpoints/import?options=%7B%22Name%22%3A%22w%22%7D", body: "tar", status: 201, call: `import checkpoint {"Name":"w"} tar`, answer: `"ID":"i"`},
 	{method: "POST", path: "/servin/checkpoints/import?options=x", body: "tar", status: 400, answer: "cannot read the options"},
 
+	{method: "GET", path: "/servin/debug-shell", status: 501, answer: "does not run CloudOS"},
+	{method: "POST", path: "/servin/debug-shell", body: `{"for":"1h","reason":"r"}`, status: 501, answer: "does not run CloudOS"},
+	{method: "DELETE", path: "/servin/debug-shell", status: 501, answer: "does not run CloudOS"},
+	{method: "DELETE", path: "/servin/debug-shell/abc", status: 501, answer: "does not run CloudOS"},
+
 	{method: "GET", path: "/servin/policy", status: 200, call: "policy", answer: `"Path":"/p"`},
 	{method: "POST", path: "/servin/policy/reload", status: 204, call: "policy reload"},
 	{method: "POST", path: "/servin/policy/check", body: "version: 1\nrules: [{name: a}]\n", status: 200, answer: `"Rules":1`},

@@ -17,7 +17,7 @@ func routes(c Config) []route {
 	sys := systemAPI{c.System, c.Builds}
 	bld := buildsAPI{c.Builds}
 	own := servinAPI{c.Containers, c.System, c.Version, c.Problems, c.Builds}
-	alerts := alertAPI{c.Alerts}
+	alerts, dbg := alertAPI{c.Alerts}, debugShellAPI{c.DebugShell}
 	system := osAPI{c.OS}
 	lse := leaseAPI{c.Containers, c.Networks, c.Volumes, c.Logger, leaseGrace, &leases{n: map[string]int{}}}
 
@@ -178,6 +178,10 @@ func routes(c Config) []route {
 		{"POST", "/servin/configs/{id}/update", 0, cnf.update},
 		{"DELETE", "/servin/configs/{id}", 0, cnf.remove},
 		{"GET", "/servin/signatures", 0, img.signatures},
+		{"GET", "/servin/debug-shell", 0, dbg.show},
+		{"POST", "/servin/debug-shell", 0, dbg.enable},
+		{"DELETE", "/servin/debug-shell", 0, dbg.disable},
+		{"DELETE", "/servin/debug-shell/{id}", 0, dbg.end},
 		{"GET", "/servin/policy", 0, pol.show},
 		{"POST", "/servin/policy/reload", 0, pol.reload},
 		{"POST", "/servin/policy/check", 0, pol.check},

@@ -46,6 +46,8 @@ type Config struct {
 	Audit *audit.Log
 	// Policy shows and tests the policy in force.
 	Policy Policy
+	// DebugShell decides about shells on the machine; nil is a computer that has none.
+	DebugShell DebugShell
 	// Tracer makes a span of each request; nil makes none.
 	Tracer trace.Tracer
 }

@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/cloudos-io/cloudos/api"
+	"github.com/cloudos-io/cloudos/api/debugshell"
 	"github.com/cloudos-io/cloudos/internal/container"
 	"github.com/cloudos-io/cloudos/internal/fault"
 	"github.com/cloudos-io/cloudos/internal/oci"
@@ -31,6 +32,9 @@ var debugCaps = []string{"SYS_PTRACE", "NET_ADMIN", "NET_RAW"}
 // from an image of its own, in a mount namespace of its own: nothing is put into
 // the other's file system.
 func (e *Engine) debugging(ctx context.Context, req *CreateRequest, hc *mcontainer.HostConfig) error {
+	if req.Extra.Debug == debugshell.Target {
+		return e.debuggingHost(ctx, req, hc)
+	}
 	t, err := e.lookup(req.Extra.Debug)
 	if err != nil {
 		return err
@@ -40,21 +44,9 @@ func (e *Engine) debugging(ctx context.Context, req *CreateRequest, hc *mcontain
 		return fault.New(fault.Invalid, "cannot debug container %s: it looks into another itself", tr.Name)
 	}
 	req.Extra.Debug = t.id
-	cfg := req.Config
-	if cfg.Image == "" {
-		if err := e.toolbox(ctx); err != nil {
-			return err
-		}
-		cfg.Image = api.ToolboxImage
+	if err := e.tools(ctx, req.Config, hc, t.id); err != nil {
+		return err
 	}
-	labels := map[string]string{api.LabelDebug: t.id}
-	for k, v := range cfg.Labels {
-		if k != api.LabelDebug {
-			labels[k] = v
-		}
-	}
-	cfg.Labels = labels
-	hc.AutoRemove, hc.RestartPolicy = true, mcontainer.RestartPolicy{}
 	for _, c := range debugCaps {
 		if !slices.Contains(hc.CapAdd, c) {
 			hc.CapAdd = append(hc.CapAdd, c)
@@ -76,6 +68,26 @@ func (e *Engine) debugging(ctx context.Context, req *CreateRequest, hc *mcontain
 	if tr.HostConfig.UsernsMode.IsHost() {
 		hc.UsernsMode = "host"
 	}
+	return nil
+}
+
+// tools makes a container one that looks into a target: with the engine's tools where no
+// image is named, with the label, gone when it ends.
+func (e *Engine) tools(ctx context.Context, cfg *mcontainer.Config, hc *mcontainer.HostConfig, target string) error {
+	if cfg.Image == "" {
+		if err := e.toolbox(ctx); err != nil {
+			return err
+		}
+		cfg.Image = api.ToolboxImage
+	}
+	labels := map[string]string{api.LabelDebug: target}
+	for k, v := range cfg.Labels {
+		if k != api.LabelDebug {
+			labels[k] = v
+		}
+	}
+	cfg.Labels = labels
+	hc.AutoRemove, hc.RestartPolicy = true, mcontainer.RestartPolicy{}
 	return nil
 }
 
@@ -108,6 +120,9 @@ func (e *Engine) toolbox(ctx context.Context) error {
 // through its process, which is in the shared pid namespace, so that its mounts
 // are as it has them; those of one that does not run as a read-only mount.
 func (e *Engine) debugTarget(ctx context.Context, u *unit, r *container.Record, root *os.File, back *scope) ([]oci.Mount, error) {
+	if r.Extra.Debug == debugshell.Target {
+		return nil, e.debugHost(ctx, u, r, root)
+	}
 	t, err := e.lookup(r.Extra.Debug)
 	if err != nil {
 		return nil, err
@@ -121,14 +136,7 @@ func (e *Engine) debugTarget(ctx context.Context, u *unit, r *container.Record, 
 		if err != nil {
 			return nil, fault.New(fault.Conflict, "cannot debug container %s: %w", t.rec.Load().Name, err)
 		}
-		err = unix.Symlinkat("/proc/"+strconv.Itoa(pid)+"/root", int(root.Fd()), targetDir)
-		if errors.Is(err, unix.EEXIST) {
-			return nil, fault.New(fault.Invalid, "cannot debug with image %s: it has a /%s of its own", r.Image.Ref, targetDir)
-		}
-		if err != nil {
-			return nil, fmt.Errorf("cannot link the container's files: %w", err)
-		}
-		return nil, nil
+		return nil, linkRoot(pid, r, root)
 	}
 	f, err := e.cfg.Snapshots.Mount(ctx, t.id, true, idMap(r))
 	if err != nil {
@@ -144,6 +152,18 @@ func (e *Engine) debugTarget(ctx context.Context, u *unit, r *container.Record, 
 		return nil, fmt.Errorf("cannot mount the files of container %s: %w", t.rec.Load().Name, err)
 	}
 	return []oci.Mount{{Type: "bind", Source: dir, Target: "/" + targetDir, ReadOnly: true}}, nil
+}
+
+// linkRoot makes the files of a process visible through it.
+func linkRoot(pid int, r *container.Record, root *os.File) error {
+	err := unix.Symlinkat("/proc/"+strconv.Itoa(pid)+"/root", int(root.Fd()), targetDir)
+	if errors.Is(err, unix.EEXIST) {
+		return fault.New(fault.Invalid, "cannot debug with image %s: it has a /%s of its own", r.Image.Ref, targetDir)
+	}
+	if err != nil {
+		return fmt.Errorf("cannot link the target's files: %w", err)
+	}
+	return nil
 }
 
 // innerPid is a process's number in its own pid namespace.

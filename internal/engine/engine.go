@@ -48,9 +48,11 @@ type Config struct {
 	Snapshots      snapshot.Store
 	Images         Images
 	Toolbox        string // the archive of the image for ContainerDebug, "" for none
-	Networks       Networks
-	Volumes        *volume.Store
-	IDMaps         IDMaps
+	// HostShell decides about shells on the machine; nil is none.
+	HostShell HostShell
+	Networks  Networks
+	Volumes   *volume.Store
+	IDMaps    IDMaps
 	// Policy says what may be done; nil allows everything.
 	Policy Policy
 	// Secrets keeps secrets and configs; nil is none.

@@ -20,6 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/cloudos-io/cloudos/internal/fault"
+	"github.com/cloudos-io/cloudos/internal/osinit/breakglass"
 	"github.com/cloudos-io/cloudos/internal/osinit/data"
 	"github.com/cloudos-io/cloudos/internal/osinit/guest"
 	"github.com/cloudos-io/cloudos/internal/osinit/modules"
@@ -40,6 +41,7 @@ type machine struct {
 	modules   *modules.Set
 	net       *uplink.Net
 	port      *guest.Port
+	gate      *breakglass.Gate
 	orders    chan order
 	come      broadcast
 	ready     chan struct{} // closed when the engine has answered once

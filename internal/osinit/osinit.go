@@ -139,6 +139,7 @@ func (m *machine) run(ctx context.Context) (reboot bool) {
 		go func() { defer close(engineDone); m.runEngine(engineCtx) }()
 	}
 	parts.Go(func() { m.keepTime(ctx, doc.Time) })
+	parts.Go(func() { m.serveDebugShell(ctx, doc.DebugShell) })
 	if doc.Install == nil {
 		parts.Go(m.growAtStart)
 	}
@@ -175,5 +176,6 @@ func newMachine(version string) *machine {
 		changed: make(chan struct{}), ready: make(chan struct{}), boot: map[string]float64{}, dataKind: "memory"}
 	m.log = newLog("cloudos: ", 256<<10)
 	m.engineLog = newLog("", 512<<10)
+	m.gate = m.newGate()
 	return m
 }

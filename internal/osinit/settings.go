@@ -322,6 +322,9 @@ func (m *machine) screen() string {
 		fmt.Fprintf(&b, "  data     in memory: nothing is kept\n")
 	}
 	fmt.Fprintf(&b, "  config   %s\n", s.ConfigSource)
+	if d := m.debugShellLine(); d != "" {
+		fmt.Fprintf(&b, "  debug    %s\n", d)
+	}
 	if key := m.shownRecovery(); key != "" {
 		fmt.Fprintf(&b, "\n  The data were encrypted. Recovery key, shown in this boot alone:\n    %s\n", key)
 	}

@@ -27,6 +27,7 @@ import (
 	"github.com/docker/go-units"
 
 	"github.com/cloudos-io/cloudos/api"
+	"github.com/cloudos-io/cloudos/api/debugshell"
 	"github.com/cloudos-io/cloudos/internal/alert"
 	"github.com/cloudos-io/cloudos/internal/apparmor"
 	"github.com/cloudos-io/cloudos/internal/cdi"
@@ -255,7 +256,7 @@ func New(ctx context.Context, c *config.Config, inside rootless.State, log *slog
 	// The engine and its edges.
 	s.Engine, err = engine.New(engine.Config{
 		Root: c.Root, RunRoot: c.RunRoot, Version: api.Version, Driver: driver, Runtimes: runtimes, DefaultRuntime: c.DefaultRuntime,
-		Snapshots: layers, Images: admitted, Toolbox: toolbox(), Networks: networks, Volumes: volumes, IDMaps: ids, Secrets: secrets, Policy: rules, Bus: event.NewBus(event.Config{}),
+		Snapshots: layers, Images: admitted, Toolbox: toolbox(), HostShell: hostShell{debugshell.Socket}, Networks: networks, Volumes: volumes, IDMaps: ids, Secrets: secrets, Policy: rules, Bus: event.NewBus(event.Config{}),
 		Durable: durable, Ephemeral: ephemeral, Host: host, Profiles: oci.NewProfiles(seccomp), AppArmorProfile: profile,
 		CgroupParent: c.CgroupParent, CgroupV2: v2, NoCgroups: inside.Active && !v2, CgroupDriver: c.CgroupDriver, Rootless: inside.Active, Defaults: defaults,
 		LogDriver: c.Logs.Driver, LogOptions: c.Logs.Options, LogShipper: shipper, LogMaxSize: logSize, LogMaxFiles: c.Logs.MaxFiles, NoNewPrivileges: c.NoNewPrivileges, Init: c.Init,
@@ -315,7 +316,7 @@ func New(ctx context.Context, c *config.Config, inside rootless.State, log *slog
 		Audit:   calls, Policy: policing{rules, s.Engine},
 		System: s.Engine.SystemService(), Logger: log, Version: api.Version,
 		Problems: images.LazyTrouble, Alerts: alerts, Tracer: tracer.Tracer(),
-		OS: operatingSystem(log),
+		OS: operatingSystem(log), DebugShell: hostShell{debugshell.Socket},
 	})
 	return s, nil
 }

@@ -13,6 +13,8 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"time"
+	"unicode"
 
 	"go.yaml.in/yaml/v3"
 
@@ -55,7 +57,22 @@ type Document struct {
 	// Encryption is of what is kept.
 	Encryption Encryption `yaml:"encryption"`
 
+	// DebugShell switches the shell for emergencies on (docs/cloudos-debug.md).
+	DebugShell DebugShell `yaml:"debugShell"`
+
 	engine []byte
+}
+
+// DebugShell says from each start on who may open a shell on the machine.
+type DebugShell struct {
+	// On lets whoever may use the engine's API open one.
+	On bool `yaml:"on"`
+	// For bounds it from the machine's start on, as Go writes durations; Until by the clock. With
+	// neither it stays on until the machine stops.
+	For   time.Duration `yaml:"for"`
+	Until time.Time     `yaml:"until"`
+	// Reason is recorded.
+	Reason string `yaml:"reason"`
 }
 
 // Time says how the clock is kept.
@@ -137,6 +154,9 @@ func (d *Document) check() error {
 				return bad("trust: entry %d: %w", i+1, err)
 			}
 		}
+	}
+	if s := d.DebugShell; !s.On && s != (DebugShell{}) || s.For < 0 || s.For > 0 && !s.Until.IsZero() || len(s.Reason) > 200 || strings.ContainsFunc(s.Reason, unicode.IsControl) {
+		return bad("debugShell: it is on: true, and for: a duration such as 2h, or until: a time such as 2030-01-31T12:00:00Z, and a reason of one line")
 	}
 	if err := d.links(); err != nil {
 		return err
