@@ -210,6 +210,9 @@ func (c *changes) start(change *system.Change) error {
 	if err != nil {
 		return err
 	}
+	if err := c.m.loosen(context.Background()); err != nil {
+		return err
+	}
 	if err := c.next(func(slots.State) slots.State { return slots.State{Good: running}.Start(change.Slot) }); err != nil {
 		return err
 	}
@@ -340,6 +343,10 @@ func (c *changes) confirm(ctx context.Context) {
 	if state.Try != running {
 		if state.Fallen() {
 			c.fellBack(state.Try, running)
+		}
+		// The starts that follow are like this one.
+		if err := c.m.tighten(); err != nil {
+			c.m.problem(err)
 		}
 		return
 	}

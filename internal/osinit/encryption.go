@@ -27,6 +27,8 @@ import (
 const (
 	tokenTPM      = "cloudos-tpm2"
 	tokenRecovery = "cloudos-recovery"
+	// tokenLoose is there while another system is to start (see loosen).
+	tokenLoose = "cloudos-tpm2-change"
 )
 
 // Ways in which data were opened.
@@ -200,7 +202,70 @@ func (m *machine) sealKey(ctx context.Context, h *data.Header, key []byte, pcrs 
 	if err != nil {
 		return err
 	}
+	m.keepSecret(secret, n)
 	return h.SetToken(tokenTPM, n, r.Sealed)
+}
+
+func (m *machine) keepSecret(secret []byte, slot int) {
+	m.mu.Lock()
+	m.dataSecret, m.dataSlot = secret, slot
+	m.mu.Unlock()
+}
+
+// loosen has the TPM give out the key to any system of the same Secure Boot keys,
+// beside the one that it is sealed to: another system is about to start, or the same one by another way of
+// the boot loader's, and what it will be measured as is not known. A start that is opened so
+// seals the key to itself (unlock), and when that is one like those that will follow, tighten ends it.
+func (m *machine) loosen(ctx context.Context) error {
+	m.mu.Lock()
+	secret, slot, dev := m.dataSecret, m.dataSlot, m.data
+	m.mu.Unlock()
+	if secret == nil {
+		return nil
+	}
+	fail := func(err error) error {
+		return fmt.Errorf("cannot have the encrypted data open for another system: %w", err)
+	}
+	r, err := m.ask(ctx, seal.Request{Op: seal.Seal, PCRs: []int{7}, Secret: secret})
+	if err != nil {
+		return fail(err)
+	}
+	h, err := dev.Header()
+	if err != nil {
+		return fail(err)
+	}
+	defer h.Close()
+	if err := h.SetToken(tokenLoose, slot, r.Sealed); err != nil {
+		return fail(err)
+	}
+	if err := h.Write(h.Disk); err != nil {
+		return fail(err)
+	}
+	m.log.Printf("the next start may be of another system: until then the key of the data is sealed to Secure Boot's keys alone")
+	return nil
+}
+
+// tighten ends what loosen began.
+func (m *machine) tighten() error {
+	m.mu.Lock()
+	secret, dev := m.dataSecret, m.data
+	m.mu.Unlock()
+	if secret == nil {
+		return nil
+	}
+	h, err := dev.Header()
+	if err != nil {
+		return err
+	}
+	defer h.Close()
+	if !h.DropTokens(tokenLoose) {
+		return nil
+	}
+	if err := h.Write(h.Disk); err != nil {
+		return err
+	}
+	m.log.Printf("the key of the data is sealed to this system alone again")
+	return nil
 }
 
 // isOpen notes how the data were opened, and closes what the TPM sealed until the
@@ -267,28 +332,51 @@ func (m *machine) unseal(ctx context.Context, h *data.Header) (key []byte, pcrs 
 	case !hasTPM():
 		return nil, nil, errors.New("their key is sealed to a TPM, and this machine has none")
 	}
-	for _, raw := range tokens {
-		var s struct {
-			seal.Sealed
-			Type     string   `json:"type"`
-			KeySlots []string `json:"keyslots"`
-		}
+	for slot, raw := range tokens {
+		var s seal.Sealed
 		if err := json.Unmarshal(raw, &s); err != nil {
 			why = fmt.Errorf("their sealed key is damaged: %w", err)
 			continue
 		}
-		r, err := m.ask(ctx, seal.Request{Op: seal.Unseal, Sealed: &s.Sealed})
+		if key, why = m.unsealWith(ctx, h, slot, &s); key != nil {
+			return key, s.PCRs, nil
+		}
+		var loose seal.Sealed
+		if raw := h.Tokens(tokenLoose)[slot]; raw == nil || json.Unmarshal(raw, &loose) != nil {
+			continue
+		}
+		if key, _ = m.unsealWith(ctx, h, slot, &loose); key == nil {
+			continue
+		}
+		// Another system than before, as was announced: it is the one from now on.
+		r, err := m.ask(ctx, seal.Request{Op: seal.Seal, PCRs: s.PCRs, Secret: m.dataSecret})
 		if err == nil {
-			if key, _, err = h.Open(h.Disk, []byte(hex.EncodeToString(r.Secret))); err == nil {
-				return key, s.PCRs, nil
+			if err = h.SetToken(tokenTPM, slot, r.Sealed); err == nil {
+				err = h.Write(h.Disk)
 			}
 		}
-		if changed := changedPCRs(&s.Sealed); changed != "" {
-			err = errors.New("what the machine started from is not what their key is sealed to: " + changed)
+		if err != nil {
+			m.problem(fmt.Errorf("cannot seal the key of the data to this system: %w", err))
 		}
-		why = err
+		return key, s.PCRs, nil
 	}
 	return nil, nil, why
+}
+
+// unsealWith opens a slot with what the TPM gives out for one sealed key.
+func (m *machine) unsealWith(ctx context.Context, h *data.Header, slot int, s *seal.Sealed) ([]byte, error) {
+	r, err := m.ask(ctx, seal.Request{Op: seal.Unseal, Sealed: s})
+	if err == nil {
+		var key []byte
+		if key, _, err = h.Open(h.Disk, []byte(hex.EncodeToString(r.Secret))); err == nil {
+			m.keepSecret(r.Secret, slot)
+			return key, nil
+		}
+	}
+	if changed := changedPCRs(s); changed != "" {
+		err = errors.New("what the machine started from is not what their key is sealed to: " + changed)
+	}
+	return nil, err
 }
 
 // changedPCRs says which registers are not as they were.

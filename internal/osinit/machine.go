@@ -64,6 +64,9 @@ type machine struct {
 	document  []byte
 	trust     vmwire.Trust
 	recovery  string // a recovery key that was just made
+	// dataSecret is what the TPM keeps, of the key slot dataSlot; nil is none.
+	dataSecret []byte
+	dataSlot   int
 	// recoveryShown says whether the console shows it.
 	recoveryShown bool
 	configSource  string

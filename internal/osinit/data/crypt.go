@@ -37,6 +37,9 @@ type Header struct {
 
 // Header reads the header; Close it.
 func (d Device) Header() (*Header, error) {
+	if d.crypt != nil { // of the device below
+		d = Device{Path: d.crypt.Path}
+	}
 	f, err := os.OpenFile(d.Path, os.O_RDWR, 0)
 	if err != nil {
 		return nil, fmt.Errorf("cannot open the data disk: %w", err)

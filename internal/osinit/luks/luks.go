@@ -14,6 +14,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"strconv"
 
 	"github.com/cloudos-io/cloudos/internal/fault"
@@ -287,24 +288,35 @@ func (h *Header) Write(disk Disk) error {
 	return nil
 }
 
+// token is what all tokens have.
+type token struct {
+	Type     string   `json:"type"`
+	KeySlots []string `json:"keyslots"`
+}
+
+// is reports whether a token is of a type and for one slot, and for which.
+func is(raw json.RawMessage, kind string) (slot int, ok bool) {
+	var t token
+	if json.Unmarshal(raw, &t) != nil || t.Type != kind || len(t.KeySlots) != 1 {
+		return 0, false
+	}
+	n, err := strconv.Atoi(t.KeySlots[0])
+	return n, err == nil
+}
+
 // Tokens returns those of a type, by slot, as they were set.
 func (h *Header) Tokens(kind string) map[int]json.RawMessage {
 	out := map[int]json.RawMessage{}
 	for _, raw := range h.meta.Tokens {
-		var t struct {
-			Type     string   `json:"type"`
-			KeySlots []string `json:"keyslots"`
-		}
-		if json.Unmarshal(raw, &t) == nil && t.Type == kind && len(t.KeySlots) == 1 {
-			if n, err := strconv.Atoi(t.KeySlots[0]); err == nil {
-				out[n] = raw
-			}
+		if n, ok := is(raw, kind); ok {
+			out[n] = raw
 		}
 	}
 	return out
 }
 
-// SetToken says where the key of a slot comes from: v is an object with further fields.
+// SetToken says where the key of a slot comes from, instead of what a token of the
+// type said of it: v is an object with further fields.
 func (h *Header) SetToken(kind string, slot int, v any) error {
 	b, err := json.Marshal(v)
 	if err != nil {
@@ -319,6 +331,24 @@ func (h *Header) SetToken(kind string, slot int, v any) error {
 	if b, err = json.Marshal(fields); err != nil {
 		return err
 	}
-	h.meta.Tokens[strconv.Itoa(slot)] = b
-	return nil
+	for id, raw := range h.meta.Tokens {
+		if n, ok := is(raw, kind); ok && n == slot {
+			h.meta.Tokens[id] = b
+			return nil
+		}
+	}
+	for id := range 32 {
+		if h.meta.Tokens[strconv.Itoa(id)] == nil {
+			h.meta.Tokens[strconv.Itoa(id)] = b
+			return nil
+		}
+	}
+	return fault.New(fault.Exhausted, "the header has no room for a token")
+}
+
+// DropTokens removes those of a type, and says whether there were any.
+func (h *Header) DropTokens(kind string) bool {
+	had := len(h.meta.Tokens)
+	maps.DeleteFunc(h.meta.Tokens, func(_ string, raw json.RawMessage) bool { _, ok := is(raw, kind); return ok })
+	return len(h.meta.Tokens) < had
 }

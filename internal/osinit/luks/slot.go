@@ -7,6 +7,7 @@ import (
 	"crypto/sha256"
 	"crypto/subtle"
 	"encoding/binary"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -162,7 +163,7 @@ func (h *Header) Add(disk Disk, key, secret []byte, s Strength) (int, error) {
 	return n, nil
 }
 
-// Remove takes a slot and its token out of the header, which is written, and then overwrites its area.
+// Remove takes a slot and its tokens out of the header, which is written, and then overwrites its area.
 func (h *Header) Remove(disk Disk, n int) error {
 	name := strconv.Itoa(n)
 	k := h.meta.KeySlots[name]
@@ -173,7 +174,10 @@ func (h *Header) Remove(disk Disk, n int) error {
 		return fault.New(fault.Conflict, "cannot remove the last key slot")
 	}
 	delete(h.meta.KeySlots, name)
-	delete(h.meta.Tokens, name)
+	maps.DeleteFunc(h.meta.Tokens, func(_ string, raw json.RawMessage) bool {
+		var t token
+		return json.Unmarshal(raw, &t) == nil && slices.Contains(t.KeySlots, name)
+	})
 	d := h.meta.Digests["0"]
 	d.KeySlots = slices.DeleteFunc(d.KeySlots, func(s string) bool { return s == name })
 	if err := h.Write(disk); err != nil {
