@@ -201,7 +201,8 @@ func systemdProps(annotations map[string]string) ([]systemdDbus.Property, error)
 		if err != nil {
 			return nil, fmt.Errorf("annotation %s=%s value parse error: %w", k, v, err)
 		}
-		if n, ok := strings.CutSuffix(name, "Sec"); ok && n != "" {
+		// Seconds; a name in USec has its value in microseconds already.
+		if n, ok := strings.CutSuffix(name, "Sec"); ok && n != "" && n[len(n)-1] >= 'a' {
 			if value, err = inMicroseconds(value); err != nil {
 				return nil, fmt.Errorf("annotation %s=%s value parse error: %w", k, v, err)
 			}

@@ -122,7 +122,7 @@ func TestTraced(t *testing.T) {
 	e := start(t, "")
 	var body bytes.Buffer
 	writeTar(&body, map[string]string{"Dockerfile": "FROM bb\nRUN echo traced > /f\n"})
-	resp, err := e.http().Post("http://engine/v1.47/build?version=2&t=traced&buildid=b1", "application/x-tar", &body)
+	resp, err := e.HTTP().Post("http://engine/v1.47/build?version=2&t=traced&buildid=b1", "application/x-tar", &body)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -155,7 +155,7 @@ func TestTraced(t *testing.T) {
 	if trace == 0 || id != e.must("images", "inspect", "--format", "{{.Id}}", "traced") {
 		t.Errorf("%d traces, image %q", trace, id)
 	}
-	if resp, err := e.http().Post("http://engine/build?version=2&remote=client-session", "", nil); err != nil || resp.StatusCode != 200 {
+	if resp, err := e.HTTP().Post("http://engine/build?version=2&remote=client-session", "", nil); err != nil || resp.StatusCode != 200 {
 		t.Errorf("no session: %v %v", resp, err)
 	} else {
 		b, _ := io.ReadAll(resp.Body)

@@ -15,6 +15,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/cloudos-io/cloudos/test/harness"
 )
 
 // sleeper is a context whose build sleeps for a time that no other test uses.
@@ -29,18 +31,18 @@ func (e *engine) background(prefix string, env []string, argv ...string) (*exec.
 	cmd := exec.Command(argv[0], argv[1:]...)
 	var out bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &out
-	cmd.Env = append(append(os.Environ(), "DOCKER_HOST=unix://"+e.sock, "SERVIN_HOST=unix://"+e.sock), env...)
+	cmd.Env = append(append(os.Environ(), "DOCKER_HOST=unix://"+e.Sock(), "SERVIN_HOST=unix://"+e.Sock()), env...)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	if err := cmd.Start(); err != nil {
 		e.t.Fatal(err)
 	}
-	eventually(e.t, "the step runs", 30*time.Second, func() bool { return step(prefix) != 0 })
+	harness.Eventually(e.t, "the step runs", 30*time.Second, func() bool { return step(prefix) != 0 })
 	return cmd, &out
 }
 
 func (e *engine) ended(prefix string) {
 	e.t.Helper()
-	eventually(e.t, "the step ends", 20*time.Second, func() bool { return step(prefix) == 0 })
+	harness.Eventually(e.t, "the step ends", 20*time.Second, func() bool { return step(prefix) == 0 })
 }
 
 // TestClientLeaves ends a build with its client, whichever that is.
@@ -51,7 +53,7 @@ func TestClientLeaves(t *testing.T) {
 		env  []string
 		argv []string
 	}{
-		"servin":  {nil, []string{filepath.Join(e.bin, "servin"), "build", ctx}},
+		"servin":  {nil, []string{filepath.Join(e.Bin, "servin"), "build", ctx}},
 		"classic": {[]string{"DOCKER_BUILDKIT=0"}, []string{"docker", "build", ctx}},
 	} {
 		cmd, _ := e.background(prefix, c.env, c.argv...)
@@ -67,7 +69,7 @@ func TestClientLeaves(t *testing.T) {
 	writeTar(&body, map[string]string{"Dockerfile": "FROM bb\nRUN sleep 7001\n"})
 	done := make(chan string, 1)
 	go func() {
-		resp, err := e.http().Post("http://engine/build?buildid=mine", "application/x-tar", &body)
+		resp, err := e.HTTP().Post("http://engine/build?buildid=mine", "application/x-tar", &body)
 		if err != nil {
 			done <- err.Error()
 			return
@@ -76,8 +78,8 @@ func TestClientLeaves(t *testing.T) {
 		b, _ := io.ReadAll(resp.Body)
 		done <- string(b)
 	}()
-	eventually(t, "the step runs", 30*time.Second, func() bool { return step(prefix) != 0 })
-	if resp, err := e.http().Post("http://engine/build/cancel?id=mine", "", nil); err != nil || resp.StatusCode != 200 {
+	harness.Eventually(t, "the step runs", 30*time.Second, func() bool { return step(prefix) != 0 })
+	if resp, err := e.HTTP().Post("http://engine/build/cancel?id=mine", "", nil); err != nil || resp.StatusCode != 200 {
 		t.Errorf("cancel: %v %v", resp, err)
 	}
 	contains(t, <-done, "cancel")
@@ -92,7 +94,7 @@ func TestBuilderKilled(t *testing.T) {
 	e.must("build", "-t", "warm", warm)
 	before := e.must("run", "--rm", "warm", "cat", "/id")
 	ctx, prefix := e.sleeper(7002)
-	cmd, out := e.background(prefix, nil, filepath.Join(e.bin, "servin"), "build", ctx)
+	cmd, out := e.background(prefix, nil, filepath.Join(e.Bin, "servin"), "build", ctx)
 	if err := syscall.Kill(e.builder(), syscall.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
@@ -100,12 +102,12 @@ func TestBuilderKilled(t *testing.T) {
 		t.Errorf("the client says it went well: %s", out)
 	}
 	e.ended(prefix)
-	eventually(t, "cgroups go", 10*time.Second, func() bool { return len(e.groups()) == 0 })
+	harness.Eventually(t, "cgroups go", 10*time.Second, func() bool { return len(e.groups()) == 0 })
 	e.must("build", "-t", "warm", warm)
 	if after := e.must("run", "--rm", "warm", "cat", "/id"); after != before {
 		t.Error("the cache did not outlive the builder")
 	}
-	eventually(t, "networks of the dead step go", 10*time.Second, func() bool {
+	harness.Eventually(t, "networks of the dead step go", 10*time.Second, func() bool {
 		return !strings.Contains(e.must("networks", "inspect", "bridge"), "build-")
 	})
 }
@@ -115,19 +117,19 @@ func TestBuilderKilled(t *testing.T) {
 func TestEngineKilled(t *testing.T) {
 	e := start(t, "")
 	ctx, prefix := e.sleeper(7003)
-	cmd, out := e.background(prefix, nil, filepath.Join(e.bin, "servin"), "build", ctx)
+	cmd, out := e.background(prefix, nil, filepath.Join(e.Bin, "servin"), "build", ctx)
 	builder := e.builder()
-	e.kill()
+	e.Kill()
 	if err := cmd.Wait(); err == nil {
 		t.Errorf("the client says it went well: %s", out)
 	}
 	e.ended(prefix)
-	eventually(t, "the builder goes", 10*time.Second, func() bool {
+	harness.Eventually(t, "the builder goes", 10*time.Second, func() bool {
 		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", builder))
 		return err != nil || strings.Contains(string(b), ") Z ")
 	})
-	e.boot()
-	eventually(t, "cgroups go", 10*time.Second, func() bool { return len(e.groups()) == 0 })
+	e.Boot()
+	harness.Eventually(t, "cgroups go", 10*time.Second, func() bool { return len(e.groups()) == 0 })
 	e.must("build", "-t", "after", e.context(map[string]string{"Dockerfile": "FROM bb\nRUN true\n"}))
 }
 
@@ -138,11 +140,11 @@ func TestTornMachine(t *testing.T) {
 	ctx := e.context(map[string]string{"Dockerfile": "FROM bb\nRUN cat /proc/sys/kernel/random/uuid > /id\n"})
 	e.must("build", "-t", "torn", ctx)
 	before := e.must("run", "--rm", "torn", "cat", "/id")
-	e.kill()
-	if err := os.WriteFile(filepath.Join(e.dir, "root/build/boot"), []byte("another boot\n"), 0o600); err != nil {
+	e.Kill()
+	if err := os.WriteFile(filepath.Join(e.Dir, "root/build/boot"), []byte("another boot\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	e.boot()
+	e.Boot()
 	if got := e.must("run", "--rm", "torn", "cat", "/id"); got != before {
 		t.Errorf("the image holds %q", got)
 	}
@@ -164,7 +166,7 @@ func writeTar(w io.Writer, files map[string]string) {
 // TestHostileContext posts contexts that try to get out, or to be too much.
 func TestHostileContext(t *testing.T) {
 	e := start(t, "")
-	outside := filepath.Join(e.dir, "outside")
+	outside := filepath.Join(e.Dir, "outside")
 	if err := os.WriteFile(outside, []byte("secret"), 0o644); err != nil {
 		t.Fatal(err)
 	}
@@ -187,7 +189,7 @@ func TestHostileContext(t *testing.T) {
 	}
 	post := func(body io.Reader) (int, string) {
 		req, _ := http.NewRequestWithContext(context.Background(), http.MethodPost, "http://engine/build?t=hostile", body)
-		resp, err := e.http().Do(req)
+		resp, err := e.HTTP().Do(req)
 		if err != nil {
 			return 0, err.Error()
 		}
@@ -235,23 +237,23 @@ func TestHostileContext(t *testing.T) {
 	}
 	// Wrong options are named.
 	for _, q := range []string{"version=3", "t=UPPER", "buildargs={", "networkmode=nosuch", "platform=a/b/c/d/e", "memory=x", "squash=1", "ulimits=[", "outputs=[{\"Type\":\"local\"}]"} {
-		resp, err := e.http().Post("http://engine/build?"+q, "application/x-tar", bytes.NewReader(make(good)))
+		resp, err := e.HTTP().Post("http://engine/build?"+q, "application/x-tar", bytes.NewReader(make(good)))
 		if err != nil || resp.StatusCode != 400 {
 			t.Errorf("%s: %v %v", q, resp, err)
 		}
 	}
 	// Upgrades that are none.
 	for _, p := range []string{"/grpc", "/session"} {
-		resp, err := e.http().Post("http://engine"+p, "", nil)
+		resp, err := e.HTTP().Post("http://engine"+p, "", nil)
 		if err != nil || resp.StatusCode != 400 {
 			t.Errorf("%s without an upgrade: %v %v", p, resp, err)
 		}
 	}
 	// A Dockerfile's steps see neither the host nor the builder.
 	r := e.classic(e.context(map[string]string{"Dockerfile": `FROM bb
-RUN ls -d ` + e.dir + ` 2>&1; cat /proc/1/comm; mount -t tmpfs x /mnt 2>&1; mknod /dev/sdx b 8 0 2>&1 && cat /dev/sdx; echo 1 > /proc/sys/kernel/panic; true
+RUN ls -d ` + e.Dir + ` 2>&1; cat /proc/1/comm; mount -t tmpfs x /mnt 2>&1; mknod /dev/sdx b 8 0 2>&1 && cat /dev/sdx; echo 1 > /proc/sys/kernel/panic; true
 `}))
-	if r.code != 0 || strings.Contains(r.out, e.dir+"\n") && !strings.Contains(r.out, "No such file") {
+	if r.code != 0 || strings.Contains(r.out, e.Dir+"\n") && !strings.Contains(r.out, "No such file") {
 		t.Errorf("what a step sees: %s", r)
 	}
 	contains(t, r.out, "ermitted", "Read-only file system")
@@ -284,7 +286,7 @@ func TestBomb(t *testing.T) {
 		_ = z.Close()
 		_ = pw.Close()
 	}()
-	resp, err := e.http().Post("http://engine/build", "application/x-tar", pr)
+	resp, err := e.HTTP().Post("http://engine/build", "application/x-tar", pr)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -299,8 +301,8 @@ func TestBomb(t *testing.T) {
 	if full.code == 0 || !strings.Contains(full.all(), "No space left") {
 		t.Errorf("a step on a full disk: %s", full)
 	}
-	eventually(t, "a build works again", 30*time.Second, func() bool {
-		return e.exec(strings.NewReader("FROM bb\nRUN echo fits\n"), nil, filepath.Join(e.bin, "servin"), "build", "-t", "fine", "-").code == 0
+	harness.Eventually(t, "a build works again", 30*time.Second, func() bool {
+		return e.exec(strings.NewReader("FROM bb\nRUN echo fits\n"), nil, filepath.Join(e.Bin, "servin"), "build", "-t", "fine", "-").code == 0
 	})
 	e.must("run", "--rm", "fine", "true")
 }

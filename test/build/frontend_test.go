@@ -31,11 +31,11 @@ func TestSyntaxImage(t *testing.T) {
 	e.must("push", "-q", reg+"/frontend:1")
 	for _, ref := range []string{"frontend:1", reg + "/frontend:1"} {
 		file := "# syntax=" + ref + "\nFROM bb\nARG WHO=nobody\nRUN <<E\necho made for $WHO > /f\nE\nRUN --mount=type=secret,id=s cat /run/secrets/s >> /f\nCMD cat /f\n"
-		if err := os.WriteFile(e.dir+"/s", []byte("told\n"), 0o600); err != nil {
+		if err := os.WriteFile(e.Dir+"/s", []byte("told\n"), 0o600); err != nil {
 			t.Fatal(err)
 		}
 		ctx := e.context(map[string]string{"Dockerfile": file})
-		e.must("build", "--no-cache", "-t", "made", "--build-arg", "WHO="+strings.NewReplacer(":", "-", "/", "-").Replace(ref), "--secret", "id=s,src="+e.dir+"/s", ctx)
+		e.must("build", "--no-cache", "-t", "made", "--build-arg", "WHO="+strings.NewReplacer(":", "-", "/", "-").Replace(ref), "--secret", "id=s,src="+e.Dir+"/s", ctx)
 		if got := e.must("run", "--rm", "made"); !strings.HasPrefix(got, "made for ") || !strings.HasSuffix(got, "told") {
 			t.Errorf("%s: %q", ref, got)
 		}
@@ -61,7 +61,7 @@ test -e "$BUILDKIT_SCAN_SOURCE/built"
 echo '{"_type":"https://in-toto.io/Statement/v0.1","predicateType":"https://spdx.dev/Document","predicate":{"spdxVersion":"SPDX-2.3","name":"'"$(cat "$BUILDKIT_SCAN_SOURCE/built")"'"}}' > "$BUILDKIT_SCAN_DESTINATION/$name.spdx.json"
 `
 	e.must("build", "-q", "-t", "scanner:1", e.context(map[string]string{"Dockerfile": "FROM bb\nCOPY scan /scan\nENTRYPOINT [\"sh\", \"/scan\"]\n", "scan": script}))
-	out := e.dir + "/out"
+	out := e.Dir + "/out"
 	e.must("build", "--sbom", "generator=scanner:1", "-o", out, e.context(map[string]string{"Dockerfile": "FROM bb\nRUN echo the work of a step > /built\n"}))
 	files, _ := filepath.Glob(out + "/sbom*.json")
 	if len(files) != 1 {

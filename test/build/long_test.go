@@ -8,6 +8,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/cloudos-io/cloudos/test/harness"
 )
 
 // count is how many builds the campaign does.
@@ -42,9 +44,9 @@ func (e *engine) state(pid int) state {
 			s.memory, _ = strconv.Atoi(f[1])
 		}
 	}
-	s.layers = size(e.t, filepath.Join(e.dir, "root/images/layers/snapshots"))
-	s.content = size(e.t, filepath.Join(e.dir, "root/images/content"))
-	ents, _ := os.ReadDir(filepath.Join(e.dir, "root/images/layers/snapshots"))
+	s.layers = size(e.t, filepath.Join(e.Dir, "root/images/layers/snapshots"))
+	s.content = size(e.t, filepath.Join(e.Dir, "root/images/content"))
+	ents, _ := os.ReadDir(filepath.Join(e.Dir, "root/images/layers/snapshots"))
 	s.snapshots = len(ents)
 	return s
 }
@@ -69,16 +71,16 @@ func TestManyBuilds(t *testing.T) {
 		_ = os.RemoveAll(ctx)
 	}
 	settle := func() {
-		eventually(t, "the builder leaves", 60*time.Second, func() bool { return e.builder() == 0 })
+		harness.Eventually(t, "the builder leaves", 60*time.Second, func() bool { return e.builder() == 0 })
 		e.must("builder", "prune", "--all", "--force")
-		eventually(t, "the builder leaves", 60*time.Second, func() bool { return e.builder() == 0 })
+		harness.Eventually(t, "the builder leaves", 60*time.Second, func() bool { return e.builder() == 0 })
 		e.must("system", "prune", "--force")
 	}
 	for i := range 5 {
 		one(-1 - i)
 	}
 	settle()
-	pid := e.cmd.Process.Pid
+	pid := e.Cmd.Process.Pid
 	before := e.state(pid)
 	for i := range count() {
 		one(i)
@@ -86,7 +88,7 @@ func TestManyBuilds(t *testing.T) {
 	settle()
 	var after state
 	defer func() { t.Logf("before %+v\nafter  %+v", before, after) }()
-	eventually(t, "what the builds left goes", 180*time.Second, func() bool {
+	harness.Eventually(t, "what the builds left goes", 180*time.Second, func() bool {
 		after = e.state(pid)
 		return after.snapshots <= before.snapshots+2 && after.layers <= before.layers+2*mib && after.content <= before.content+4*mib
 	})

@@ -27,7 +27,7 @@ func TestRegistry(t *testing.T) {
 	}
 
 	// Cache by way of the registry, of the image itself, and of a directory.
-	dir := e.dir + "/cache"
+	dir := e.Dir + "/cache"
 	for name, c := range map[string][2]string{
 		"registry": {"type=registry,ref=" + reg + "/cache:r", "type=registry,ref=" + reg + "/cache:r"},
 		"inline":   {"type=inline", reg + "/inline:1"},
@@ -52,7 +52,7 @@ func TestRegistry(t *testing.T) {
 	if got := e.must("run", "--rm", reg+"/attested:1", "sh", "-c", "test -s /id && echo ran"); got != "ran" {
 		t.Errorf("an image with attestations: %q", got)
 	}
-	out := e.dir + "/prov"
+	out := e.Dir + "/prov"
 	e.must("build", "--provenance", "mode=min", "-o", out, e.context(map[string]string{"Dockerfile": "FROM scratch\nCOPY Dockerfile /\n"}))
 	var p struct{ PredicateType string }
 	b, err := os.ReadFile(filepath.Join(out, "provenance.json"))
@@ -113,7 +113,7 @@ func TestBuildx(t *testing.T) {
 	plugin := buildx(t)
 	e := start(t, "")
 	reg := startRegistry(t)
-	conf := e.dir + "/docker"
+	conf := e.Dir + "/docker"
 	if err := os.MkdirAll(conf+"/cli-plugins", 0o755); err != nil {
 		t.Fatal(err)
 	}
@@ -140,7 +140,7 @@ func TestBuildx(t *testing.T) {
 	contains(t, must("buildx", "inspect").out, "BuildKit version:", "overlayfs")
 	must("buildx", "build", "--network", "host", "-t", "x2", ctx)
 	must("buildx", "build", "-t", reg+"/x:1", "--push", ctx)
-	must("buildx", "build", "-o", e.dir+"/xo", ctx)
+	must("buildx", "build", "-o", e.Dir+"/xo", ctx)
 	must("buildx", "build", "-t", "x3", "--provenance=true", ctx)
 	must("buildx", "build", "--load", "-t", "x3", ctx)
 	must("run", "--rm", "x3", "true")
@@ -156,7 +156,7 @@ func TestBuildx(t *testing.T) {
 		"docker-bake.json": `{"group":{"default":{"targets":["a","b"]}},"target":{"a":{"args":{"N":"1"},"tags":["bake:a"]},"b":{"args":{"N":"2"},"tags":["bake:b"]}}}`})
 	cmd := exec.Command("docker", "buildx", "bake")
 	cmd.Dir = bake
-	cmd.Env = append(os.Environ(), "DOCKER_HOST=unix://"+e.sock, "DOCKER_CONFIG="+conf)
+	cmd.Env = append(os.Environ(), "DOCKER_HOST=unix://"+e.Sock(), "DOCKER_CONFIG="+conf)
 	if b, err := cmd.CombinedOutput(); err != nil {
 		t.Errorf("bake: %v %s", err, b)
 	}

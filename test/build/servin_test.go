@@ -16,7 +16,7 @@ import (
 // TestDockerfile builds with what Dockerfiles have today.
 func TestDockerfile(t *testing.T) {
 	e := start(t, "")
-	agent, err := net.Listen("unix", e.dir+"/agent")
+	agent, err := net.Listen("unix", e.Dir+"/agent")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -67,12 +67,12 @@ CMD cat /here
 		t.Fatal(err)
 	}
 	extra := e.context(map[string]string{"from-extra": "extra"})
-	common := []string{"--build-context", "extra=" + extra, "--secret", "id=s,src=" + ctx + "/secret", "--ssh", "default=" + e.dir + "/agent"}
+	common := []string{"--build-context", "extra=" + extra, "--secret", "id=s,src=" + ctx + "/secret", "--ssh", "default=" + e.Dir + "/agent"}
 	build := func(args ...string) result {
 		return e.servin(slices.Concat([]string{"build"}, common, args, []string{ctx})...)
 	}
 
-	iid, meta := e.dir+"/iid", e.dir+"/meta"
+	iid, meta := e.Dir+"/iid", e.Dir+"/meta"
 	r := build("-t", "d1", "--build-arg", "A=and now", "--iidfile", iid, "--metadata-file", meta, "--progress", "plain")
 	if r.code != 0 {
 		t.Fatal(r)
@@ -108,7 +108,7 @@ CMD cat /here
 	}
 
 	// Other outputs.
-	out := e.dir + "/out"
+	out := e.Dir + "/out"
 	if r := build("--target", "files", "-o", out); r.code != 0 {
 		t.Fatal(r)
 	}
@@ -117,14 +117,14 @@ CMD cat /here
 		t.Errorf("--output of a directory: %v", ents)
 	}
 	for kind, member := range map[string]string{"tar": "one", "oci": "index.json", "docker": "manifest.json"} {
-		file := e.dir + "/out." + kind
+		file := e.Dir + "/out." + kind
 		if r := build("--target", "files", "-t", "saved", "-o", "type="+kind+",dest="+file); r.code != 0 {
 			t.Errorf("--output type=%s: %s", kind, r)
 		} else if names := members(t, file); !slices.Contains(names, member) {
 			t.Errorf("--output type=%s: %v has no %s", kind, names, member)
 		}
 	}
-	if r := e.servin("load", "-i", e.dir+"/out.docker"); r.code != 0 {
+	if r := e.servin("load", "-i", e.Dir+"/out.docker"); r.code != 0 {
 		t.Errorf("load what was built: %s", r)
 	}
 	if r := build("--target", "files", "-q"); r.code != 0 || !strings.HasPrefix(r.out, "sha256:") || r.err != "" {
@@ -172,7 +172,7 @@ func members(t *testing.T, file string) []string {
 // reaches the engine through the command line's own connection.
 func TestStandardInput(t *testing.T) {
 	e := start(t, "")
-	servin := filepath.Join(e.bin, "servin")
+	servin := filepath.Join(e.Bin, "servin")
 	if r := e.exec(strings.NewReader("FROM bb\nRUN echo 1 > /n\n"), nil, servin, "build", "-t", "p1", "-"); r.code != 0 {
 		t.Fatal(r)
 	}
@@ -195,7 +195,7 @@ func TestStandardInput(t *testing.T) {
 		t.Fatal(r)
 	}
 	// By a context's name: servin-build asks servin for a connection.
-	if r := e.servin("context", "create", "here", "--host", "unix://"+e.sock); r.code != 0 {
+	if r := e.servin("context", "create", "here", "--host", "unix://"+e.Sock()); r.code != 0 {
 		t.Fatal(r)
 	}
 	if r := e.exec(strings.NewReader("FROM p3\n"), []string{"SERVIN_HOST="}, servin, "--context", "here", "build", "-t", "p4", "-"); r.code != 0 {

@@ -9,6 +9,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/cloudos-io/cloudos/test/harness"
 )
 
 // size is what a directory takes on disk.
@@ -37,8 +39,8 @@ const mib = 1 << 20
 // the directory that its build wrote.
 func TestOneStore(t *testing.T) {
 	e := start(t, "")
-	layers := filepath.Join(e.dir, "root/images/layers/snapshots")
-	content := filepath.Join(e.dir, "root/images/content")
+	layers := filepath.Join(e.Dir, "root/images/layers/snapshots")
+	content := filepath.Join(e.Dir, "root/images/content")
 	ctx := e.context(map[string]string{"Dockerfile": "FROM bb\nRUN head -c 8388608 /dev/urandom > /big\nRUN head -c 4194304 /dev/urandom > /small\n"})
 	l0, c0 := size(t, layers), size(t, content)
 	e.must("build", "-t", "one", ctx)
@@ -69,10 +71,10 @@ func TestOneStore(t *testing.T) {
 	// Without either nothing is left. A new engine, for one keeps what it ran a while.
 	e.must("rmi", "three")
 	e.must("builder", "prune", "--all", "--force")
-	e.kill()
-	e.boot()
+	e.Kill()
+	e.Boot()
 	e.must("system", "prune", "--force")
-	eventually(t, "layers that nothing uses go", 20*time.Second, func() bool { return size(t, layers) < l0+mib && size(t, content) < c0+mib })
+	harness.Eventually(t, "layers that nothing uses go", 20*time.Second, func() bool { return size(t, layers) < l0+mib && size(t, content) < c0+mib })
 	if got := e.must("run", "--rm", "bb", "echo", "well"); got != "well" {
 		t.Errorf("the base image: %q", got)
 	}
@@ -102,12 +104,12 @@ func TestNames(t *testing.T) {
 func TestCacheBudget(t *testing.T) {
 	e := start(t, "build:\n  cache: 20m\n  idle: 500ms\n")
 	for i := range 3 {
-		e.must("build", "-o", e.dir+"/o", "--target", "x", e.context(map[string]string{"Dockerfile": fmt.Sprintf(
+		e.must("build", "-o", e.Dir+"/o", "--target", "x", e.context(map[string]string{"Dockerfile": fmt.Sprintf(
 			"FROM bb AS b\nRUN echo %d && head -c 15728640 /dev/urandom > /f\nFROM scratch AS x\nCOPY --from=b /etc/passwd /\n", i)}))
 	}
-	eventually(t, "an idle builder leaves", 20*time.Second, func() bool { return e.builder() == 0 })
-	eventually(t, "the cache is within its budget", 20*time.Second, func() bool {
-		return size(t, filepath.Join(e.dir, "root/images/layers/snapshots")) < 28*mib
+	harness.Eventually(t, "an idle builder leaves", 20*time.Second, func() bool { return e.builder() == 0 })
+	harness.Eventually(t, "the cache is within its budget", 20*time.Second, func() bool {
+		return size(t, filepath.Join(e.Dir, "root/images/layers/snapshots")) < 28*mib
 	})
 	du := e.must("system", "df")
 	contains(t, du, "Build Cache")
@@ -120,17 +122,17 @@ func TestCacheBudget(t *testing.T) {
 	if r.code != 0 || !strings.Contains(r.out, "Build Cache     0") {
 		t.Errorf("after the prune: %s", r)
 	}
-	if _, err := os.Stat(filepath.Join(e.dir, "root/build")); err != nil {
+	if _, err := os.Stat(filepath.Join(e.Dir, "root/build")); err != nil {
 		t.Error(err)
 	}
 	for _, q := range []string{`filters={"until":{"24h":true}}`, `filters={"type":["regular"]}`, "keep-storage=1g", "all=1"} {
-		resp, err := e.http().Post("http://engine/v1.50/build/prune?"+q, "", nil)
+		resp, err := e.HTTP().Post("http://engine/v1.50/build/prune?"+q, "", nil)
 		if err != nil || resp.StatusCode != 200 {
 			t.Errorf("prune %s: %v %v", q, resp, err)
 		}
 	}
 	for _, q := range []string{`filters={"nosuch":["x"]}`, `filters={"until":["never"]}`, "keep-storage=much", "filters=x"} {
-		resp, err := e.http().Post("http://engine/v1.50/build/prune?"+q, "", nil)
+		resp, err := e.HTTP().Post("http://engine/v1.50/build/prune?"+q, "", nil)
 		if err != nil || resp.StatusCode != 400 {
 			t.Errorf("prune %s: %v %v", q, resp, err)
 		}

@@ -15,6 +15,8 @@ import (
 
 	collector "go.opentelemetry.io/proto/otlp/collector/trace/v1"
 	"google.golang.org/protobuf/proto"
+
+	"github.com/cloudos-io/cloudos/test/harness"
 )
 
 // TestTraces: the steps of a build are in the trace of whoever asked for it.
@@ -58,7 +60,7 @@ func TestTraces(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if r := e.exec(bytes.NewReader(context), nil, "curl", "-sS", "-f", "--unix-socket", e.sock, "-H", "Content-Type: application/x-tar",
+	if r := e.exec(bytes.NewReader(context), nil, "curl", "-sS", "-f", "--unix-socket", e.Sock(), "-H", "Content-Type: application/x-tar",
 		"-H", "traceparent: 00-"+traces["POST /build"]+"-b7ad6b7169203331-01", "--data-binary", "@-", "http://engine/build?buildargs=%7B%22N%22:%222%22%7D"); r.code != 0 || !strings.Contains(r.out, "Successfully built") {
 		t.Fatal(r)
 	}
@@ -68,7 +70,7 @@ func TestTraces(t *testing.T) {
 		t.Log(seen)
 	}()
 	for name, id := range traces {
-		eventually(t, "the spans of "+name, 20*time.Second, func() bool {
+		harness.Eventually(t, "the spans of "+name, 20*time.Second, func() bool {
 			mu.Lock()
 			defer mu.Unlock()
 			all := strings.Join(seen[id], "\n")

@@ -31,7 +31,7 @@ func TestCold(t *testing.T) {
 		"test -e /f || { echo kept > /f; rm /bin/ls; mkdir -p /d/e; ln -s /f /d/e/l; echo v > /data/v; echo w > /anon/w; chown 7:8 /f; chmod 4711 /f; }; sleep 1000")
 	a.eventually("it has begun", func() bool { _, code := a.try("exec", "box", "test", "-e", "/anon/w"); return code == 0 })
 	time.Sleep(100 * time.Millisecond)
-	id := b.mustMatch(a.ok("containers", "migrate", "--cold", "--volumes", "-t", "0", "box", b.sock()))
+	id := b.mustMatch(a.ok("containers", "migrate", "--cold", "--volumes", "-t", "0", "box", b.Host()))
 	for cmd, want := range map[string]string{
 		"cat /f /d/e/l /data/v /anon/w":     "kept\nkept\nv\nw",
 		"stat -c %a/%u/%g /f":               "4711/7/8",
@@ -52,20 +52,20 @@ func TestCold(t *testing.T) {
 	if out := a.ok("volumes", "ls", "-q"); !strings.Contains(out, "data") {
 		t.Errorf("its volume is gone here: %q", out)
 	}
-	if l, _ := os.ReadDir(a.dir + "/root/checkpoints"); len(l) != 0 {
+	if l, _ := os.ReadDir(a.Dir + "/root/checkpoints"); len(l) != 0 {
 		t.Errorf("%v is left", l)
 	}
-	if l, _ := os.ReadDir(b.dir + "/root/checkpoints"); len(l) != 0 {
+	if l, _ := os.ReadDir(b.Dir + "/root/checkpoints"); len(l) != 0 {
 		t.Errorf("%v is left on the target", l)
 	}
 	// A stopped one moves as it is.
 	b.ok("stop", "-t", "0", "box")
-	b.fails("it does not run; --cold", "containers", "migrate", "box", a.sock())
-	b.fails("there is a volume data already", "containers", "migrate", "--cold", "--volumes", "box", a.sock())
+	b.fails("it does not run; --cold", "containers", "migrate", "box", a.Host())
+	b.fails("there is a volume data already", "containers", "migrate", "--cold", "--volumes", "box", a.Host())
 	if s := b.status("box"); s != "exited" {
 		t.Errorf("it is %s", s)
 	}
-	b.ok("containers", "migrate", "--cold", "--volumes", "--keep-volumes", "--keep", "--name", "again", "box", a.sock())
+	b.ok("containers", "migrate", "--cold", "--volumes", "--keep-volumes", "--keep", "--name", "again", "box", a.Host())
 	if s, k := a.status("again"), b.status("box"); s != "created" || k != "exited" {
 		t.Errorf("it is %s here and %s there", s, k)
 	}
@@ -95,15 +95,15 @@ func TestColdFails(t *testing.T) {
 		if out := b.ok("ps", "-aq"); out != "" {
 			t.Errorf("%s: the target has %s", what, out)
 		}
-		a.eventually(what+": nothing is left here", func() bool { l, _ := os.ReadDir(a.dir + "/root/checkpoints"); return len(l) == 0 })
-		b.eventually(what+": nothing is left there", func() bool { l, _ := os.ReadDir(b.dir + "/root/checkpoints"); return len(l) == 0 })
+		a.eventually(what+": nothing is left here", func() bool { l, _ := os.ReadDir(a.Dir + "/root/checkpoints"); return len(l) == 0 })
+		b.eventually(what+": nothing is left there", func() bool { l, _ := os.ReadDir(b.Dir + "/root/checkpoints"); return len(l) == 0 })
 	}
-	a.fails("cannot be pulled; carry it along", "containers", "migrate", "--cold", "--no-image", "-t", "0", "box", b.sock())
+	a.fails("cannot be pulled; carry it along", "containers", "migrate", "--cold", "--no-image", "-t", "0", "box", b.Host())
 	runs("no image")
 	a.fails("unix:///nothing", "containers", "migrate", "--cold", "box", "unix:///nothing")
 	runs("no target")
 
-	c, err := client.New(client.Config{Host: a.sock()})
+	c, err := client.New(client.Config{Host: a.Host()})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -128,18 +128,18 @@ func TestColdFails(t *testing.T) {
 	// The engine is killed while the container is stopped for it.
 	err = c.Checkpoint(ctx, "box", api.CheckpointStart{Cold: true, Timeout: &zero}, nil, func(r io.Reader) error {
 		_, err := io.Copy(io.Discard, r)
-		a.kill()
+		a.Kill()
 		return err
 	})
 	if err == nil {
 		t.Error("the engine was killed, and all is well")
 	}
-	a.boot()
+	a.Boot()
 	runs("engine killed")
 
 	// The command line is interrupted while it waits for the container to stop, and
 	// while the target is at it.
-	cmd := exec.Command(a.bin+"/servin", "--host", a.sock(), "containers", "migrate", "--cold", "-t", "3", "box", b.sock())
+	cmd := exec.Command(a.Bin+"/servin", "--host", a.Host(), "containers", "migrate", "--cold", "-t", "3", "box", b.Host())
 	var out bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &out
 	if err := cmd.Start(); err != nil {
@@ -151,7 +151,7 @@ func TestColdFails(t *testing.T) {
 		t.Errorf("%v: %s", err, out.String())
 	}
 	runs("interrupted")
-	a.fails("is removed as soon as it stops", "containers", "migrate", "--cold", a.ok("run", "-d", "--rm", "bb", "sleep", "1000"), b.sock())
+	a.fails("is removed as soon as it stops", "containers", "migrate", "--cold", a.ok("run", "-d", "--rm", "bb", "sleep", "1000"), b.Host())
 }
 
 // TestNoCRIU: what to do is said, and the container goes on.
@@ -180,10 +180,10 @@ func TestNoCRIU(t *testing.T) {
 	e.fails("does not exist", "containers", "restore", "--name", "n", "box", "cp")
 	e.ok("pause", "box")
 	e.fails("unpause it first", "containers", "checkpoint", "box", "cp")
-	if l, _ := os.ReadDir(e.dir + "/root/checkpoints"); len(l) != 0 {
+	if l, _ := os.ReadDir(e.Dir + "/root/checkpoints"); len(l) != 0 {
 		t.Errorf("%v is left", l)
 	}
-	if l, _ := os.ReadDir(e.dir + "/run/held"); len(l) != 0 {
+	if l, _ := os.ReadDir(e.Dir + "/run/held"); len(l) != 0 {
 		t.Errorf("%v is held", l)
 	}
 }
@@ -298,7 +298,7 @@ func TestForeign(t *testing.T) {
 			e.ok("rm", "-f", strings.TrimSpace(out[max(0, len(out)-64):]))
 		}
 	}
-	if l, _ := os.ReadDir(e.dir + "/root/checkpoints"); len(l) != 0 {
+	if l, _ := os.ReadDir(e.Dir + "/root/checkpoints"); len(l) != 0 {
 		t.Errorf("%v is left", l)
 	}
 }

@@ -61,7 +61,7 @@ func TestRestoreInPlace(t *testing.T) {
 	e.ok("containers", "checkpoint", "--rm", "first", "box")
 	e.fails("does not exist", "containers", "restore", "box", "first")
 	e.ok("rm", "box")
-	if l, err := os.ReadDir(e.dir + "/root/checkpoints"); err != nil || len(l) != 0 {
+	if l, err := os.ReadDir(e.Dir + "/root/checkpoints"); err != nil || len(l) != 0 {
 		t.Errorf("checkpoints are left: %v, %v", l, err)
 	}
 }
@@ -107,7 +107,7 @@ func TestTerminal(t *testing.T) {
 		t.Helper()
 		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 		defer cancel()
-		c, err := client.New(client.Config{Host: e.sock()})
+		c, err := client.New(client.Config{Host: e.Host()})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -146,7 +146,7 @@ func TestFile(t *testing.T) {
 	a.ok("run", "-d", "--name", "box", "-v", "data:/data", "bb", "sh", "-c", "echo kept > /data/f; "+counter)
 	a.eventually("it counts", func() bool { return a.count("box") > 5 })
 	n := a.count("box")
-	file := filepath.Join(a.dir, "box.tar")
+	file := filepath.Join(a.Dir, "box.tar")
 	a.ok("containers", "checkpoint", "--export", file, "--image", "--volumes", "box")
 	if s := a.status("box"); s != "exited" {
 		t.Errorf("it is %s", s)
@@ -164,8 +164,8 @@ func TestFile(t *testing.T) {
 	b.ok("containers", "restore", "--import", file, "--name", "other", "--keep-volumes")
 	b.goesOn("other", n)
 	// A restart of the engine changes nothing for it.
-	b.kill()
-	b.boot()
+	b.Kill()
+	b.Boot()
 	b.goesOn("box", n)
 	b.ok("stop", "-t", "0", "box")
 	b.ok("start", "box")
@@ -179,21 +179,21 @@ func TestMigrate(t *testing.T) {
 	a.ok("run", "-d", "--name", "box", "--restart", "always", "bb", "sh", "-c", counter)
 	a.eventually("it counts", func() bool { return a.count("box") > 5 })
 	n := a.count("box")
-	a.ok("containers", "migrate", "--rounds", "2", "box", b.sock())
+	a.ok("containers", "migrate", "--rounds", "2", "box", b.Host())
 	b.goesOn("box", n)
 	if s := a.status("box"); s != "" {
 		t.Errorf("it is %s here", s)
 	}
 	// And back, kept there.
 	n = b.count("box")
-	b.ok("containers", "migrate", "--keep", "--rounds", "0", "box", a.sock())
+	b.ok("containers", "migrate", "--keep", "--rounds", "0", "box", a.Host())
 	a.goesOn("box", n)
 	if s := b.status("box"); s != "exited" {
 		t.Errorf("it is %s there", s)
 	}
 	// What fails leaves the source as it was: there is one of that name.
 	n = a.count("box")
-	a.fails("in use", "containers", "migrate", "box", b.sock())
+	a.fails("in use", "containers", "migrate", "box", b.Host())
 	a.goesOn("box", n)
 	if s := b.status("box"); s != "exited" {
 		t.Errorf("it is %s there", s)
@@ -230,9 +230,9 @@ func TestKilled(t *testing.T) {
 		done := make(chan struct{})
 		go func() { defer close(done); e.try("containers", "checkpoint", "--leave-running", "box", "cp") }()
 		time.Sleep(after * time.Millisecond)
-		e.kill()
+		e.Kill()
 		<-done
-		e.boot()
+		e.Boot()
 		e.goesOn("box", n)
 		if s := e.status("box"); s != "running" {
 			t.Fatalf("after %d ms it is %s", after, s)
@@ -240,7 +240,7 @@ func TestKilled(t *testing.T) {
 		e.try("containers", "checkpoint", "--rm", "cp", "box")
 	}
 	for _, dir := range []string{"held", "criu"} {
-		if l, _ := os.ReadDir(filepath.Join(e.dir, "run", dir)); len(l) != 0 {
+		if l, _ := os.ReadDir(filepath.Join(e.Dir, "run", dir)); len(l) != 0 {
 			t.Errorf("%s is left in %s", l, dir)
 		}
 	}

@@ -85,7 +85,7 @@ func TestCRI(t *testing.T) {
 			t.Errorf("it lacks %s: %v", name, seen)
 		}
 	}
-	if l, _ := os.ReadDir(e.dir + "/root/checkpoints"); len(l) != 0 {
+	if l, _ := os.ReadDir(e.Dir + "/root/checkpoints"); len(l) != 0 {
 		t.Errorf("%v is left", l)
 	}
 }
@@ -101,7 +101,7 @@ func TestDocker(t *testing.T) {
 	e.ok("run", "-d", "--name", "box", "bb", "sh", "-c", counter)
 	try := func(args ...string) (string, error) {
 		cmd := exec.Command(docker, args...)
-		cmd.Env = append(os.Environ(), "DOCKER_HOST="+e.sock(), "HOME="+e.dir)
+		cmd.Env = append(os.Environ(), "DOCKER_HOST="+e.Host(), "HOME="+e.Dir)
 		out, err := cmd.CombinedOutput()
 		return strings.TrimSpace(string(out)), err
 	}
@@ -141,8 +141,8 @@ func TestDocker(t *testing.T) {
 	run("start", "--checkpoint", "c1", "box")
 	e.goesOn("box", n)
 	n = e.count("box")
-	run("checkpoint", "create", "--checkpoint-dir", e.dir+"/elsewhere", "box", "c2")
-	run("start", "--checkpoint-dir", e.dir+"/elsewhere", "--checkpoint", "c2", "box")
+	run("checkpoint", "create", "--checkpoint-dir", e.Dir+"/elsewhere", "box", "c2")
+	run("start", "--checkpoint-dir", e.Dir+"/elsewhere", "--checkpoint", "c2", "box")
 	e.goesOn("box", n)
 	run("checkpoint", "create", "--leave-running", "box", "c3")
 	e.goesOn("box", n)
@@ -182,9 +182,9 @@ func TestRestoreKilled(t *testing.T) {
 		done := make(chan struct{})
 		go func() { defer close(done); e.try("containers", "restore", "box", "cp") }()
 		time.Sleep(after * time.Millisecond)
-		e.kill()
+		e.Kill()
 		<-done
-		e.boot()
+		e.Boot()
 		switch s := e.status("box"); s {
 		case "running":
 			e.goesOn("box", n)
@@ -215,16 +215,16 @@ func TestMigrateBroken(t *testing.T) {
 			a.goesOn("box", n)
 		case here == "" && there == "running": // it was too late
 			b.goesOn("box", n)
-			b.ok("containers", "migrate", "--rounds", "0", "box", a.sock())
+			b.ok("containers", "migrate", "--rounds", "0", "box", a.Host())
 		default:
 			t.Fatalf("%s: it is %q here and %q there", what, here, there)
 		}
 		for _, e := range []*engine{a, b} {
-			e.eventually(what+": nothing is left", func() bool { l, _ := os.ReadDir(e.dir + "/root/checkpoints"); return len(l) == 0 })
+			e.eventually(what+": nothing is left", func() bool { l, _ := os.ReadDir(e.Dir + "/root/checkpoints"); return len(l) == 0 })
 		}
 	}
 	migrate := func() *exec.Cmd {
-		cmd := exec.Command(a.bin+"/servin", "--host", a.sock(), "containers", "migrate", "--rounds", "1", "box", b.sock())
+		cmd := exec.Command(a.Bin+"/servin", "--host", a.Host(), "containers", "migrate", "--rounds", "1", "box", b.Host())
 		if err := cmd.Start(); err != nil {
 			t.Fatal(err)
 		}
@@ -240,16 +240,16 @@ func TestMigrateBroken(t *testing.T) {
 		n = a.count("box")
 		cmd = migrate()
 		time.Sleep(after * time.Millisecond)
-		a.kill()
+		a.Kill()
 		_ = cmd.Wait()
-		a.boot()
+		a.Boot()
 		once("source killed after "+after.String(), n)
 		n = a.count("box")
 		cmd = migrate()
 		time.Sleep(after * time.Millisecond)
-		b.kill()
+		b.Kill()
 		_ = cmd.Wait()
-		b.boot()
+		b.Boot()
 		once("target killed after "+after.String(), n)
 	}
 }

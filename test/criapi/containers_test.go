@@ -11,6 +11,8 @@ import (
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/codes"
 	v1 "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/cloudos-io/cloudos/test/harness"
 )
 
 func containerLists(t *testing.T, n *node) {
@@ -327,7 +329,7 @@ func logs(t *testing.T, n *node) {
 	wants(t, "reopen before the start", err, codes.FailedPrecondition)
 	n.startContainer(t, kid)
 	path := p.LogDirectory + "/keep.log"
-	eventually(t, "output", 5*time.Second, func() bool { b, _ := os.ReadFile(path); return len(b) > 0 })
+	harness.Eventually(t, "output", 5*time.Second, func() bool { b, _ := os.ReadFile(path); return len(b) > 0 })
 	if err := os.Rename(path, path+".old"); err != nil {
 		t.Fatal(err)
 	}
@@ -337,7 +339,7 @@ func logs(t *testing.T, n *node) {
 	if _, err := os.Stat(path); err != nil {
 		t.Errorf("no new log: %v", err)
 	}
-	eventually(t, "output in the new log", 5*time.Second, func() bool { b, _ := os.ReadFile(path); return len(b) > 0 })
+	harness.Eventually(t, "output in the new log", 5*time.Second, func() bool { b, _ := os.ReadFile(path); return len(b) > 0 })
 	old := len(readLog(t, path+".old"))
 	time.Sleep(200 * time.Millisecond)
 	if again := len(readLog(t, path+".old")); again != old {

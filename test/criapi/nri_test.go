@@ -13,6 +13,8 @@ import (
 	"github.com/containerd/nri/pkg/api"
 	"github.com/containerd/nri/pkg/stub"
 	v1 "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/cloudos-io/cloudos/test/harness"
 )
 
 // plugin is an NRI plugin that notes what it is told and changes containers.
@@ -124,12 +126,12 @@ func (n *node) plug(t *testing.T, index string) *plugin {
 	t.Helper()
 	p := &plugin{done: make(chan error, 1)}
 	var err error
-	if p.stub, err = stub.New(p, stub.WithPluginName("test"), stub.WithPluginIdx(index), stub.WithSocketPath(n.dir+"/nri.sock")); err != nil {
+	if p.stub, err = stub.New(p, stub.WithPluginName("test"), stub.WithPluginIdx(index), stub.WithSocketPath(n.Dir+"/nri.sock")); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, "the plugins' socket", 10*time.Second, func() bool { _, err := os.Stat(n.dir + "/nri.sock"); return err == nil })
+	harness.Eventually(t, "the plugins' socket", 10*time.Second, func() bool { _, err := os.Stat(n.Dir + "/nri.sock"); return err == nil })
 	go func() { p.done <- p.stub.Run(context.Background()) }()
-	eventually(t, "the plugin's connection", 10*time.Second, func() bool {
+	harness.Eventually(t, "the plugin's connection", 10*time.Second, func() bool {
 		p.mu.Lock()
 		defer p.mu.Unlock()
 		return p.synced != nil
@@ -204,8 +206,8 @@ func TestNRI(t *testing.T) {
 
 	// The engine is killed: what runs goes on, and the plugin, when it comes back,
 	// is told of it.
-	n.kill()
-	n.boot()
+	n.Kill()
+	n.Boot()
 	if got := limit(); got != "41943040" {
 		t.Errorf("memory limit after a restart %s", got)
 	}
@@ -230,6 +232,6 @@ func TestNRI(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, e := range []string{"create other", "created other", "start other", "started other", "ended c", "removed c", "stop " + cfg.Metadata.Name, "remove " + cfg.Metadata.Name} {
-		eventually(t, "event "+e, 5*time.Second, func() bool { return p.saw(e) })
+		harness.Eventually(t, "event "+e, 5*time.Second, func() bool { return p.saw(e) })
 	}
 }

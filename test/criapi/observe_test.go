@@ -9,6 +9,8 @@ import (
 
 	"google.golang.org/grpc/codes"
 	v1 "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/cloudos-io/cloudos/test/harness"
 )
 
 func stats(t *testing.T, n *node) {
@@ -27,14 +29,14 @@ func stats(t *testing.T, n *node) {
 		return s.GetAttributes().GetId() == id && s.Attributes.Metadata.Name == "a" && s.Cpu.GetUsageCoreNanoSeconds().GetValue() > 0 && s.Memory.GetWorkingSetBytes().GetValue() > 0 &&
 			s.Memory.GetUsageBytes().GetValue() > 0 && s.Memory.GetAvailableBytes().GetValue() > 0 && s.WritableLayer.GetUsedBytes() != nil && s.WritableLayer.FsId.Mountpoint != "" && s.Cpu.Timestamp > 0
 	}
-	eventually(t, "processor time", 5*time.Second, func() bool {
+	harness.Eventually(t, "processor time", 5*time.Second, func() bool {
 		r, err := n.rt.ContainerStats(ctx(t), &v1.ContainerStatsRequest{ContainerId: id})
 		if err != nil {
 			t.Fatal(err)
 		}
 		return check(r.Stats)
 	})
-	eventually(t, "a rate and the layer's size", 20*time.Second, func() bool {
+	harness.Eventually(t, "a rate and the layer's size", 20*time.Second, func() bool {
 		r, err := n.rt.ContainerStats(ctx(t), &v1.ContainerStatsRequest{ContainerId: id})
 		if err != nil {
 			t.Fatal(err)
@@ -86,7 +88,7 @@ func stats(t *testing.T, n *node) {
 		}
 	}
 	fs, err := n.img.ImageFsInfo(ctx(t), &v1.ImageFsInfoRequest{})
-	if err != nil || len(fs.ImageFilesystems) != 1 || fs.ImageFilesystems[0].UsedBytes.Value == 0 || fs.ImageFilesystems[0].InodesUsed.Value == 0 || fs.ImageFilesystems[0].FsId.Mountpoint != n.dir+"/root" {
+	if err != nil || len(fs.ImageFilesystems) != 1 || fs.ImageFilesystems[0].UsedBytes.Value == 0 || fs.ImageFilesystems[0].InodesUsed.Value == 0 || fs.ImageFilesystems[0].FsId.Mountpoint != n.Dir+"/root" {
 		t.Errorf("%v, %v", fs, err)
 	}
 }
@@ -321,7 +323,7 @@ func apart(t *testing.T, n *node) {
 	conf := sleeper("a")
 	conf.LogPath, conf.Command = "a.log", []string{"sh", "-c", "echo a line; while :; do sleep 0.1; done"}
 	pod, id := n.up(t, p, conf)
-	eventually(t, "the log by name", 5*time.Second, func() bool { return n.must("logs", "k8s_a_"+p.Metadata.Name+"_test_"+p.Metadata.Uid+"_0") == "a line" })
+	harness.Eventually(t, "the log by name", 5*time.Second, func() bool { return n.must("logs", "k8s_a_"+p.Metadata.Name+"_test_"+p.Metadata.Uid+"_0") == "a line" })
 	seen := n.must("events", "--since", "1m", "--until", "0s", "--filter", "namespace=*")
 	if out := n.must("events", "--since", "1m", "--until", "0s"); strings.Contains(out, id) || !strings.Contains(seen, id) {
 		t.Errorf("events: %s", out)

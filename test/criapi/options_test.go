@@ -21,6 +21,8 @@ import (
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/credentials/insecure"
 	v1 "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/cloudos-io/cloudos/test/harness"
 )
 
 // authority signs certificates.
@@ -135,7 +137,7 @@ func TestHandlers(t *testing.T) {
 		if st.RuntimeHandler != h.Name {
 			t.Errorf("handler %q, not %q", st.RuntimeHandler, h.Name)
 		}
-		eventually(t, "output of "+h.Name, 10*time.Second, func() bool {
+		harness.Eventually(t, "output of "+h.Name, 10*time.Second, func() bool {
 			return strings.Contains(text(readLog(t, p.LogDirectory+"/a.log"), "stdout"), st.Network.Ip+"/")
 		})
 		if out := n.exec(t, id, "echo", "x"); out != "x\n" {

@@ -13,6 +13,8 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/protobuf/proto"
 	v1 "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/cloudos-io/cloudos/test/harness"
 )
 
 func podAttributes(t *testing.T, n *node) {
@@ -124,7 +126,7 @@ func invalidPods(t *testing.T, n *node) {
 	wants(t, "unknown handler", err, codes.InvalidArgument)
 	_, err = n.rt.RunPodSandbox(ctx(t), &v1.RunPodSandboxRequest{})
 	wants(t, "no configuration", err, codes.InvalidArgument)
-	if l, err := os.ReadDir(n.dir + "/run/pods"); err != nil || len(l) > 8 {
+	if l, err := os.ReadDir(n.Dir + "/run/pods"); err != nil || len(l) > 8 {
 		t.Errorf("%d directories of pods are left: %v", len(l), err)
 	}
 }
@@ -280,7 +282,7 @@ func sharedProcesses(t *testing.T, n *node) {
 	}
 	// Orphans go to the pause, which reaps them; it has no right at all.
 	n.exec(t, a, "sh", "-c", "(sleep 0.1 &) ; true")
-	eventually(t, "the orphan's end", 5*time.Second, func() bool {
+	harness.Eventually(t, "the orphan's end", 5*time.Second, func() bool {
 		return !strings.Contains(n.exec(t, a, "ps", "-o", "stat,args"), "Z ")
 	})
 	s := n.exec(t, a, "cat", "/proc/1/status")
@@ -344,7 +346,7 @@ func ports(t *testing.T, n *node) {
 	ip := n.podStatus(t, pod).Network.Ip
 	for _, at := range []string{"127.0.0.1:12001", ip + ":8080"} {
 		var body string
-		eventually(t, at, 10*time.Second, func() bool {
+		harness.Eventually(t, at, 10*time.Second, func() bool {
 			h := http.Client{Timeout: time.Second}
 			r, err := h.Get("http://" + at + "/")
 			if err != nil {

@@ -9,6 +9,8 @@ import (
 
 	"google.golang.org/grpc/codes"
 	v1 "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/cloudos-io/cloudos/test/harness"
 )
 
 func owner(fi os.FileInfo) int {
@@ -129,7 +131,7 @@ func signals(t *testing.T, n *node) {
 	c.Command = []string{"sh", "-c", "trap 'echo got; exit 9' USR1; echo up; while :; do sleep 0.05; done"}
 	id := n.create(t, pod, p, c)
 	n.startContainer(t, id)
-	eventually(t, "the trap", 5e9, func() bool { return text(readLog(t, p.LogDirectory+"/usr1.log"), "stdout") == "up\n" })
+	harness.Eventually(t, "the trap", 5e9, func() bool { return text(readLog(t, p.LogDirectory+"/usr1.log"), "stdout") == "up\n" })
 	if _, err := n.rt.StopContainer(ctx(t), &v1.StopContainerRequest{ContainerId: id, Timeout: 20}); err != nil {
 		t.Fatal(err)
 	}

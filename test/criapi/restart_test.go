@@ -12,6 +12,8 @@ import (
 
 	"google.golang.org/grpc/codes"
 	v1 "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/cloudos-io/cloudos/test/harness"
 )
 
 // TestRestart kills the daemon under pods of every kind: none is lost, and no
@@ -52,9 +54,9 @@ func TestRestart(t *testing.T) {
 	short.Command = []string{"sh", "-c", "sleep 0.5; exit 3"}
 	_, shortID := n.up(t, ending, short)
 
-	n.kill()
+	n.Kill()
 	time.Sleep(700 * time.Millisecond) // one ends while nobody looks
-	n.boot()
+	n.Boot()
 
 	for name, u := range pods {
 		s := n.podStatus(t, u.pod)
@@ -126,9 +128,9 @@ func TestKilled(t *testing.T) {
 			})
 		}
 		time.Sleep(time.Duration(10+round*25%200) * time.Millisecond)
-		n.kill()
+		n.Kill()
 		wg.Wait()
-		n.boot()
+		n.Boot()
 	}
 	l, err := n.rt.ListPodSandbox(ctx(t), &v1.ListPodSandboxRequest{})
 	if err != nil {
@@ -147,10 +149,10 @@ func TestKilled(t *testing.T) {
 	if err != nil || len(k.Containers) > 0 {
 		t.Errorf("containers are left: %v, %v", k, err)
 	}
-	if d, err := os.ReadDir(n.dir + "/run/pods"); err != nil || len(d) > 0 {
+	if d, err := os.ReadDir(n.Dir + "/run/pods"); err != nil || len(d) > 0 {
 		t.Errorf("directories are left: %v, %v", d, err)
 	}
-	if d, _ := filepath.Glob(n.dir + "/root/networks/*/*.json"); len(d) > 4 {
+	if d, _ := filepath.Glob(n.Dir + "/root/networks/*/*.json"); len(d) > 4 {
 		t.Errorf("records of networks are left: %v", d)
 	}
 }
@@ -163,17 +165,17 @@ func TestRebooted(t *testing.T) {
 	pod, id := n.up(t, p, sleeper("a"))
 	pid := n.exec(t, id, "true") // it runs
 	_ = pid
-	n.kill()
+	n.Kill()
 	// What a reboot takes: processes, mounts, the run root.
 	for _, proc := range processesIn(t, id) {
 		_ = proc.Kill()
 	}
-	eventually(t, "the end of all processes", 5*time.Second, func() bool { return len(processesIn(t, id)) == 0 })
-	unmountBelow(t, n.dir+"/run")
-	if err := os.RemoveAll(n.dir + "/run"); err != nil {
+	harness.Eventually(t, "the end of all processes", 5*time.Second, func() bool { return len(processesIn(t, id)) == 0 })
+	unmountBelow(t, n.Dir+"/run")
+	if err := os.RemoveAll(n.Dir + "/run"); err != nil {
 		t.Fatal(err)
 	}
-	n.boot()
+	n.Boot()
 	if s := n.podStatus(t, pod); s.State != v1.PodSandboxState_SANDBOX_NOTREADY {
 		t.Errorf("%v", s)
 	}

@@ -85,7 +85,7 @@ func TestManyPods(t *testing.T) {
 	if len(addresses) != count {
 		t.Errorf("%d addresses for %d pods", len(addresses), count)
 	}
-	t.Logf("daemon %d KiB PSS, a pod with its container %d KiB", pss(n.cmd.Process.Pid)>>10, memory/4>>10)
+	t.Logf("daemon %d KiB PSS, a pod with its container %d KiB", pss(n.Cmd.Process.Pid)>>10, memory/4>>10)
 	begin = time.Now()
 	for _, p := range all {
 		wg.Go(func() {

@@ -14,6 +14,8 @@ import (
 	v1 "k8s.io/cri-api/pkg/apis/runtime/v1"
 	"k8s.io/streaming/pkg/httpstream"
 	"k8s.io/streaming/pkg/httpstream/spdy"
+
+	"github.com/cloudos-io/cloudos/test/harness"
 )
 
 // dial takes a streaming URL, as the kubelet's clients do.
@@ -185,7 +187,7 @@ func portForward(t *testing.T, n *node) {
 		c := sleeper("web")
 		c.Command = []string{"sh", "-c", "echo it works >/tmp/index.html; exec httpd -f -p 127.0.0.1:" + strconv.Itoa(port) + " -h /tmp"}
 		pod, id := n.up(t, p, c)
-		eventually(t, "the server", 5*time.Second, func() bool {
+		harness.Eventually(t, "the server", 5*time.Second, func() bool {
 			return n.try(t, id, "wget", "-q", "-O", "-", "http://127.0.0.1:"+strconv.Itoa(port)+"/").ExitCode == 0
 		})
 		r, err := n.rt.PortForward(ctx(t), &v1.PortForwardRequest{PodSandboxId: pod, Port: []int32{int32(port)}})

@@ -54,7 +54,7 @@ func (s *apiStorm) ask(method, path, body string) answer {
 	cl := &http.Client{Timeout: requestLimit, Transport: &http.Transport{DisableKeepAlives: true,
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 			var d net.Dialer
-			return d.DialContext(ctx, "unix", s.e.sock)
+			return d.DialContext(ctx, "unix", s.e.Sock())
 		}}}
 	var rd io.Reader = strings.NewReader(body)
 	if body == "TAR" {
@@ -375,9 +375,9 @@ func TestAPIStorm(t *testing.T) {
 		for limit := time.Now().Add(10 * time.Minute); s.left.Load() > int64(calls-(k+1)*calls/(kills+1)) && time.Now().Before(limit); {
 			time.Sleep(5 * time.Millisecond)
 		}
-		e.kill() // whatever is under way
+		e.Kill() // whatever is under way
 		s.gate.Lock()
-		e.boot()
+		e.Boot()
 		s.agree(fmt.Sprintf("after kill %d", k+1))
 		s.gate.Unlock()
 	}

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/cloudos-io/cloudos/internal/network/cni/cnitest"
+	"github.com/cloudos-io/cloudos/test/harness"
 )
 
 // Containers on CNI networks, through the shipped programs.
@@ -47,7 +48,7 @@ func TestCNI(t *testing.T) {
 		b, _ := io.ReadAll(resp.Body)
 		return string(b) == "hello\n"
 	}
-	eventually(t, "the published port", 10*time.Second, served)
+	harness.Eventually(t, "the published port", 10*time.Second, served)
 	var in []struct {
 		NetworkSettings struct {
 			Networks map[string]struct{ IPAddress, Gateway string }
@@ -66,9 +67,9 @@ func TestCNI(t *testing.T) {
 		t.Errorf("a network that is not there: %s", r)
 	}
 	e.must("restart", "-t", "0", "web")
-	eventually(t, "the port after a restart", 10*time.Second, served)
-	e.kill()
-	e.boot()
+	harness.Eventually(t, "the port after a restart", 10*time.Second, served)
+	e.Kill()
+	e.Boot()
 	if !served() {
 		t.Error("the container lost its network with the engine")
 	}
@@ -81,11 +82,11 @@ func TestCNI(t *testing.T) {
 		t.Errorf("connected again: %s", out)
 	}
 	e.must("rm", "-f", "web")
-	eventually(t, "the leases' end", 10*time.Second, func() bool {
+	harness.Eventually(t, "the leases' end", 10*time.Second, func() bool {
 		l, _ := filepath.Glob(dir + "/leases/*/10.*")
 		return len(l) == 0
 	})
-	if es, _ := os.ReadDir(e.dir + "/root/cni/attachments"); len(es) > 0 {
+	if es, _ := os.ReadDir(e.Dir + "/root/cni/attachments"); len(es) > 0 {
 		t.Errorf("records stay: %v", es)
 	}
 }

@@ -6,6 +6,8 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"github.com/cloudos-io/cloudos/test/harness"
 )
 
 // TestDaemonKilled kills the daemon while containers run and while others are
@@ -22,16 +24,16 @@ func TestDaemonKilled(t *testing.T) {
 			wg.Go(func() { e.run("run", "--rm", "bb", "true") })
 		}
 		time.Sleep(20 * time.Millisecond)
-		e.kill()
+		e.Kill()
 		begin := time.Now()
-		e.boot()
+		e.Boot()
 		if got := e.must("inspect", "--format", "{{.State.Pid}} {{.State.Running}}", "steady"); got != pid+" true" {
 			t.Fatalf("after a crash: %q, want pid %s", got, pid)
 		}
 		t.Logf("taken back after %s", time.Since(begin).Round(time.Millisecond))
 		wg.Wait() // the command line waits for an engine that went away
 	}
-	eventually(t, "exit of the writer", 30*time.Second, func() bool {
+	harness.Eventually(t, "exit of the writer", 30*time.Second, func() bool {
 		return e.must("inspect", "--format", "{{.State.Status}} {{.State.ExitCode}}", "writer") == "exited 9"
 	})
 	out := strings.Split(e.must("logs", "writer"), "\n")
@@ -46,7 +48,7 @@ func TestDaemonKilled(t *testing.T) {
 	if r := e.run("exec", "steady", "echo", "alive"); r.out != "alive\n" {
 		t.Errorf("exec after take-over: %s", r)
 	}
-	eventually(t, "leftovers of --rm containers gone", 10*time.Second, func() bool {
+	harness.Eventually(t, "leftovers of --rm containers gone", 10*time.Second, func() bool {
 		return len(strings.Fields(e.must("ps", "-aq"))) == 2
 	})
 }
@@ -55,9 +57,9 @@ func TestDaemonKilled(t *testing.T) {
 func TestExitWhileDown(t *testing.T) {
 	e := start(t)
 	e.must("run", "-d", "--name", "cc", "bb", "sh", "-c", "sleep 1; echo last words; exit 42")
-	e.kill()
+	e.Kill()
 	time.Sleep(1500 * time.Millisecond)
-	e.boot()
+	e.Boot()
 	if got := e.must("inspect", "--format", "{{.State.Status}} {{.State.ExitCode}}", "cc"); got != "exited 42" {
 		t.Errorf("state %q", got)
 	}
@@ -65,10 +67,10 @@ func TestExitWhileDown(t *testing.T) {
 		t.Errorf("log %q", got)
 	}
 	e.must("run", "-d", "--name", "always", "--restart", "always", "bb", "sleep", "1000")
-	e.kill()
+	e.Kill()
 	// Its monitor is killed too: the container dies with it and must be started again.
-	e.boot()
-	eventually(t, "restarted or still up", 10*time.Second, func() bool {
+	e.Boot()
+	harness.Eventually(t, "restarted or still up", 10*time.Second, func() bool {
 		return e.must("inspect", "--format", "{{.State.Status}}", "always") == "running"
 	})
 }

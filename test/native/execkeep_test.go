@@ -9,6 +9,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/cloudos-io/cloudos/test/harness"
 )
 
 // call sends a request to the engine's API.
@@ -19,7 +21,7 @@ func (e *engine) call(method, path, body string) (int, string) {
 		e.t.Fatal(err)
 	}
 	req.Header.Set("Content-Type", "application/json")
-	resp, err := e.http().Do(req)
+	resp, err := e.HTTP().Do(req)
 	if err != nil {
 		e.t.Fatal(err)
 	}
@@ -61,19 +63,19 @@ func TestExecOutlivesDaemon(t *testing.T) {
 	}
 	lasting, other, short := begin("sleep 500"), begin("trap 'exit 7' TERM; while :; do sleep 0.1; done"), begin("sleep 500")
 	pid, shortPid := look(lasting).Pid, look(short).Pid
-	notes := func() []string { return glob(e.dir + "/run/execs/*.json") }
-	eventually(t, "the execs are noted", 10*time.Second, func() bool { return len(notes()) == 3 })
+	notes := func() []string { return glob(e.Dir + "/run/execs/*.json") }
+	harness.Eventually(t, "the execs are noted", 10*time.Second, func() bool { return len(notes()) == 3 })
 	for _, n := range notes() {
 		if b, _ := os.ReadFile(n); strings.Contains(string(b), "hidden") {
 			t.Errorf("%s holds the environment", n)
 		}
 	}
-	e.kill()
+	e.Kill()
 	if err := syscall.Kill(shortPid, syscall.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, "the short one ends", 10*time.Second, func() bool { return syscall.Kill(shortPid, 0) != nil })
-	e.boot()
+	harness.Eventually(t, "the short one ends", 10*time.Second, func() bool { return syscall.Kill(shortPid, 0) != nil })
+	e.Boot()
 	if s := look(lasting); !s.Running || s.Pid != pid || s.ExitCode != nil {
 		t.Errorf("after the restart: %+v, its pid was %d", s, pid)
 	}
@@ -84,10 +86,10 @@ func TestExecOutlivesDaemon(t *testing.T) {
 		t.Errorf("it can be started again: %d", code)
 	}
 	_ = syscall.Kill(look(other).Pid, syscall.SIGTERM)
-	eventually(t, "its end is known", 10*time.Second, func() bool { return !look(other).Running })
+	harness.Eventually(t, "its end is known", 10*time.Second, func() bool { return !look(other).Running })
 	if s := look(other); s.ExitCode == nil || *s.ExitCode != 7 {
 		t.Errorf("its end: %+v", s)
 	}
 	e.must("stop", "-t", "0", "cc")
-	eventually(t, "nothing is noted any more", 10*time.Second, func() bool { return len(notes()) == 0 })
+	harness.Eventually(t, "nothing is noted any more", 10*time.Second, func() bool { return len(notes()) == 0 })
 }

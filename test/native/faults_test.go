@@ -8,6 +8,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/cloudos-io/cloudos/test/harness"
 )
 
 // TestMonitorKilled kills a container's monitor: the container must not live on
@@ -33,13 +35,13 @@ func TestMonitorKilled(t *testing.T) {
 	if err := syscall.Kill(ppid, syscall.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, "exit noticed", 5*time.Second, func() bool {
+	harness.Eventually(t, "exit noticed", 5*time.Second, func() bool {
 		return e.must("inspect", "--format", "{{.State.Running}}", "cc") == "false"
 	})
 	if got := e.must("inspect", "--format", "{{.State.ExitCode}}", "cc"); got == "0" {
 		t.Errorf("exit code %s after the monitor was killed", got)
 	}
-	eventually(t, "end of the container's process", 5*time.Second, func() bool {
+	harness.Eventually(t, "end of the container's process", 5*time.Second, func() bool {
 		_, err := os.Stat("/proc/" + pid)
 		return err != nil
 	})
@@ -50,7 +52,7 @@ func TestMonitorKilled(t *testing.T) {
 // TestDiskFull fills the file system under the engine: requests fail with the
 // reason, nothing that was acknowledged is lost, and work goes on afterwards.
 func TestDiskFull(t *testing.T) {
-	bin := programs(t)
+	bin := harness.Programs(t)
 	dir, err := os.MkdirTemp("", "sv")
 	if err != nil {
 		t.Fatal(err)
@@ -65,12 +67,12 @@ func TestDiskFull(t *testing.T) {
 		}
 		_ = os.Remove(dir)
 	})
-	e := &engine{t: t, dir: dir + "/e", sock: dir + "/e/s.sock", bin: bin}
-	if err := os.Mkdir(e.dir, 0o755); err != nil {
+	e := &engine{Daemon: &harness.Daemon{T: t, Dir: dir + "/e", Bin: bin}, t: t}
+	if err := os.Mkdir(e.Dir, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(e.close)
-	e.boot()
+	t.Cleanup(e.Close)
+	e.Boot()
 	e.importBusybox()
 	ref, _ := startRegistry(t).push(t, "big:1", 2<<20, 3)
 	e.must("create", "--name", "before", "bb", "true")
@@ -91,8 +93,8 @@ func TestDiskFull(t *testing.T) {
 		}
 	}
 	// A daemon that dies now must come back: what runs is in its care.
-	e.kill()
-	e.boot()
+	e.Kill()
+	e.Boot()
 	if got := e.must("inspect", "--format", "{{.State.Running}}", "talker"); got != "true" {
 		t.Errorf("after a crash on a full disk: running %s", got)
 	}
@@ -110,7 +112,7 @@ func TestDiskFull(t *testing.T) {
 	if r := e.run("exec", "talker", "touch", "/go"); r.code != 0 && e.must("inspect", "--format", "{{.State.Running}}", "talker") == "true" {
 		t.Errorf("exec after space came back: %s", r)
 	}
-	eventually(t, "talker done", 30*time.Second, func() bool {
+	harness.Eventually(t, "talker done", 30*time.Second, func() bool {
 		return e.must("inspect", "--format", "{{.State.Status}}", "talker") == "exited"
 	})
 	if n := strings.Count(e.run("logs", "talker").out, "\n"); n != 20000 {
@@ -192,9 +194,9 @@ func TestManyContainers(t *testing.T) {
 	if got := len(strings.Fields(e.must("ps", "-q"))); got != n {
 		t.Fatalf("%d running, want %d", got, n)
 	}
-	e.kill()
+	e.Kill()
 	begin := time.Now()
-	e.boot()
+	e.Boot()
 	if got := len(strings.Fields(e.must("ps", "-q"))); got != n {
 		t.Fatalf("%d running after a crash, want %d", got, n)
 	}

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/cloudos-io/cloudos/api"
+	"github.com/cloudos-io/cloudos/test/harness"
 )
 
 func TestPolicy(t *testing.T) {
@@ -18,13 +19,13 @@ func TestPolicy(t *testing.T) {
 	if r := e.run("system", "policy", "show"); r.code != 0 || !strings.Contains(r.err, "everything is allowed") {
 		t.Errorf("without a policy: %s", r)
 	}
-	allowed := e.dir + "/allowed"
-	for _, d := range []string{allowed, e.dir + "/other"} {
+	allowed := e.Dir + "/allowed"
+	for _, d := range []string{allowed, e.Dir + "/other"} {
 		if err := os.Mkdir(d, 0o755); err != nil {
 			t.Fatal(err)
 		}
 	}
-	path := e.dir + "/policy.yaml"
+	path := e.Dir + "/policy.yaml"
 	write := func(s string) {
 		if err := os.WriteFile(path, []byte(s), 0o600); err != nil {
 			t.Fatal(err)
@@ -48,23 +49,23 @@ rules:
     exec: {allowed: deny}
 `)
 	// Before there is a policy: what exists may be started, but its binds are asked about.
-	e.must("create", "--name", "linked", "-v", e.dir+"/link:/d", "bb", "ls", "/d")
-	os.Remove(e.dir + "/link")
+	e.must("create", "--name", "linked", "-v", e.Dir+"/link:/d", "bb", "ls", "/d")
+	os.Remove(e.Dir + "/link")
 	restart := func() {
 		e.must("system", "shutdown")
-		<-e.exited
+		<-e.Exited
 		conf := "policy: " + path + "\n"
-		e.config = conf
-		e.boot()
+		e.Config = conf
+		e.Boot()
 	}
 	restart()
 	if out := e.must("system", "policy", "show"); !strings.Contains(out, "name: basics") {
 		t.Errorf("show: %s", out)
 	}
 	for _, args := range [][]string{
-		{"--privileged"}, {"--pid", "host"}, {"--cap-add", "SYS_ADMIN"}, {"--cap-add", "ALL"}, {"-v", e.dir + "/other:/d"}, {"-v", "/:/d"},
-		{"--mount", "type=bind,source=" + e.dir + "/other,target=/d"}, {"--security-opt", "seccomp=unconfined"}, {"--label", "tier=web"},
-		{"--label", "tier=web", "-m", "1g"}, {"--mount", "type=volume,source=esc,target=/d,volume-opt=type=none,volume-opt=o=bind,volume-opt=device=" + e.dir + "/other"},
+		{"--privileged"}, {"--pid", "host"}, {"--cap-add", "SYS_ADMIN"}, {"--cap-add", "ALL"}, {"-v", e.Dir + "/other:/d"}, {"-v", "/:/d"},
+		{"--mount", "type=bind,source=" + e.Dir + "/other,target=/d"}, {"--security-opt", "seccomp=unconfined"}, {"--label", "tier=web"},
+		{"--label", "tier=web", "-m", "1g"}, {"--mount", "type=volume,source=esc,target=/d,volume-opt=type=none,volume-opt=o=bind,volume-opt=device=" + e.Dir + "/other"},
 	} {
 		r := e.run(append(append([]string{"run", "--rm"}, args...), "bb", "true")...)
 		if r.code != 125 || !strings.Contains(r.err, "policy rule") {
@@ -85,7 +86,7 @@ rules:
 		}
 	}
 	// Around it: a volume that is a bind, another name of the image, an exec, a limit.
-	if r := e.run("volumes", "create", "-o", "type=none", "-o", "o=bind", "-o", "device="+e.dir+"/other", "esc"); r.code == 0 || !strings.Contains(r.err, "policy rule") {
+	if r := e.run("volumes", "create", "-o", "type=none", "-o", "o=bind", "-o", "device="+e.Dir+"/other", "esc"); r.code == 0 || !strings.Contains(r.err, "policy rule") {
 		t.Errorf("a volume that binds: %s", r)
 	}
 	e.must("tag", "bb", "renamed")
@@ -103,7 +104,7 @@ rules:
 	}
 	e.must("rm", "-f", "web")
 	// A source that became a link after the container was made.
-	if err := os.Symlink(e.dir+"/other", allowed+"/link"); err != nil {
+	if err := os.Symlink(e.Dir+"/other", allowed+"/link"); err != nil {
 		t.Fatal(err)
 	}
 	if r := e.run("run", "--rm", "-v", allowed+"/link:/d", "bb", "true"); r.code != 125 {
@@ -134,22 +135,22 @@ rules:
 		t.Errorf("after a broken reload: %s", r)
 	}
 	write("version: 1\nrules: [{name: later, readOnlyRoot: required}]\n")
-	if err := e.cmd.Process.Signal(syscall.SIGHUP); err != nil {
+	if err := e.Cmd.Process.Signal(syscall.SIGHUP); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, "SIGHUP reloads the policy", 5*time.Second, func() bool { return strings.Contains(e.run("system", "policy", "show").out, "later") })
+	harness.Eventually(t, "SIGHUP reloads the policy", 5*time.Second, func() bool { return strings.Contains(e.run("system", "policy", "show").out, "later") })
 	if r := e.run("run", "--rm", "bb", "true"); r.code != 125 || !strings.Contains(r.err, "--read-only") {
 		t.Errorf("the new policy: %s", r)
 	}
 	e.must("run", "--rm", "--read-only", "bb", "true")
 	e.must("system", "shutdown")
-	<-e.exited
+	<-e.Exited
 	write("nonsense")
-	if out := e.refuse("--config", e.dir+"/config.yaml"); !strings.Contains(out, "cannot use the policy") {
+	if out := e.refuse("--config", e.Dir+"/config.yaml"); !strings.Contains(out, "cannot use the policy") {
 		t.Errorf("an engine with a broken policy says: %s", out)
 	}
 	write("version: 1\n")
-	e.boot()
+	e.Boot()
 }
 
 func TestAudit(t *testing.T) {
@@ -184,8 +185,8 @@ func TestAudit(t *testing.T) {
 
 	// Killed: every call that was answered is there.
 	id := e.must("volumes", "create", "answered")
-	e.kill()
-	e.boot()
+	e.Kill()
+	e.Boot()
 	if out := e.must("system", "audit"); !strings.Contains(out, "POST /volumes/create") {
 		t.Errorf("%s was made, and no record of it is left", id)
 	}
@@ -200,7 +201,7 @@ func TestAudit(t *testing.T) {
 	}
 
 	// Changed behind the engine's back: it shows.
-	names, _ := filepath.Glob(e.dir + "/root/audit/audit-*.log")
+	names, _ := filepath.Glob(e.Dir + "/root/audit/audit-*.log")
 	if len(names) != 1 {
 		t.Fatal(names)
 	}
@@ -229,14 +230,14 @@ func TestAudit(t *testing.T) {
 		b, _ := rec.Seal()
 		out2, prev, last = append(out2, b...), rec.Hash, rec
 	}
-	e.kill()
+	e.Kill()
 	if err := os.WriteFile(names[0], out2, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if err := os.WriteFile(e.dir+"/root/audit/head", []byte(strings.Repeat("0", 20-len(itoa(last.Seq)))+itoa(last.Seq)+" "+last.Hash+"\n"), 0o600); err != nil {
+	if err := os.WriteFile(e.Dir+"/root/audit/head", []byte(strings.Repeat("0", 20-len(itoa(last.Seq)))+itoa(last.Seq)+" "+last.Hash+"\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	e.boot()
+	e.Boot()
 	if r := e.run("system", "audit", "--verify", "--head", head); r.code == 0 || !strings.Contains(r.out, "was rewritten") {
 		t.Errorf("a rewritten log: %s", r)
 	}

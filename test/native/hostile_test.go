@@ -16,7 +16,7 @@ import (
 // also where it comes before all was sent.
 func (e *engine) raw(method, path, kind, body string) (status int, answer string) {
 	e.t.Helper()
-	c, err := net.Dial("unix", e.sock)
+	c, err := net.Dial("unix", e.Sock())
 	if err != nil {
 		e.t.Fatal(err)
 	}
@@ -113,13 +113,13 @@ func TestHostileRequests(t *testing.T) {
 		}
 		check("load "+name, status, answer)
 	}
-	if err := e.ping(); err != nil {
+	if err := e.Ping(); err != nil {
 		t.Fatal(err)
 	}
 	if after := state(); after != before {
 		t.Errorf("something changed:\n%s\nwas\n%s", after, before)
 	}
-	if l := e.log(); strings.Contains(l, "panic") {
+	if l := e.Log(); strings.Contains(l, "panic") {
 		t.Errorf("the daemon panicked:\n%s", l)
 	}
 }

@@ -83,7 +83,7 @@ func TestIsolation(t *testing.T) {
 		if slices.Contains([]string{"/etc/hosts", "/etc/hostname", "/etc/resolv.conf"}, f[4]) {
 			continue
 		}
-		if strings.Contains(line, e.dir) && f[4] != "/" {
+		if strings.Contains(line, e.Dir) && f[4] != "/" {
 			t.Errorf("a host path is mounted: %s", line)
 		}
 		if strings.Contains(f[6], "shared:") {

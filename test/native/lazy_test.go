@@ -22,6 +22,8 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/remote"
 	"github.com/google/go-containerregistry/pkg/v1/types"
 	"github.com/opencontainers/go-digest"
+
+	"github.com/cloudos-io/cloudos/test/harness"
 )
 
 // stargzLayer is an eStargz layer.
@@ -136,20 +138,20 @@ func TestLazyImageAndKilledDaemon(t *testing.T) {
 	}
 	// The engine is gone while the container reads.
 	e.must("run", "-d", "--name", "reader", ref, "sh", "-c", "sleep 0.5; sha256sum /big; sleep 1000")
-	e.kill()
+	e.Kill()
 	pause.Store(0)
 	before := sent.Load()
-	eventually(t, "the rest is fetched without the engine", 60*time.Second, func() bool { return sent.Load() >= 100<<20 })
+	harness.Eventually(t, "the rest is fetched without the engine", 60*time.Second, func() bool { return sent.Load() >= 100<<20 })
 	if before >= 100<<20 {
 		t.Error("all was fetched before the engine was killed: the test shows nothing")
 	}
-	e.boot()
-	eventually(t, "the sum of /big in the log", 60*time.Second, func() bool { return strings.HasPrefix(e.must("logs", "reader"), big) })
+	e.Boot()
+	harness.Eventually(t, "the sum of /big in the log", 60*time.Second, func() bool { return strings.HasPrefix(e.must("logs", "reader"), big) })
 	mounted := func() bool {
 		b, err := os.ReadFile("/proc/self/mountinfo")
-		return err != nil || strings.Contains(string(b), e.dir+"/root/images/layers")
+		return err != nil || strings.Contains(string(b), e.Dir+"/root/images/layers")
 	}
-	eventually(t, "the layer is ordinary", 60*time.Second, func() bool { return !mounted() })
+	harness.Eventually(t, "the layer is ordinary", 60*time.Second, func() bool { return !mounted() })
 	if got := e.must("exec", "reader", "sha256sum", "/little"); !strings.HasPrefix(got, little) {
 		t.Errorf("the old container reads %q", got)
 	}
@@ -158,8 +160,8 @@ func TestLazyImageAndKilledDaemon(t *testing.T) {
 	}
 	e.must("rm", "-f", "reader")
 	e.must("rmi", ref)
-	eventually(t, "the process that serves layers is gone", 30*time.Second, func() bool {
-		_, err := os.Stat(e.dir + "/run/lazy/lazy-1.sock")
+	harness.Eventually(t, "the process that serves layers is gone", 30*time.Second, func() bool {
+		_, err := os.Stat(e.Dir + "/run/lazy/lazy-1.sock")
 		return os.IsNotExist(err)
 	})
 }

@@ -8,6 +8,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/cloudos-io/cloudos/test/harness"
 )
 
 func TestExitCodes(t *testing.T) {
@@ -66,7 +68,7 @@ func TestLifecycle(t *testing.T) {
 		t.Fatalf("id %q", id)
 	}
 	e.must("start", "cc")
-	eventually(t, "log line", 5*time.Second, func() bool { return strings.Contains(e.must("logs", "cc"), "ready") })
+	harness.Eventually(t, "log line", 5*time.Second, func() bool { return strings.Contains(e.must("logs", "cc"), "ready") })
 	state := func() string { return e.must("inspect", "--format", "{{.State.Status}} {{.State.ExitCode}}", "cc") }
 	if s := state(); s != "running 0" {
 		t.Errorf("state %q", s)
@@ -98,7 +100,7 @@ func TestLifecycle(t *testing.T) {
 func TestRestartPolicy(t *testing.T) {
 	e := start(t)
 	e.must("run", "-d", "--name", "rr", "--restart", "on-failure:2", "bb", "sh", "-c", "echo once; exit 4")
-	eventually(t, "three runs", 20*time.Second, func() bool {
+	harness.Eventually(t, "three runs", 20*time.Second, func() bool {
 		return e.must("inspect", "--format", "{{.RestartCount}} {{.State.Status}}", "rr") == "2 exited"
 	})
 	if n := strings.Count(e.must("logs", "rr"), "once"); n != 3 {
@@ -177,7 +179,7 @@ func TestCopy(t *testing.T) {
 	e := start(t)
 	dir := t.TempDir()
 	e.must("run", "-d", "--name", "cc", "bb", "sh", "-c", "mkdir /in; echo deep > /in/f; ln -s /etc /in/l; sleep 1000")
-	eventually(t, "file", 5*time.Second, func() bool { return e.run("exec", "cc", "test", "-e", "/in/l").code == 0 })
+	harness.Eventually(t, "file", 5*time.Second, func() bool { return e.run("exec", "cc", "test", "-e", "/in/l").code == 0 })
 	e.must("cp", "cc:/in", dir)
 	if data, err := os.ReadFile(dir + "/in/f"); err != nil || string(data) != "deep\n" {
 		t.Errorf("copied out: %q, %v", data, err)

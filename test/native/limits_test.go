@@ -7,18 +7,17 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/cloudos-io/cloudos/test/harness"
 )
 
 // TestDescriptors gives the daemon few descriptors. Requests beyond them fail
 // with the reason; what runs goes on, and once some are free so does the rest.
 func TestDescriptors(t *testing.T) {
-	dir, err := os.MkdirTemp("", "sv")
-	if err != nil {
-		t.Fatal(err)
-	}
-	e := &engine{t: t, dir: dir, sock: dir + "/s.sock", bin: programs(t), wrap: []string{"prlimit", "--nofile=160:160", "--"}, args: []string{"--pool", "2"}}
-	t.Cleanup(e.close)
-	e.boot()
+	e := &engine{Daemon: harness.New(t, "sv"), t: t}
+	e.Wrap, e.Args = []string{"prlimit", "--nofile=160:160", "--"}, []string{"--pool", "2"}
+	t.Cleanup(e.Close)
+	e.Boot()
 	e.importBusybox()
 	e.must("run", "-d", "--name", "first", "bb", "sleep", "100000")
 	pid := e.must("inspect", "--format", "{{.State.Pid}}", "first")
@@ -49,7 +48,7 @@ func TestDescriptors(t *testing.T) {
 		t.Fatal("none was started")
 	}
 	e.must(append([]string{"rm", "-f"}, ids...)...)
-	eventually(t, "a container again", 20*time.Second, func() bool { return e.run("run", "--rm", "bb", "true").code == 0 })
+	harness.Eventually(t, "a container again", 20*time.Second, func() bool { return e.run("run", "--rm", "bb", "true").code == 0 })
 	if r := e.run("exec", "first", "echo", "alive"); r.out != "alive\n" {
 		t.Errorf("exec: %s", r)
 	}
@@ -70,7 +69,7 @@ func TestReadOnlyRoot(t *testing.T) {
 	pid := e.must("inspect", "--format", "{{.State.Pid}}", "steady")
 	h := startRegistry(t)
 	ref, _ := h.push(t, "x:1", 1<<20, 1)
-	root := e.dir + "/root"
+	root := e.Dir + "/root"
 	// Another mount of it over it: files that are open stay writable, as those of
 	// a file system never are once it is read-only; what is opened anew is not.
 	if err := syscall.Mount(root, root, "", syscall.MS_BIND, ""); err != nil {
@@ -101,7 +100,7 @@ func TestReadOnlyRoot(t *testing.T) {
 		t.Errorf("exec: %s", r)
 	}
 	// A daemon that starts now says why it cannot.
-	e.kill()
+	e.Kill()
 	if out := e.refuse(); !strings.Contains(strings.ToLower(out), "read-only file system") {
 		t.Errorf("start on a read-only root: %s", out)
 	}
@@ -109,7 +108,7 @@ func TestReadOnlyRoot(t *testing.T) {
 		t.Error("the running container ended")
 	}
 	undo()
-	e.boot()
+	e.Boot()
 	if got := e.must("inspect", "--format", "{{.State.Pid}} {{.State.Running}}", "steady"); got != pid+" true" {
 		t.Errorf("afterwards: %q, want pid %s", got, pid)
 	}
@@ -138,7 +137,7 @@ func TestCorruptBlob(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			path := e.dir + "/root/images/content/blobs/sha256/" + d.Hex
+			path := e.Dir + "/root/images/content/blobs/sha256/" + d.Hex
 			data, err := os.ReadFile(path)
 			if err != nil {
 				t.Fatal(err)
@@ -155,12 +154,12 @@ func TestCorruptBlob(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			r := e.run("save", "-o", e.dir+"/out.tar", ref)
+			r := e.run("save", "-o", e.Dir+"/out.tar", ref)
 			if r.code == 0 {
 				t.Errorf("saved: %s", r)
 			}
 			t.Logf("save: %s", strings.TrimSpace(r.err))
-			if fi, err := os.Stat(e.dir + "/out.tar"); err == nil {
+			if fi, err := os.Stat(e.Dir + "/out.tar"); err == nil {
 				t.Errorf("half an archive of %d bytes is there", fi.Size())
 			}
 			to := h.addr + "/copy-" + how + ":1"
@@ -175,8 +174,8 @@ func TestCorruptBlob(t *testing.T) {
 			t.Logf("push: %s", strings.TrimSpace(r.err))
 			e.must("rmi", "-f", ref, to, far)
 			e.must("pull", ref)
-			e.must("save", "-o", e.dir+"/out.tar", ref)
-			_ = os.Remove(e.dir + "/out.tar")
+			e.must("save", "-o", e.Dir+"/out.tar", ref)
+			_ = os.Remove(e.Dir + "/out.tar")
 		})
 	}
 }

@@ -10,6 +10,8 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"github.com/cloudos-io/cloudos/test/harness"
 )
 
 // syslogd takes lines over tcp; it can go away and come back.
@@ -92,20 +94,20 @@ func TestRemoteLogsOutliveEngineAndRemote(t *testing.T) {
 	run("-d", "--name", "one", "bb", "sh", "-c", `i=0; while [ $i -lt 30 ]; do i=$((i+1)); echo n$i; while [ ! -e /go$((i/10)) ]; do sleep 0.02; done; done; sleep 1000`)
 	go1 := func(n int) { e.must("exec", "one", "touch", fmt.Sprintf("/go%d", n)) }
 	go1(0)
-	eventually(t, "ten lines at the remote", 20*time.Second, func() bool { return len(in.of("one")) == 10 })
+	harness.Eventually(t, "ten lines at the remote", 20*time.Second, func() bool { return len(in.of("one")) == 10 })
 	in.shut()
 	go1(1)
-	eventually(t, "twenty lines in the cache", 20*time.Second, func() bool { return strings.Count(e.must("logs", "one"), "\n") == 19 })
+	harness.Eventually(t, "twenty lines in the cache", 20*time.Second, func() bool { return strings.Count(e.must("logs", "one"), "\n") == 19 })
 	// A container that is gone when the remote comes back.
 	run("--rm", "--name", "two", "bb", "sh", "-c", "echo last words; echo oops >&2")
-	eventually(t, "info tells of the trouble", 20*time.Second, func() bool { r := e.run("info"); return strings.Contains(r.out+r.err, "cannot be sent") })
-	e.kill()
+	harness.Eventually(t, "info tells of the trouble", 20*time.Second, func() bool { r := e.run("info"); return strings.Contains(r.out+r.err, "cannot be sent") })
+	e.Kill()
 	in.open()
-	e.boot()
-	eventually(t, "what was written meanwhile", 20*time.Second, func() bool { return len(in.of("one")) >= 20 && len(in.of("two")) >= 2 })
+	e.Boot()
+	harness.Eventually(t, "what was written meanwhile", 20*time.Second, func() bool { return len(in.of("one")) >= 20 && len(in.of("two")) >= 2 })
 	go1(2)
 	go1(3)
-	eventually(t, "the rest", 20*time.Second, func() bool { return len(in.of("one")) >= 30 })
+	harness.Eventually(t, "the rest", 20*time.Second, func() bool { return len(in.of("one")) >= 30 })
 	if got := in.of("one"); !slices.Equal(got, numbers(1, 30)) {
 		t.Errorf("got %q", got)
 	}
@@ -116,8 +118,8 @@ func TestRemoteLogsOutliveEngineAndRemote(t *testing.T) {
 		t.Errorf("logs read back %q", got)
 	}
 	e.must("rm", "-f", "one")
-	eventually(t, "the logs go", 20*time.Second, func() bool {
-		l, err := os.ReadDir(e.dir + "/root/remote-logs")
+	harness.Eventually(t, "the logs go", 20*time.Second, func() bool {
+		l, err := os.ReadDir(e.Dir + "/root/remote-logs")
 		return err == nil && len(l) == 0
 	})
 }

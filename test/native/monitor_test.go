@@ -9,6 +9,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/cloudos-io/cloudos/test/harness"
 )
 
 // parent reads a process's parent, 0 if it is gone.
@@ -57,10 +59,10 @@ func TestMonitorStorm(t *testing.T) {
 			comm, _ := os.ReadFile(fmt.Sprintf("/proc/%d/comm", p))
 			args, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", p))
 			switch {
-			case p == spared || p == e.cmd.Process.Pid || fmt.Sprint(p) == pid:
+			case p == spared || p == e.Cmd.Process.Pid || fmt.Sprint(p) == pid:
 			case strings.HasPrefix(string(comm), "servin-shim"):
 				kind := "monitor"
-				if parent(fmt.Sprint(p)) != e.cmd.Process.Pid {
+				if parent(fmt.Sprint(p)) != e.Cmd.Process.Pid {
 					kind = "stage"
 				}
 				victims, kinds[p] = append(victims, p), kind
@@ -83,7 +85,7 @@ func TestMonitorStorm(t *testing.T) {
 	wg.Wait()
 	t.Logf("%d requests, %d of them failed; killed %v", s.done.Load(), s.failed.Load(), killed)
 	if s.refused.Load() > 0 {
-		t.Errorf("the daemon was away for %d requests:\n%s", s.refused.Load(), e.log())
+		t.Errorf("the daemon was away for %d requests:\n%s", s.refused.Load(), e.Log())
 	}
 	if s.done.Load()-s.failed.Load() < 40 {
 		t.Error("too few requests succeeded for this test to say anything")
@@ -91,7 +93,7 @@ func TestMonitorStorm(t *testing.T) {
 	if got := e.must("inspect", "--format", "{{.State.Pid}} {{.State.Running}}", "steady"); got != pid+" true" {
 		t.Errorf("the spared container: %q, want pid %s", got, pid)
 	}
-	eventually(t, "only what runs is said to run", 10*time.Second, func() bool {
+	harness.Eventually(t, "only what runs is said to run", 10*time.Second, func() bool {
 		for id := range strings.FieldsSeq(e.must("ps", "-q")) {
 			r := e.run("inspect", "--format", "{{.State.Pid}}", id)
 			if _, err := os.Stat("/proc/" + strings.TrimSpace(r.out)); r.code == 0 && err != nil {

@@ -4,6 +4,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/cloudos-io/cloudos/test/harness"
 )
 
 func TestSeveralNetworksOfAContainer(t *testing.T) {
@@ -60,16 +62,16 @@ func TestSeveralNetworksOfAContainer(t *testing.T) {
 		}
 		return got
 	}
-	eventually(t, "both answer", 20*time.Second, func() bool { g := ask(); return g["db1"] > 0 && g["db2"] > 0 && len(g) == 2 })
+	harness.Eventually(t, "both answer", 20*time.Second, func() bool { g := ask(); return g["db1"] > 0 && g["db2"] > 0 && len(g) == 2 })
 	if n := e.must("exec", "client", "nslookup", "db"); strings.Count(n, "10.63.0.") != 1 {
 		t.Errorf("db leads to %s", n)
 	}
 	e.must("kill", "db1")
-	eventually(t, "db1 is left out", 10*time.Second, func() bool { g := ask(); return g["db2"] == 16 })
-	e.kill()
-	e.boot()
+	harness.Eventually(t, "db1 is left out", 10*time.Second, func() bool { g := ask(); return g["db2"] == 16 })
+	e.Kill()
+	e.Boot()
 	e.must("start", "db1")
-	eventually(t, "db1 is back", 20*time.Second, func() bool { g := ask(); return g["db1"] > 0 && g["db2"] > 0 && len(g) == 2 })
+	harness.Eventually(t, "db1 is back", 20*time.Second, func() bool { g := ask(); return g["db1"] > 0 && g["db2"] > 0 && len(g) == 2 })
 	for args, want := range map[string]string{
 		"-d nosuch x": "network driver \"nosuch\" not found", "--ipam-driver nosuch x": "address driver \"nosuch\" not found",
 		"-d macvlan --ipam-driver dhcp --subnet 10.9.0.0/24 -o parent=lo x": "the DHCP server's to say",

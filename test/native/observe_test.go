@@ -18,6 +18,8 @@ import (
 	"github.com/prometheus/common/model"
 	collector "go.opentelemetry.io/proto/otlp/collector/trace/v1"
 	"google.golang.org/protobuf/proto"
+
+	"github.com/cloudos-io/cloudos/test/harness"
 )
 
 type seenSpan struct{ name, trace, id, parent, image string }
@@ -74,7 +76,7 @@ func TestTracesFollowTheClientsContext(t *testing.T) {
 		"POST /servin/run": "", "container.create": "POST /servin/run", "container.start": "POST /servin/run", "container.prepare": "container.start",
 		"runtime.start": "container.start", "network.attach": "container.start", "POST /images/create": "", "image.pull": "POST /images/create",
 	}
-	eventually(t, "every span arrives", 20*time.Second, func() bool {
+	harness.Eventually(t, "every span arrives", 20*time.Second, func() bool {
 		m := byName()
 		for n := range want {
 			if _, ok := m[n]; !ok {
@@ -102,7 +104,7 @@ func TestMetricsOfContainers(t *testing.T) {
 	e := start(t)
 	e.must("run", "-d", "--name", "busy", "--memory", "64m", "bb", "sh", "-c", "while :; do :; done")
 	e.run("run", "--name", "over", "bb", "sh", "-c", "exit 3")
-	resp, err := e.http().Get("http://engine/metrics")
+	resp, err := e.HTTP().Get("http://engine/metrics")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -139,8 +141,8 @@ func TestMetricsOfContainers(t *testing.T) {
 	if value("servin_container_exit_code", "over") != 3 || value("servin_container_running", "over") != 0 {
 		t.Error("the ended container is not told as such")
 	}
-	if strings.Contains(e.log(), "panic") {
-		t.Error(e.log())
+	if strings.Contains(e.Log(), "panic") {
+		t.Error(e.Log())
 	}
 }
 
@@ -182,9 +184,9 @@ actions:
 	told := func(want string) func() bool {
 		return func() bool { mu.Lock(); defer mu.Unlock(); return slices.Contains(got, want) }
 	}
-	eventually(t, "the exit is told", 20*time.Second, told("firing failed fails"))
-	eventually(t, "the sick one is told", 20*time.Second, told("firing sick ill"))
-	eventually(t, "the hot one is told", 20*time.Second, told("firing hot busy"))
+	harness.Eventually(t, "the exit is told", 20*time.Second, told("firing failed fails"))
+	harness.Eventually(t, "the sick one is told", 20*time.Second, told("firing sick ill"))
+	harness.Eventually(t, "the hot one is told", 20*time.Second, told("firing hot busy"))
 	if ls := e.must("system", "alerts", "ls", "--format", "{{.Name}} {{.State}} {{.Of}}"); !strings.Contains(ls, "sick firing ill") || !strings.Contains(ls, "hot firing busy") {
 		t.Errorf("alerts ls: %s", ls)
 	}
@@ -192,7 +194,7 @@ actions:
 		t.Errorf("alerts test: %s", r)
 	}
 	e.must("exec", "ill", "touch", "/well")
-	eventually(t, "the recovery is told", 20*time.Second, told("resolved sick ill"))
+	harness.Eventually(t, "the recovery is told", 20*time.Second, told("resolved sick ill"))
 	e.must("rm", "-f", "busy")
-	eventually(t, "the end is told", 20*time.Second, told("resolved hot busy"))
+	harness.Eventually(t, "the end is told", 20*time.Second, told("resolved hot busy"))
 }

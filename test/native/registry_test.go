@@ -18,6 +18,8 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/mutate"
 	"github.com/google/go-containerregistry/pkg/v1/random"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
+
+	"github.com/cloudos-io/cloudos/test/harness"
 )
 
 // lie replaces a registry's answer; it reports whether it has answered.
@@ -229,7 +231,7 @@ func TestLyingRegistry(t *testing.T) {
 	h.set(nil)
 	e.must("rmi", ref)
 	e.must("pull", ref)
-	eventually(t, "no unfinished downloads", 10*time.Second, func() bool {
-		return len(glob(e.dir+"/root/images/content/ingest/*")) == 0
+	harness.Eventually(t, "no unfinished downloads", 10*time.Second, func() bool {
+		return len(glob(e.Dir+"/root/images/content/ingest/*")) == 0
 	})
 }

@@ -9,6 +9,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/cloudos-io/cloudos/test/harness"
 )
 
 // findText lists the files below dir that hold text.
@@ -65,8 +67,8 @@ func TestSecrets(t *testing.T) {
 		}
 	}
 	e.must("commit", "one", "img")
-	e.must("save", "-o", e.dir+"/img.tar", "img")
-	for _, dir := range []string{e.dir + "/root", e.dir + "/img.tar", e.dir + "/servind.log"} {
+	e.must("save", "-o", e.Dir+"/img.tar", "img")
+	for _, dir := range []string{e.Dir + "/root", e.Dir + "/img.tar", e.Dir + "/servind.log"} {
 		if l := findText(t, dir, text); len(l) > 0 {
 			t.Errorf("the secret lies in %v", l)
 		}
@@ -81,8 +83,8 @@ func TestSecrets(t *testing.T) {
 	}
 
 	// It survives the engine, and a new value arrives.
-	e.kill()
-	e.boot()
+	e.Kill()
+	e.Boot()
 	if out := e.must("exec", "one", "cat", "/run/secrets/db"); out != text {
 		t.Errorf("after a restart of the engine: %q", out)
 	}
@@ -126,23 +128,23 @@ func TestSecrets(t *testing.T) {
 	if r := e.run("run", "--rm", "greedy", "/busybox", "cat", "/run/secrets/db"); r.code == 0 {
 		t.Error("an image's label gave it a secret")
 	}
-	eventually(t, "nothing of the containers is left mounted", 5*time.Second, func() bool {
+	harness.Eventually(t, "nothing of the containers is left mounted", 5*time.Second, func() bool {
 		b, _ := os.ReadFile("/proc/self/mountinfo")
-		return !strings.Contains(string(b), e.dir+"/run/containers")
+		return !strings.Contains(string(b), e.Dir+"/run/containers")
 	})
 
 	// With a passphrase: locked after a restart until it is given.
-	if err := os.WriteFile(e.dir+"/pass", []byte("correct horse\n"), 0o600); err != nil {
+	if err := os.WriteFile(e.Dir+"/pass", []byte("correct horse\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	e.must("secrets", "rotate-key", "--passphrase-file", e.dir+"/pass")
+	e.must("secrets", "rotate-key", "--passphrase-file", e.Dir+"/pass")
 	e.must("run", "--rm", "--secret", "db", "bb", "true")
-	e.kill()
-	e.boot()
+	e.Kill()
+	e.Boot()
 	if r := e.run("run", "--rm", "--secret", "db", "bb", "true"); r.code == 0 || !strings.Contains(r.err, "secrets unlock") {
 		t.Errorf("locked: %s", r)
 	}
-	e.must("secrets", "unlock", "--passphrase-file", e.dir+"/pass")
+	e.must("secrets", "unlock", "--passphrase-file", e.Dir+"/pass")
 	if out := e.must("run", "--rm", "--secret", "db", "bb", "cat", "/run/secrets/db"); out != "second" {
 		t.Errorf("unlocked: %q", out)
 	}

@@ -89,7 +89,7 @@ func (c cosigner) sign(t *testing.T, ref string, img v1.Image, of string, change
 func TestSignatures(t *testing.T) {
 	e := start(t)
 	reg := startRegistry(t)
-	mine, other := newCosigner(t, e.dir, "mine"), newCosigner(t, e.dir, "other")
+	mine, other := newCosigner(t, e.Dir, "mine"), newCosigner(t, e.Dir, "other")
 
 	good, img := reg.push(t, "app/good:1", 1024, 2)
 	mine.sign(t, good, img, "", nil)
@@ -126,14 +126,14 @@ func TestSignatures(t *testing.T) {
 	// What is here already is held back at creation.
 	e.must("pull", unsigned)
 	e.must("tag", unsigned, "localname:1")
-	path := e.dir + "/policy.yaml"
+	path := e.Dir + "/policy.yaml"
 	if err := os.WriteFile(path, []byte("version: 1\nrules:\n  - name: signed\n    when: {notImages: [bb]}\n    images: {signedBy: [{key: "+mine.pub+"}]}\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	e.must("system", "shutdown")
-	<-e.exited
-	e.config = "policy: " + path + "\n"
-	e.boot()
+	<-e.Exited
+	e.Config = "policy: " + path + "\n"
+	e.Boot()
 
 	ud, err := uimg.Digest()
 	if err != nil {
@@ -163,8 +163,8 @@ func TestSignatures(t *testing.T) {
 	// The registry is away: what was fetched with the image is kept, over a restart too.
 	away := lie(func(w http.ResponseWriter, _ *http.Request) bool { w.WriteHeader(http.StatusBadGateway); return true })
 	reg.set(away)
-	e.kill()
-	e.boot()
+	e.Kill()
+	e.Boot()
 	e.must("create", "--name", "one", good, "x")
 	if r := e.run("create", unsigned, "x"); r.code == 0 {
 		t.Errorf("created while the registry is away: %s", r)
@@ -202,7 +202,7 @@ func must[T any](v T, err error) T {
 // TestScan takes an inventory and asks for what is known, without a database.
 func TestScan(t *testing.T) {
 	e := start(t)
-	t.Setenv("SERVIN_SCAN_CACHE", e.dir+"/cache")
+	t.Setenv("SERVIN_SCAN_CACHE", e.Dir+"/cache")
 	out := e.must("images", "sbom", "bb")
 	if !strings.Contains(out, "busybox") {
 		t.Errorf("sbom: %s", out)
@@ -212,7 +212,7 @@ func TestScan(t *testing.T) {
 			t.Errorf("%s: %.200s", f, out)
 		}
 	}
-	if ents, err := os.ReadDir(e.dir + "/cache/inventories"); err != nil || len(ents) != 1 {
+	if ents, err := os.ReadDir(e.Dir + "/cache/inventories"); err != nil || len(ents) != 1 {
 		t.Errorf("kept inventories: %v %v", ents, err)
 	}
 	if r := e.run("images", "sbom", "--format", "xml", "bb"); r.code == 0 || !strings.Contains(r.err, "choose one of") {

@@ -8,6 +8,8 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"github.com/cloudos-io/cloudos/test/harness"
 )
 
 // ledger is what the engine has acknowledged: a name is there, or it is gone.
@@ -156,7 +158,7 @@ func (s *storm) sweep(name string) {
 func (s *storm) clear(keep string) {
 	t := s.e.t
 	t.Helper()
-	eventually(t, "containers removed", 60*time.Second, func() bool {
+	harness.Eventually(t, "containers removed", 60*time.Second, func() bool {
 		args := []string{"rm", "-f", "-v"}
 		for l := range strings.Lines(s.e.must("ps", "-a", "--format", "{{.ID}} {{.Names}}")) {
 			if id, name, _ := strings.Cut(strings.TrimSpace(l), " "); name != keep {
@@ -210,9 +212,9 @@ func TestStorm(t *testing.T) {
 	var times []string
 	for range pick(10, 80) {
 		time.Sleep(time.Duration(rand.IntN(600)) * time.Millisecond)
-		e.kill()
+		e.Kill()
 		begin := time.Now()
-		e.boot()
+		e.Boot()
 		took := time.Since(begin)
 		worst = max(worst, took)
 		times = append(times, took.Round(time.Millisecond).String())
@@ -229,10 +231,10 @@ func TestStorm(t *testing.T) {
 	if s.done.Load()-s.failed.Load() < 40 {
 		t.Error("too few requests succeeded for this test to say anything")
 	}
-	for _, d := range glob(e.dir + "/root/*.damaged*") {
+	for _, d := range glob(e.Dir + "/root/*.damaged*") {
 		t.Errorf("state was torn: %s", d)
 	}
-	if log := e.log(); strings.Contains(log, "set aside") || strings.Contains(log, "panic") {
+	if log := e.Log(); strings.Contains(log, "set aside") || strings.Contains(log, "panic") {
 		t.Errorf("the daemon's log:\n%s", log)
 	}
 	s.containers.check(t, "container", e.must("ps", "-a", "--format", "{{.Names}}"))

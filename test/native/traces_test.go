@@ -60,7 +60,7 @@ func (e *engine) take() traces {
 	e.t.Helper()
 	id := []string{e.instance()}
 	tr := traces{
-		mounts:  lines(e.t, []string{e.dir, id[0]}, "cat", "/proc/self/mountinfo"),
+		mounts:  lines(e.t, []string{e.Dir, id[0]}, "cat", "/proc/self/mountinfo"),
 		cgroups: lines(e.t, id, "find", "/sys/fs/cgroup", "-mindepth", "3", "-type", "d"),
 		// The suite runs in a network namespace of its own: every link but lo is the engine's.
 		links:  lines(e.t, []string{"ether"}, "ip", "-o", "link"),
@@ -78,9 +78,9 @@ func (e *engine) take() traces {
 	}
 	tr.namespaces = len(spaces)
 	select {
-	case <-e.exited:
+	case <-e.Exited:
 	default:
-		tr.fds = len(glob(fmt.Sprintf("/proc/%d/fd/*", e.cmd.Process.Pid)))
+		tr.fds = len(glob(fmt.Sprintf("/proc/%d/fd/*", e.Cmd.Process.Pid)))
 	}
 	return tr
 }
@@ -100,7 +100,7 @@ func (e *engine) processes() (pids []int) {
 			continue
 		}
 		for _, l := range append(glob(p+"/fd/*"), p+"/cwd") {
-			if to, err := os.Readlink(l); err == nil && strings.HasPrefix(to, e.dir+"/") {
+			if to, err := os.Readlink(l); err == nil && strings.HasPrefix(to, e.Dir+"/") {
 				pids = append(pids, pid)
 				break
 			}
@@ -117,11 +117,11 @@ var varying = regexp.MustCompile(`[0-9a-f]{32,64}|[0-9a-f]{8}-[0-9a-f-]{27}|\b[0
 func (e *engine) files() map[string]int {
 	m := map[string]int{}
 	for _, top := range []string{"root", "run"} {
-		_ = filepath.WalkDir(filepath.Join(e.dir, top), func(path string, d os.DirEntry, err error) error {
+		_ = filepath.WalkDir(filepath.Join(e.Dir, top), func(path string, d os.DirEntry, err error) error {
 			if err != nil {
 				return nil
 			}
-			rel := strings.TrimPrefix(path, e.dir+"/")
+			rel := strings.TrimPrefix(path, e.Dir+"/")
 			if rel == "root/layers/spare" || strings.HasPrefix(rel, "root/images/layers/snapshots/") && d.IsDir() && strings.HasSuffix(rel, "/fs") {
 				m[rel]++
 				return filepath.SkipDir
@@ -182,7 +182,7 @@ func (e *engine) memory(socket string) (m memory) {
 	if err := json.NewDecoder(resp.Body).Decode(&m); err != nil {
 		e.t.Fatal(err)
 	}
-	rollup, err := os.ReadFile(fmt.Sprintf("/proc/%d/smaps_rollup", e.cmd.Process.Pid))
+	rollup, err := os.ReadFile(fmt.Sprintf("/proc/%d/smaps_rollup", e.Cmd.Process.Pid))
 	if err != nil {
 		e.t.Fatal(err)
 	}
@@ -281,7 +281,7 @@ func TestShutdownLeavesNothing(t *testing.T) {
 	}
 	e.must("system", "shutdown", "--force")
 	select {
-	case <-e.exited:
+	case <-e.Exited:
 	case <-time.After(30 * time.Second):
 		t.Fatal("the daemon did not end")
 	}

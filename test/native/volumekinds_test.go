@@ -5,6 +5,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/cloudos-io/cloudos/test/harness"
 )
 
 // mountsBelow counts the host's mounts below a path.
@@ -15,7 +17,7 @@ func mountsBelow(path string) int {
 
 func TestVolumeKinds(t *testing.T) {
 	e := start(t)
-	vols := e.dir + "/root/volumes"
+	vols := e.Dir + "/root/volumes"
 
 	// Mounted when the first container uses it, until the last one ends; a killed
 	// engine neither forgets nor doubles it.
@@ -30,8 +32,8 @@ func TestVolumeKinds(t *testing.T) {
 		t.Errorf("the tmpfs: %q", out)
 	}
 	e.must("rm", "-f", "one")
-	e.kill()
-	e.boot()
+	e.Kill()
+	e.Boot()
 	if n := mountsBelow(vols + "/mem"); n != 1 {
 		t.Errorf("%d mounts with one user after a restart", n)
 	}
@@ -39,15 +41,15 @@ func TestVolumeKinds(t *testing.T) {
 		t.Errorf("after a restart: %q", out)
 	}
 	e.must("rm", "-f", "two")
-	eventually(t, "the last user's end unmounts it", 5*time.Second, func() bool { return mountsBelow(vols+"/mem") == 0 })
+	harness.Eventually(t, "the last user's end unmounts it", 5*time.Second, func() bool { return mountsBelow(vols+"/mem") == 0 })
 
 	// A directory of the host by name, and file systems that cannot be had.
-	if err := os.MkdirAll(e.dir+"/data/sub", 0o755); err != nil {
+	if err := os.MkdirAll(e.Dir+"/data/sub", 0o755); err != nil {
 		t.Fatal(err)
 	}
-	e.must("volumes", "create", "-o", "type=none", "-o", "o=bind", "-o", "device="+e.dir+"/data", "named")
+	e.must("volumes", "create", "-o", "type=none", "-o", "o=bind", "-o", "device="+e.Dir+"/data", "named")
 	e.must("run", "--rm", "-v", "named:/d", "bb", "sh", "-c", "echo x > /d/sub/f")
-	if b, err := os.ReadFile(e.dir + "/data/sub/f"); err != nil || string(b) != "x\n" {
+	if b, err := os.ReadFile(e.Dir + "/data/sub/f"); err != nil || string(b) != "x\n" {
 		t.Errorf("through the named bind: %q %v", b, err)
 	}
 	for _, o := range []string{"type=nfs,device=:/x,o=addr=127.0.0.1", "type=cifs,device=//127.0.0.1/x,o=username=u"} {
@@ -93,13 +95,13 @@ func TestVolumeKinds(t *testing.T) {
 		t.Errorf("removal of a mounted image: %s", r)
 	}
 	e.must("rmi", "-f", "img")
-	e.kill()
-	e.boot()
+	e.Kill()
+	e.Boot()
 	if out := e.must("start", "-a", "shows"); !strings.HasPrefix(out, "root:x:0:") {
 		t.Errorf("without its name: %q", out)
 	}
 	e.must("rm", "shows")
-	if l := glob(e.dir + "/root/*/rw/*-image-*"); len(l) > 0 {
+	if l := glob(e.Dir + "/root/*/rw/*-image-*"); len(l) > 0 {
 		t.Errorf("left: %v", l)
 	}
 	e.must("run", "--rm", "-v", "parts:/p", "bb", "mkdir", "/p/etc")
@@ -136,7 +138,7 @@ func TestVolumeKinds(t *testing.T) {
 	if strings.Contains(out, "kept") || strings.Contains(out, "sized") {
 		t.Errorf("prune took too much: %s", out)
 	}
-	if _, err := os.Stat(e.dir + "/data/sub/f"); err != nil {
+	if _, err := os.Stat(e.Dir + "/data/sub/f"); err != nil {
 		t.Errorf("removing a named bind removed what it binds: %v", err)
 	}
 	if r := e.run("volumes", "prune", "-f", "--filter", "until=whenever"); r.code == 0 {

@@ -17,6 +17,8 @@ import (
 	"time"
 
 	"filippo.io/age"
+
+	"github.com/cloudos-io/cloudos/test/harness"
 )
 
 // volumePlugin serves Docker's volume plugin protocol, with directories as volumes.
@@ -131,7 +133,7 @@ func (p *volumePlugin) mounted(name string) int {
 
 func TestVolumePlugin(t *testing.T) {
 	e := start(t)
-	p := startPlugin(t, e.dir+"/run/plugins", "fake")
+	p := startPlugin(t, e.Dir+"/run/plugins", "fake")
 	if out := e.must("info", "--format", "{{json .Plugins.Volume}}"); out != `["local","fake"]` {
 		t.Errorf("info shows volume drivers %s", out)
 	}
@@ -156,7 +158,7 @@ func TestVolumePlugin(t *testing.T) {
 	if _, err := os.Stat(p.root + "/pv/passwd"); err != nil {
 		t.Errorf("the volume was not filled from the image: %v", err)
 	}
-	eventually(t, "the use has ended", 5*time.Second, func() bool { return p.mounted("pv") == 0 })
+	harness.Eventually(t, "the use has ended", 5*time.Second, func() bool { return p.mounted("pv") == 0 })
 
 	// One that only the plugin knows.
 	p.mu.Lock()
@@ -178,19 +180,19 @@ func TestVolumePlugin(t *testing.T) {
 	}
 
 	// The engine is killed; the container goes on and its use with it.
-	e.kill()
-	e.boot()
+	e.Kill()
+	e.Boot()
 	if p.mounted("theirs") != 1 {
 		t.Errorf("%d uses after a restart", p.mounted("theirs"))
 	}
 	// Killed again, and the container ends meanwhile: its use ends with the next.
 	pid := e.must("inspect", "box", "--format", "{{.State.Pid}}")
-	e.kill()
+	e.Kill()
 	if out, err := exec.Command("kill", "-9", pid).CombinedOutput(); err != nil {
 		t.Fatalf("kill: %v: %s", err, out)
 	}
-	e.boot()
-	eventually(t, "the use of a container that ended unseen is ended", 5*time.Second, func() bool { return p.mounted("theirs") == 0 })
+	e.Boot()
+	harness.Eventually(t, "the use of a container that ended unseen is ended", 5*time.Second, func() bool { return p.mounted("theirs") == 0 })
 	e.must("rm", "box")
 	e.must("volumes", "rm", "theirs", "pv")
 	if len(p.vols) != 0 {
@@ -200,7 +202,7 @@ func TestVolumePlugin(t *testing.T) {
 
 func TestHostilePlugin(t *testing.T) {
 	e := start(t)
-	p := startPlugin(t, e.dir+"/run/plugins", "evil")
+	p := startPlugin(t, e.Dir+"/run/plugins", "evil")
 	e.must("volumes", "create", "-d", "evil", "v1")
 	for what, answer := range map[string]string{
 		"root": `{"Mountpoint":"/"}`, "etc": `{"Mountpoint":"/etc"}`, "relative": `{"Mountpoint":"a/b"}`, "dots": `{"Mountpoint":"/tmp/../etc"}`,
@@ -230,7 +232,7 @@ func TestHostilePlugin(t *testing.T) {
 		t.Errorf("a long list: %d lines, exit %d", n, r.code)
 	}
 	// A socket of somebody else's is no plugin.
-	q := startPlugin(t, e.dir+"/run/plugins", "theirs")
+	q := startPlugin(t, e.Dir+"/run/plugins", "theirs")
 	if err := os.Chown(q.sock, 12345, 12345); err != nil {
 		t.Fatal(err)
 	}
@@ -266,7 +268,7 @@ func TestVolumeArchives(t *testing.T) {
 	e.fillVolume("src")
 	want := e.volumeDigest("src")
 
-	file := e.dir + "/b.tar.zst"
+	file := e.Dir + "/b.tar.zst"
 	e.must("volumes", "backup", "-o", file, "src")
 	// Other tools read it.
 	if out, err := exec.Command("sh", "-c", "tar --help >/dev/null && zstd -q -t "+file+" && zstd -dc "+file+" | tar -tf - | grep -c '^data/'").CombinedOutput(); err == nil && strings.TrimSpace(string(out)) == "0" {
@@ -288,8 +290,8 @@ func TestVolumeArchives(t *testing.T) {
 	if got := e.volumeDigest("twin"); got != want {
 		t.Errorf("cloned:\n%s\nwant:\n%s", got, want)
 	}
-	e.must("volumes", "export", "-o", e.dir+"/x.tar", "src")
-	e.must("volumes", "import", "imp", e.dir+"/x.tar")
+	e.must("volumes", "export", "-o", e.Dir+"/x.tar", "src")
+	e.must("volumes", "import", "imp", e.Dir+"/x.tar")
 	strip := func(s string) string { _, s, _ = strings.Cut(s, "\n"); return s } // a tar does not hold the top
 	if got := e.volumeDigest("imp"); strip(got) != strip(want) {
 		t.Errorf("imported:\n%s\nwant:\n%s", got, want)
@@ -313,7 +315,7 @@ func TestVolumeArchives(t *testing.T) {
 		t.Fatal(err)
 	}
 	bad := map[string][]byte{"empty": {}, "text": []byte("hello"), "a tar": nil}
-	bad["a tar"], _ = os.ReadFile(e.dir + "/x.tar")
+	bad["a tar"], _ = os.ReadFile(e.Dir + "/x.tar")
 	for _, n := range []int{4, 100, len(good) / 3, len(good) - 5, len(good) - 1} {
 		bad[fmt.Sprint("cut at ", n)] = good[:n]
 	}
@@ -353,36 +355,36 @@ func TestVolumeArchives(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	must(os.WriteFile(e.dir+"/key", []byte(id.String()+"\n"), 0o600))
-	must(os.WriteFile(e.dir+"/other", []byte(other.String()+"\n"), 0o600))
-	must(os.WriteFile(e.dir+"/pass", []byte("correct horse\n"), 0o600))
-	e.must("volumes", "backup", "-r", id.Recipient().String(), "-o", e.dir+"/b.age", "src")
-	if b, _ := os.ReadFile(e.dir + "/b.age"); !bytes.HasPrefix(b, []byte("age-encryption.org/v1")) {
+	must(os.WriteFile(e.Dir+"/key", []byte(id.String()+"\n"), 0o600))
+	must(os.WriteFile(e.Dir+"/other", []byte(other.String()+"\n"), 0o600))
+	must(os.WriteFile(e.Dir+"/pass", []byte("correct horse\n"), 0o600))
+	e.must("volumes", "backup", "-r", id.Recipient().String(), "-o", e.Dir+"/b.age", "src")
+	if b, _ := os.ReadFile(e.Dir + "/b.age"); !bytes.HasPrefix(b, []byte("age-encryption.org/v1")) {
 		t.Error("not encrypted")
 	}
-	for _, args := range [][]string{nil, {"-I", e.dir + "/other"}} {
-		if r := e.run(append([]string{"volumes", "restore", "-i", e.dir + "/b.age", "sec"}, args...)...); r.code == 0 {
+	for _, args := range [][]string{nil, {"-I", e.Dir + "/other"}} {
+		if r := e.run(append([]string{"volumes", "restore", "-i", e.Dir + "/b.age", "sec"}, args...)...); r.code == 0 {
 			t.Errorf("opened with %v", args)
 		}
 	}
-	e.must("volumes", "restore", "-i", e.dir+"/b.age", "-I", e.dir+"/key", "sec")
+	e.must("volumes", "restore", "-i", e.Dir+"/b.age", "-I", e.Dir+"/key", "sec")
 	if got := e.volumeDigest("sec"); got != want {
 		t.Errorf("decrypted:\n%s\nwant:\n%s", got, want)
 	}
-	b, _ := os.ReadFile(e.dir + "/b.age")
-	if r := e.pipe(bytes.NewReader(b[:len(b)-3]), "volumes", "restore", "-I", e.dir+"/key", "cut"); r.code == 0 {
+	b, _ := os.ReadFile(e.Dir + "/b.age")
+	if r := e.pipe(bytes.NewReader(b[:len(b)-3]), "volumes", "restore", "-I", e.Dir+"/key", "cut"); r.code == 0 {
 		t.Error("a cut off encrypted archive was restored")
 	}
-	e.must("volumes", "backup", "--passphrase-file", e.dir+"/pass", "-o", e.dir+"/p.age", "src")
-	e.must("volumes", "restore", "-i", e.dir+"/p.age", "--passphrase-file", e.dir+"/pass", "sec2")
+	e.must("volumes", "backup", "--passphrase-file", e.Dir+"/pass", "-o", e.Dir+"/p.age", "src")
+	e.must("volumes", "restore", "-i", e.Dir+"/p.age", "--passphrase-file", e.Dir+"/pass", "sec2")
 }
 
 // TestKilledCopies kills the engine in the middle of a backup and of a restore.
 func TestKilledCopies(t *testing.T) {
 	e := start(t)
 	e.must("run", "-d", "--name", "box", "-v", "src:/v", "bb", "sh", "-c", "dd if=/dev/urandom of=/v/big bs=1M count=40 2>/dev/null; touch /v/done; while :; do date >> /v/log; sleep 0.05; done")
-	eventually(t, "the volume is filled", 30*time.Second, func() bool { return e.run("exec", "box", "test", "-e", "/v/done").code == 0 })
-	file := e.dir + "/b"
+	harness.Eventually(t, "the volume is filled", 30*time.Second, func() bool { return e.run("exec", "box", "test", "-e", "/v/done").code == 0 })
+	file := e.Dir + "/b"
 	e.must("volumes", "backup", "--pause", "-o", file, "src")
 	if out := e.must("inspect", "box", "--format", "{{.State.Status}}"); out != "running" {
 		t.Errorf("after a backup the container is %s", out)
@@ -391,21 +393,21 @@ func TestKilledCopies(t *testing.T) {
 	e.must("run", "--rm", "-v", "old:/v", "bb", "sh", "-c", "rm /v/big; echo mine > /v/mine")
 
 	// A reader that stops reading keeps the backup, and the pause, going.
-	resp, err := e.http().Get("http://engine/servin/volumes/src/backup?pause=1")
+	resp, err := e.HTTP().Get("http://engine/servin/volumes/src/backup?pause=1")
 	if err != nil {
 		t.Fatal(err)
 	}
 	if out := e.must("inspect", "box", "--format", "{{.State.Status}}"); out != "paused" {
 		t.Errorf("during a backup the container is %s", out)
 	}
-	e.kill()
+	e.Kill()
 	resp.Body.Close()
-	e.boot()
+	e.Boot()
 	if out := e.must("inspect", "box", "--format", "{{.State.Status}}"); out != "running" {
 		t.Errorf("the backup was killed and left the container %s", out)
 	}
 	n := e.must("exec", "box", "wc", "-l", "/v/log")
-	eventually(t, "the container goes on", 5*time.Second, func() bool { return e.must("exec", "box", "wc", "-l", "/v/log") != n })
+	harness.Eventually(t, "the container goes on", 5*time.Second, func() bool { return e.must("exec", "box", "wc", "-l", "/v/log") != n })
 
 	good, err := os.ReadFile(file)
 	if err != nil {
@@ -416,7 +418,7 @@ func TestKilledCopies(t *testing.T) {
 		done := make(chan error, 1)
 		go func() {
 			req, _ := http.NewRequest("POST", "http://engine/servin/volumes/"+name+"/restore?replace=1", pr)
-			resp, err := e.http().Do(req)
+			resp, err := e.HTTP().Do(req)
 			if err == nil {
 				resp.Body.Close()
 				if resp.StatusCode < 300 {
@@ -431,20 +433,20 @@ func TestKilledCopies(t *testing.T) {
 			t.Fatal(err)
 		}
 		// It is being written aside.
-		eventually(t, "content appears aside", 10*time.Second, func() bool {
+		harness.Eventually(t, "content appears aside", 10*time.Second, func() bool {
 			for _, pat := range []string{"/root/volumes/old/.copy-*/big", "/root/volumes/.new-*/_data/big"} {
-				if l, _ := filepath.Glob(e.dir + pat); len(l) > 0 {
+				if l, _ := filepath.Glob(e.Dir + pat); len(l) > 0 {
 					return true
 				}
 			}
 			return false
 		})
-		e.kill()
+		e.Kill()
 		pw.CloseWithError(io.ErrUnexpectedEOF)
 		if err := <-done; err == nil {
 			t.Error("a killed engine acknowledged a restore")
 		}
-		e.boot()
+		e.Boot()
 	}
 	if out := e.must("run", "--rm", "-v", "old:/v", "bb", "ls", "/v"); !slices.Contains(strings.Fields(out), "mine") || slices.Contains(strings.Fields(out), "big") {
 		t.Errorf("after a killed restore the volume holds %q", out)
@@ -452,10 +454,10 @@ func TestKilledCopies(t *testing.T) {
 	if r := e.run("volumes", "inspect", "fresh"); r.code == 0 {
 		t.Error("a killed restore left a volume")
 	}
-	eventually(t, "what was aside is cleared", 10*time.Second, func() bool {
+	harness.Eventually(t, "what was aside is cleared", 10*time.Second, func() bool {
 		var l []string
 		for _, pat := range []string{"/root/volumes/*/.copy-*", "/root/volumes/.new-*", "/root/volumes/.trash/*"} {
-			m, _ := filepath.Glob(e.dir + pat)
+			m, _ := filepath.Glob(e.Dir + pat)
 			l = append(l, m...)
 		}
 		return len(l) == 0

@@ -17,27 +17,13 @@ import (
 	"time"
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
+
+	"github.com/cloudos-io/cloudos/test/harness"
 )
 
 // TestMain moves the whole suite into network and mount namespaces of its own:
 // engines change the host's rules and leave mounts behind when they are killed.
-func TestMain(m *testing.M) {
-	const marker = "SERVIN_TEST_NETNS"
-	if os.Getenv(marker) != "" || os.Getuid() != 0 {
-		os.Exit(m.Run())
-	}
-	cmd := exec.Command("unshare", append([]string{"-n", "-m", "--propagation", "private", "--", "sh", "-c", `ip link set lo up; exec "$0" "$@"`}, os.Args...)...)
-	cmd.Env = append(os.Environ(), marker+"=1")
-	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
-	err := cmd.Run()
-	var ee *exec.ExitError
-	if errors.As(err, &ee) {
-		os.Exit(ee.ExitCode())
-	} else if err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		os.Exit(1)
-	}
-}
+func TestMain(m *testing.M) { harness.Main(m, "-m", "--propagation", "private") }
 
 // needLong keeps what takes minutes out of make test.
 func needLong(t *testing.T) {

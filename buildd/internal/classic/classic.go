@@ -173,7 +173,7 @@ func (b *Builder) inWords(ctx context.Context, c *client.Client, o *options, tre
 	so := client.SolveOpt{
 		Ref: identity.NewID(), Frontend: "dockerfile.v0", FrontendAttrs: o.attrs, CacheImports: o.cacheFrom, AllowedEntitlements: o.entitlements,
 		Exports: []client.ExportEntry{{Type: "moby", Attrs: map[string]string{"name": o.names()}}},
-		Session: []session.Attachable{o.auth()}, SharedKey: "servin-upload " + o.names(),
+		Session: []session.Attachable{o.auth()}, SharedKey: o.sharedKey(tree),
 	}
 	if tree != nil {
 		so.LocalMounts = map[string]fsutil.FS{"context": tree, "dockerfile": tree}

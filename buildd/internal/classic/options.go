@@ -21,6 +21,8 @@ import (
 	"github.com/moby/buildkit/session"
 	"github.com/moby/buildkit/session/auth/authprovider"
 	"github.com/moby/buildkit/util/entitlements"
+
+	"github.com/cloudos-io/cloudos/buildd/internal/upload"
 )
 
 // options is a request to build, understood.
@@ -47,6 +49,16 @@ func (o *options) names() string {
 		l = append(l, t.full)
 	}
 	return strings.Join(l, ",")
+}
+
+// sharedKey names what BuildKit keeps of an uploaded context. It compares a file with
+// the one it has by size and time alone, so only equal contents share a name.
+func (o *options) sharedKey(tree *upload.Tree) string {
+	key := "servin-upload " + o.names()
+	if tree != nil {
+		key += " " + tree.Digest()
+	}
+	return key
 }
 
 // maxJSON bounds a value of the query.

@@ -90,7 +90,7 @@ func (b *Builder) traced(ctx context.Context, c *client.Client, o *options, tree
 
 // ownSession stands in for a client that sent its context as a tar.
 func (b *Builder) ownSession(ctx context.Context, o *options, tree *upload.Tree) (*session.Session, error) {
-	s, err := session.NewSession(ctx, "servin-upload "+o.names())
+	s, err := session.NewSession(ctx, o.sharedKey(tree))
 	if err != nil {
 		return nil, err
 	}

@@ -11,8 +11,11 @@ import (
 	"compress/bzip2"
 	"compress/gzip"
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"fmt"
+	"hash"
 	"io"
 	"io/fs"
 	"os"
@@ -46,6 +49,8 @@ type Tree struct {
 	root  *node
 	count int
 	size  int64
+	// sum is of the files' names and contents, in the order that they came in.
+	sum hash.Hash
 }
 
 type node struct {
@@ -107,7 +112,7 @@ func Empty(dir string) (*Tree, error) {
 	if err != nil {
 		return nil, fmt.Errorf("cannot make room for the build context: %w", err)
 	}
-	return &Tree{spool: f, root: &node{mode: fs.ModeDir | 0o755, children: map[string]*node{}}}, nil
+	return &Tree{spool: f, sum: sha256.New(), root: &node{mode: fs.ModeDir | 0o755, children: map[string]*node{}}}, nil
 }
 
 // IsArchive tells by its first bytes whether a stream is a tar, compressed or not.
@@ -122,6 +127,10 @@ func IsArchive(head []byte) bool {
 
 // Close lets the contents go.
 func (t *Tree) Close() error { return t.spool.Close() }
+
+// Digest tells trees of different contents apart, which their files' sizes and times
+// need not: a tar has times in whole seconds.
+func (t *Tree) Digest() string { return hex.EncodeToString(t.sum.Sum(nil)) }
 
 // Put adds or replaces a file in the top directory.
 func (t *Tree) Put(name string, content []byte) error {
@@ -257,7 +266,8 @@ func (t *Tree) store(ctx context.Context, h *tar.Header, body io.Reader) (off, s
 	if err := t.room(h.Size); err != nil {
 		return 0, 0, err
 	}
-	w := io.NewOffsetWriter(t.spool, off)
+	fmt.Fprintf(t.sum, "%q %d\n", h.Name, h.Size)
+	w := io.MultiWriter(io.NewOffsetWriter(t.spool, off), t.sum)
 	for size < h.Size {
 		if err := ctx.Err(); err != nil {
 			return 0, 0, err
