@@ -44,21 +44,23 @@ func (m *machine) installs(doc *config.Document) bool {
 	return true
 }
 
-// findInstall looks for a document that asks for an installation, where the machine was
-// started from a medium: it stands before the document of a system that a disk has already.
-func (m *machine) findInstall(ctx context.Context, p source.Places) (source.Found, error) {
-	if !m.fromMedium() || p.Disk == "" || p.CommandLine != "" {
-		return source.Found{}, nil
+// wantsInstall tells whether a document that is at hand asks for an installation, where the
+// machine was started from a medium. Then what a disk keeps stays closed: the system there, and
+// its document, may be what is to be overwritten.
+func (m *machine) wantsInstall(ctx context.Context) bool {
+	if !m.fromMedium() {
+		return false
 	}
-	p.Disk, p.Vendor, p.Product = "", "", ""
+	p := source.Places{CommandLine: m.cmdline["config"], Volumes: m.cidata, Image: config.InImage, Log: m.log.Printf}
+	if p.Remote() {
+		return false // it is asked later
+	}
 	f, err := p.Find(ctx)
 	if err != nil || len(f.Document) == 0 {
-		return source.Found{}, err
+		return false // whoever configures says what is wrong
 	}
-	if doc, err := config.Parse(f.Document); err != nil || doc.Install == nil {
-		return source.Found{}, nil // it is not the one that counts
-	}
-	return f, nil
+	doc, err := config.Parse(f.Document)
+	return err == nil && doc.Install != nil
 }
 
 // install finds a disk, says what it found, writes the system to it, and stops the machine
@@ -80,6 +82,9 @@ func (m *machine) install(ctx context.Context, doc *config.Document) {
 }
 
 func (m *machine) installOn(ctx context.Context, doc *config.Document) error {
+	if doc.Encryption.Key != "" {
+		return fault.New(fault.Unsupported, "cannot install with encryption: the data are encrypted when an empty disk is prepared, and the document is kept on it before; use a disk image, whose machine finds the document elsewhere")
+	}
 	if err := m.letGo(); err != nil {
 		return err
 	}

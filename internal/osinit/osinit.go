@@ -105,6 +105,9 @@ func (m *machine) run(ctx context.Context) (reboot bool) {
 		}
 	})
 	parts.Go(func() { m.show(ctx) })
+	if m.wantsInstall(ctx) {
+		m.cmdline["data"] = "none"
+	}
 	dataErr := m.mountData(ctx)
 	m.mark("data")
 	doc, err := m.configure(ctx)

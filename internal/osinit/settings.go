@@ -35,10 +35,7 @@ func (m *machine) configure(ctx context.Context) (*config.Document, error) {
 		m.connectTo(ctx, uplink.Config{})
 		p.Online = m.net.Online()
 	}
-	f, err := m.findInstall(ctx, p)
-	if err == nil && f.Source == "" {
-		f, err = p.Find(ctx)
-	}
+	f, err := p.Find(ctx)
 	m.mu.Lock()
 	m.configSource = f.Source
 	if f.Source == "" {
