@@ -195,8 +195,11 @@ func (m *machine) sealKey(ctx context.Context, h *data.Header, key []byte, pcrs 
 	if err != nil {
 		return err
 	}
-	if r.Sealed == nil {
+	if r.Sealed == nil || len(r.Sealed.Values) != len(pcrs) {
 		return errors.New("the TPM sealed nothing")
+	}
+	if err := measured(r.Sealed); err != nil {
+		return err
 	}
 	n, err := h.Add(h.Disk, key, []byte(hex.EncodeToString(secret)), luks.Random)
 	if err != nil {
@@ -204,6 +207,17 @@ func (m *machine) sealKey(ctx context.Context, h *data.Header, key []byte, pcrs 
 	}
 	m.keepSecret(secret, n)
 	return h.SetToken(tokenTPM, n, r.Sealed)
+}
+
+// measured refuses registers that nobody measured into: a key that is sealed to them
+// opens for everybody.
+func measured(s *seal.Sealed) error {
+	for i, v := range s.Values {
+		if len(bytes.Trim(v, "\x00")) == 0 || len(bytes.Trim(v, "\xff")) == 0 {
+			return fault.New(fault.Unsupported, "cannot seal the key to the TPM's register %d (%s): nothing was measured into it; start with UEFI, or name others in encryption.pcrs", s.PCRs[i], seal.Means(s.PCRs[i]))
+		}
+	}
+	return nil
 }
 
 func (m *machine) keepSecret(secret []byte, slot int) {
