@@ -116,6 +116,9 @@ func (c *changes) upgrade(ctx context.Context, r io.Reader, o options, progress 
 	if err != nil {
 		return nil, err
 	}
+	if err := c.confirmed(running); err != nil {
+		return nil, err
+	}
 	slot := slots.Other(running)
 	root, err := slotDevice(slot)
 	if err != nil {
@@ -132,6 +135,18 @@ func (c *changes) upgrade(ctx context.Context, r io.Reader, o options, progress 
 		return nil, fmt.Errorf("cannot upgrade to %s: %w", manifest.Version, err)
 	}
 	return change, c.start(change)
+}
+
+// confirmed refuses changes while the running system is tried itself: the other slot has
+// the only one that is known to be good.
+func (c *changes) confirmed(running string) error {
+	return c.boot.With(false, func(dir string) error {
+		s, err := upgrade.State(dir)
+		if err == nil && s.Good != running {
+			err = fault.New(fault.Conflict, "cannot change the system now: the one that runs (slot %s) has not yet come up well itself, and slot %s has the last good one", running, s.Good)
+		}
+		return err
+	})
 }
 
 // judge decides whether a release may be written.
@@ -252,6 +267,9 @@ func (c *changes) rollback(ctx context.Context, force bool) (*system.Change, err
 	slot := slots.Other(running)
 	root, err := slotDevice(slot)
 	if err != nil {
+		return nil, err
+	}
+	if err := c.confirmed(running); err != nil {
 		return nil, err
 	}
 	var sealed []byte
@@ -419,7 +437,10 @@ func (c *changes) awaitHealth(ctx context.Context, network bool) string {
 			return ""
 		}
 		s := c.m.Status()
-		if s.State == vmwire.StateSafe || s.Engine.Restarts >= maxRestarts || time.Now().After(end) {
+		switch {
+		case s.Engine.Restarts >= maxRestarts:
+			return fmt.Sprintf("the engine does not stay up (started again %d times: %s)", s.Engine.Restarts, s.Engine.LastExit)
+		case s.State == vmwire.StateSafe && why != "", why != "" && time.Now().After(end):
 			return why
 		}
 		select {
