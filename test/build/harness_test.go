@@ -195,7 +195,7 @@ func (e *engine) context(files map[string]string) string {
 // importBusybox makes the image "bb" of the host's static busybox.
 func (e *engine) importBusybox() {
 	e.t.Helper()
-	root := harness.Busybox(e.t, "root:x:0:0:root:/root:/bin/sh\nweb:x:1000:1000::/:/bin/sh", "root:x:0:")
+	root := harness.Busybox(e.t, "root:x:0:0:root:/root:/bin/sh\nweb:x:1000:1000::/:/bin/sh", "root:x:0:", false)
 	if r := e.exec(root, nil, filepath.Join(e.Bin, "servin"), "import", "-", "bb"); r.code != 0 {
 		e.t.Fatal(r)
 	}

@@ -104,7 +104,7 @@ func (e *engine) count(name string) int {
 // image makes the image "bb" of the host's static busybox.
 func (e *engine) image() {
 	e.t.Helper()
-	if out, code := e.pipe(harness.Busybox(e.t, "root:x:0:0:root:/root:/bin/sh", "root:x:0:"), "import", "-", "bb"); code != 0 {
+	if out, code := e.pipe(harness.Busybox(e.t, "root:x:0:0:root:/root:/bin/sh", "root:x:0:", false), "import", "-", "bb"); code != 0 {
 		e.t.Fatalf("cannot import busybox: %s", out)
 	}
 }

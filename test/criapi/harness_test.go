@@ -107,7 +107,7 @@ func (n *node) importBusybox() {
 	n.t.Helper()
 	cmd := exec.Command(filepath.Join(n.Bin, "servin"), "--host", n.Host(), "import", "-", "bb")
 	cmd.Stdin = harness.Busybox(n.t, "root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534::/:/bin/false\ndefault-user:x:1000:1000::/:/bin/sh",
-		"root:x:0:\nnobody:x:65534:\ndefault-user:x:1000:\ngroup-defined-in-image:x:50000:default-user")
+		"root:x:0:\nnobody:x:65534:\ndefault-user:x:1000:\ngroup-defined-in-image:x:50000:default-user", true)
 	if b, err := cmd.CombinedOutput(); err != nil {
 		n.t.Fatalf("cannot import busybox: %v: %s", err, b)
 	}

@@ -82,18 +82,23 @@ func Eventually(t *testing.T, what string, limit time.Duration, ok func() bool) 
 }
 
 // Busybox is the tar of a root file system of the host's static busybox, with the
-// lines of its user and group files.
-func Busybox(t *testing.T, passwd, group string) io.Reader {
+// lines of its user and group files. Its names are links to one file: symbolic ones,
+// or hard ones for tests that cover a single name.
+func Busybox(t *testing.T, passwd, group string, hard bool) io.Reader {
 	t.Helper()
 	const script = `set -e
 cd "$(mktemp -d)"; trap 'rm -rf "$PWD"' EXIT
 mkdir -p r/bin r/etc r/tmp r/proc r/sys r/dev r/root; chmod 1777 r/tmp
 cp -L /usr/bin/busybox r/bin/busybox
-for a in $(r/bin/busybox --list); do [ "$a" = busybox ] || ln -s busybox r/bin/$a; done
+for a in $(r/bin/busybox --list); do [ "$a" = busybox ] || (cd r/bin && ln $3 busybox $a); done
 printf '%s\n' "$1" > r/etc/passwd
 printf '%s\n' "$2" > r/etc/group
 tar -C r -cf - .`
-	out, err := exec.Command("bash", "-c", script, "bash", passwd, group).Output()
+	kind := "-s"
+	if hard {
+		kind = "-f"
+	}
+	out, err := exec.Command("bash", "-c", script, "bash", passwd, group, kind).Output()
 	if err != nil {
 		t.Fatalf("cannot make a root file system of busybox: %v", err)
 	}

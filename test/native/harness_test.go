@@ -96,7 +96,7 @@ func (e *engine) must(args ...string) string {
 // importBusybox makes the image "bb" of the host's static busybox.
 func (e *engine) importBusybox() {
 	e.t.Helper()
-	r := e.pipe(harness.Busybox(e.t, "root:x:0:0:root:/root:/bin/sh\nweb:x:1000:1000::/home/web:/bin/sh", "root:x:0:\nweb:x:1000:\nextra:x:2000:web"), "import", "-", "bb")
+	r := e.pipe(harness.Busybox(e.t, "root:x:0:0:root:/root:/bin/sh\nweb:x:1000:1000::/home/web:/bin/sh", "root:x:0:\nweb:x:1000:\nextra:x:2000:web", false), "import", "-", "bb")
 	if r.code != 0 {
 		e.t.Fatalf("cannot import busybox: %s", r)
 	}
