@@ -359,8 +359,13 @@ func (c *changes) confirm(ctx context.Context) {
 		return
 	}
 	if state.Try != running {
-		if state.Fallen() {
+		switch change := last(); {
+		case state.Fallen():
 			c.fellBack(state.Try, running)
+		case state.Good == running && change != nil && change.Slot == running && change.Outcome == system.Pending:
+			c.note(change, system.Succeeded, "") // the power went between the two
+		case state.Try == "" && change != nil && change.Outcome == system.Pending:
+			c.note(change, system.RolledBack, "the machine stopped before it was to start next")
 		}
 		// The starts that follow are like this one.
 		if err := c.m.tighten(); err != nil {
@@ -382,17 +387,9 @@ func (c *changes) confirm(ctx context.Context) {
 		return
 	}
 	defer end()
-	if change != nil {
-		change.Ended, change.Outcome, change.Reason = time.Now().UTC(), system.Succeeded, why
-		if why != "" {
-			change.Outcome = system.RolledBack
-		}
-		if err := keep(change); err != nil {
-			c.m.problem(err)
-		}
-	}
 	if why != "" {
 		c.m.log.Printf("the system in slot %s did not come up well: %s. Slot %s starts again.", running, why, state.Good)
+		c.note(change, system.RolledBack, why) // before the one that runs next reads it
 		if err := c.next(func(s slots.State) slots.State { return s.GiveUp() }); err != nil {
 			c.m.problem(err) // each start counts: it is given up all the same
 		}
@@ -403,17 +400,26 @@ func (c *changes) confirm(ctx context.Context) {
 		c.m.problem(fmt.Errorf("cannot confirm the system in slot %s: %w", running, err))
 		return
 	}
+	c.note(change, system.Succeeded, "") // after it is true; the next start makes up for it
 	c.m.log.Printf("the system in slot %s came up well and is kept", running)
+}
+
+// note keeps what became of a change.
+func (c *changes) note(change *system.Change, outcome, reason string) {
+	if change == nil {
+		return
+	}
+	change.Outcome, change.Reason, change.Ended = outcome, reason, time.Now().UTC()
+	if err := keep(change); err != nil {
+		c.m.problem(err)
+	}
 }
 
 func (c *changes) fellBack(tried, running string) {
 	reason := "it was started several times and never came up"
 	if change := last(); change != nil && change.Slot == tried {
 		if change.Outcome == system.Pending {
-			change.Outcome, change.Reason, change.Ended = system.RolledBack, reason, time.Now().UTC()
-			if err := keep(change); err != nil {
-				c.m.problem(err)
-			}
+			c.note(change, system.RolledBack, reason)
 		}
 		if change.Reason != "" {
 			reason = change.Reason

@@ -83,7 +83,7 @@ func (m *machine) os(what string, is func(system.Status) bool) system.Status {
 			if err := json.Unmarshal([]byte(out), &s); err != nil {
 				m.t.Fatal(err)
 			}
-			if is(s) {
+			if s.Busy == "" && is(s) {
 				return s
 			}
 		}
