@@ -28,10 +28,11 @@ func TestArgs(t *testing.T) {
 	for name, p := range map[string]plan{
 		"linux-kvm-root": {goos: "linux", goarch: "amd64", accelerator: "kvm", spec: spec, kernel: "/proc/self/fd/6", initrd: "/proc/self/fd/7", root: "/dev/fdset/1", data: "/dev/fdset/2",
 			sets: []fdset{{4, 1}, {5, 2}}, uuid: "u", monitor: "fd=8", console: "fd=9", port: "fd=10", share: []string{"fd=11"}, sandbox: true},
-		"linux-tcg":   {goos: "linux", goarch: "amd64", accelerator: "tcg", spec: spec, kernel: "/img/kernel", initrd: "/img/initrd", root: "/dev/fdset/1", data: "/dev/fdset/2", sets: []fdset{{4, 1}, {5, 2}}, uuid: "u", monitor: "fd=6", console: "fd=7", port: "fd=8", sandbox: true},
-		"linux-arm64": {goos: "linux", goarch: "arm64", accelerator: "kvm", spec: spec, kernel: "/img/kernel", initrd: "/img/initrd", root: "/dev/fdset/1", data: "/dev/fdset/2", sets: []fdset{{4, 1}, {5, 2}}, uuid: "u", monitor: "fd=6", console: "fd=7", port: "fd=8", sandbox: true},
-		"darwin-hvf":  {goos: "darwin", goarch: "arm64", accelerator: "hvf", spec: spec, kernel: "/img/kernel", initrd: "/img/initrd", root: "/img/root.img", data: "/d,ata.img", uuid: "u", monitor: "fd=3", console: "fd=4", port: "fd=5"},
-		"windows":     {goos: "windows", goarch: "amd64", accelerator: "whpx", spec: spec, kernel: `C:\img\kernel`, initrd: `C:\img\initrd`, root: `C:\img\root.img`, data: `C:\data.img`, uuid: "u", monitor: `path=C:\m.sock`, console: `path=C:\c.sock`, port: `path=C:\p.sock`},
+		"linux-tcg":       {goos: "linux", goarch: "amd64", accelerator: "tcg", spec: spec, kernel: "/img/kernel", initrd: "/img/initrd", root: "/dev/fdset/1", data: "/dev/fdset/2", sets: []fdset{{4, 1}, {5, 2}}, uuid: "u", monitor: "fd=6", console: "fd=7", port: "fd=8", sandbox: true},
+		"linux-arm64":     {goos: "linux", goarch: "arm64", accelerator: "kvm", spec: spec, kernel: "/img/kernel", initrd: "/img/initrd", root: "/dev/fdset/1", data: "/dev/fdset/2", sets: []fdset{{4, 1}, {5, 2}}, uuid: "u", monitor: "fd=6", console: "fd=7", port: "fd=8", sandbox: true},
+		"linux-arm64-tcg": {goos: "linux", goarch: "arm64", accelerator: "tcg", spec: spec, kernel: "/img/kernel", initrd: "/img/initrd", root: "/dev/fdset/1", data: "/dev/fdset/2", sets: []fdset{{4, 1}, {5, 2}}, uuid: "u", monitor: "fd=6", console: "fd=7", port: "fd=8", sandbox: true},
+		"darwin-hvf":      {goos: "darwin", goarch: "arm64", accelerator: "hvf", spec: spec, kernel: "/img/kernel", initrd: "/img/initrd", root: "/img/root.img", data: "/d,ata.img", uuid: "u", monitor: "fd=3", console: "fd=4", port: "fd=5"},
+		"windows":         {goos: "windows", goarch: "amd64", accelerator: "whpx", spec: spec, kernel: `C:\img\kernel`, initrd: `C:\img\initrd`, root: `C:\img\root.img`, data: `C:\data.img`, uuid: "u", monitor: `path=C:\m.sock`, console: `path=C:\c.sock`, port: `path=C:\p.sock`},
 	} {
 		got := strings.ReplaceAll(strings.Join(p.args(), "\n"), "\n-", "\n\n-") + "\n"
 		file := filepath.Join("testdata", name+".golden")
@@ -83,6 +84,67 @@ func TestDriver(t *testing.T) {
 		s.Shares = []vm.Share{{VMShare: api.VMShare{Path: share}, Tag: "share0"}}
 		return s
 	}}.Run(t)
+}
+
+// TestArm64 has QEMU take the whole command line for an arm64 guest: its board, its
+// serial line, its devices and its places for shares. It is stopped before its first instruction.
+func TestArm64(t *testing.T) {
+	path, err := exec.LookPath(program("arm64"))
+	if err != nil || runtime.GOOS != "linux" {
+		t.Skipf("SKIP: %s is not installed", program("arm64"))
+	}
+	dir, err := os.MkdirTemp("", "q")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer os.RemoveAll(dir)
+	at := func(name string) string { return filepath.Join(dir, name) }
+	for name, size := range map[string]int{"kernel": 8 << 10, "initrd": 512, "root": 1 << 20, "data": 16 << 20} {
+		if err := os.WriteFile(at(name), make([]byte, size), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	p := plan{goos: "linux", goarch: "arm64", accelerator: "tcg", kernel: at("kernel"), initrd: at("initrd"), root: at("root"), data: at("data"), uuid: "6b1a3a54-2f5c-4f4e-9d3e-0c5f8e1a2b3c",
+		monitor: "path=" + at("m"), console: "path=" + at("c"), port: "path=" + at("p"), sandbox: true,
+		spec: vm.Spec{Name: "test", CPUs: 2, Memory: 256 << 20, Image: vm.Image{CommandLine: "console=ttyAMA0 quiet"}}}
+	out := &tail{max: 64 << 10}
+	cmd := exec.Command(path, p.args()...)
+	cmd.Stdout, cmd.Stderr = out, out
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan error, 1)
+	go func() { ended <- cmd.Wait() }()
+	defer func() { cmd.Process.Kill(); <-ended }()
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	var c net.Conn
+	for c == nil {
+		if c, err = net.Dial("unix", at("m")); err == nil {
+			break
+		}
+		select {
+		case err := <-ended:
+			ended <- err
+			t.Fatalf("QEMU ended: %v\n%s", err, out.bytes())
+		case <-ctx.Done():
+			t.Fatalf("%v\n%s", err, out.bytes())
+		case <-time.After(10 * time.Millisecond):
+		}
+	}
+	m, err := converse(ctx, c)
+	if err != nil {
+		t.Fatalf("%v\n%s", err, out.bytes())
+	}
+	defer m.close()
+	var status struct{ Status string }
+	if err := m.do(ctx, "query-status", nil, &status); err != nil || status.Status != "prelaunch" {
+		t.Fatalf("%+v, %v", status, err)
+	}
+	var serial []struct{ Label string }
+	if err := m.do(ctx, "query-chardev", nil, &serial); err != nil || len(serial) < 3 {
+		t.Fatalf("%+v, %v", serial, err)
+	}
 }
 
 // TestMonitor speaks to a monitor that misbehaves.
