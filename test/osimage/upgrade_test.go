@@ -5,8 +5,10 @@ import (
 	"context"
 	"crypto/ed25519"
 	"encoding/json"
+	"fmt"
 	"io"
 	"net"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -256,6 +258,9 @@ func TestBrokenUpgrade(t *testing.T) {
 		if s.Version != "1.0.0" || s.Last.To != c.version || !strings.Contains(s.Last.Reason, c.want) || s.Next != "a" || !s.Slots[1].Failed || len(s.Problems) != 1 {
 			t.Fatalf("the machine is %+v, %+v", s, s.Last)
 		}
+		if out, err := m.cloudos("status"); err != nil || !strings.Contains(out, "did not come up") || !strings.Contains(out, "starts next") {
+			t.Errorf("the status says %q, %v", out, err)
+		}
 		if out, err := m.cloudos("rollback", "--no-reboot"); err == nil || !strings.Contains(out, "did not come up") {
 			t.Errorf("to what did not come up: %v, %s", err, out)
 		}
@@ -356,7 +361,19 @@ func TestUpgrade(t *testing.T) {
 	if s := m.os("at rest", func(s system.Status) bool { return s.Busy == "" }); s.Next != "a" || s.Slots[1].Version != "" || s.Last != nil {
 		t.Fatalf("after what was refused the machine is %+v", s)
 	}
-	if out, err := m.cloudos("upgrade", "--wait", "0", next); err != nil {
+	// The machine fetches it; 10.0.2.2 is the host's loopback.
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	server := &http.Server{Handler: http.FileServer(http.Dir(filepath.Dir(next)))}
+	go server.Serve(l)
+	defer server.Close()
+	from := fmt.Sprintf("http://10.0.2.2:%d/", l.Addr().(*net.TCPAddr).Port)
+	if out, err := m.cloudos("upgrade", from+"missing"); err == nil || !strings.Contains(out, "404") {
+		t.Errorf("from where there is none: %v, %s", err, out)
+	}
+	if out, err := m.cloudos("upgrade", "--wait", "0", from+"cloudos.release"); err != nil {
 		t.Fatal(out)
 	}
 	m.again()
