@@ -66,6 +66,26 @@ func (e *Engine) links(r *container.Record) ([]link, error) {
 	return out, nil
 }
 
+// bridged is where the default bridge reaches a container, itself or by the one whose
+// network it shares; nil where it does not.
+func (e *Engine) bridged(r *container.Record) *network.EndpointSettings {
+	for range maxShared {
+		m := r.HostConfig.NetworkMode
+		if !m.IsContainer() {
+			return r.Attached[network.NetworkBridge]
+		}
+		u, err := e.other(m.ConnectedContainer())
+		if err != nil {
+			return nil
+		}
+		r = u.rec.Load()
+	}
+	return nil
+}
+
+// maxShared bounds how many containers share a network one by the other.
+const maxShared = 16
+
 // linkHosts are the lines of the hosts file for links on the default bridge.
 func (e *Engine) linkHosts(r *container.Record) []hostEntry {
 	links, err := e.links(r)
@@ -81,7 +101,7 @@ func (e *Engine) linkHosts(r *container.Record) []hostEntry {
 				names += " " + n
 			}
 		}
-		if ep := lr.Attached[network.NetworkBridge]; ep != nil && ep.IPAddress.IsValid() {
+		if ep := e.bridged(lr); ep != nil && ep.IPAddress.IsValid() {
 			out = append(out, hostEntry{ep.IPAddress, names})
 		}
 	}
@@ -100,7 +120,7 @@ func (e *Engine) linkEnv(r *container.Record) ([]string, error) {
 	var env []string
 	for _, l := range links {
 		lr := l.to.rec.Load()
-		ep := lr.Attached[network.NetworkBridge]
+		ep := e.bridged(lr)
 		if networkName(r.HostConfig.NetworkMode) != network.NetworkBridge {
 			continue
 		}

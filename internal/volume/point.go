@@ -155,7 +155,7 @@ func ParseBind(spec, driver string) (Point, error) {
 		return p, nil
 	}
 	if m.propagation != "" {
-		return p, invalid("invalid volume specification: '%s': propagation is for bind mounts", spec)
+		return p, invalid("invalid mount config for type \"volume\": '%s': propagation is for bind mounts", spec)
 	}
 	if src != "" {
 		if err := validName(src); err != nil {

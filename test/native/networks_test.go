@@ -83,6 +83,11 @@ func TestSeveralNetworksOfAContainer(t *testing.T) {
 	}
 	// Links of old clients: environment and hosts file.
 	e.must("run", "-d", "--name", "old", "--expose", "80", "-e", "COLOUR=red", "bb", "sleep", "1000")
+	// One that shares another's network is reached by way of that.
+	e.must("run", "-d", "--name", "shares", "--network", "container:old", "bb", "sleep", "1000")
+	if out := e.must("run", "--rm", "--link", "shares:s", "bb", "sh", "-c", "grep -w s /etc/hosts | cut -f1"); out != e.must("inspect", "--format", "{{.NetworkSettings.Networks.bridge.IPAddress}}", "old") {
+		t.Errorf("a link to one that shares a network: %q", out)
+	}
 	got := e.must("run", "--rm", "--link", "old:o", "bb", "sh", "-c", "env; cat /etc/hosts")
 	for _, want := range []string{"O_PORT_80_TCP_PORT=80", "O_ENV_COLOUR=red", "O_NAME=/"} {
 		if !strings.Contains(got, want) {

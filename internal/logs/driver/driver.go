@@ -87,6 +87,9 @@ func keysOf(name string) ([]string, bool) {
 
 func invalid(format string, args ...any) error { return fault.New(fault.Invalid, format, args...) }
 
+// dockers are drivers that Docker has and this engine has not.
+var dockers = []string{"awslogs", "etwlogs", "gcplogs", "gelf", "splunk"}
+
 // Parse checks a configuration as Docker does, in its order and words, and says
 // what it comes to.
 func Parse(name string, o map[string]string, d Defaults) (Settings, error) {
@@ -109,8 +112,11 @@ func Parse(name string, o map[string]string, d Defaults) (Settings, error) {
 		s.BufferSize = n
 	}
 	keys, known := keysOf(name)
+	if slices.Contains(dockers, name) {
+		return s, invalid("failed to initialize logging driver: %s is not supported: use %s", name, strings.Join(Names(), ", "))
+	}
 	if !known {
-		return s, invalid("logger: no log driver named '%s' is registered: use %s", name, strings.Join(Names(), ", "))
+		return s, invalid("logger: no log driver named '%s' is registered", name) // clients compare it
 	}
 	for _, k := range slices.Sorted(maps.Keys(o)) {
 		if slices.Contains(keys, k) || slices.Contains(modeKeys, k) || Remote(name) && slices.Contains(cacheKeys, k) ||

@@ -30,7 +30,8 @@ func TestParse(t *testing.T) {
 		{Syslog, opts{"syslog-address": "udp://127.0.0.1:1514", "cache-max-size": "0", "cache-max-file": "1"}, Settings{Format: "json-file", MaxSize: 20 << 20, MaxFiles: 2}, ""},
 		{Fluentd, opts{"mode": "non-blocking", "max-buffer-size": "4m"}, Settings{Format: "json-file", MaxSize: 20 << 20, MaxFiles: 5, NonBlocking: true, BufferSize: 4 << 20}, ""},
 
-		{"gelf", nil, Settings{}, "logger: no log driver named 'gelf' is registered"},
+		{"gelf", nil, Settings{}, "failed to initialize logging driver: gelf is not supported: use fluentd"},
+		{"none-such", nil, Settings{}, "logger: no log driver named 'none-such' is registered"},
 		{JSONFile, opts{"foo": "1"}, Settings{}, "unknown log opt 'foo' for json-file log driver"},
 		{Syslog, opts{"fluentd-address": "x"}, Settings{}, "unknown log opt 'fluentd-address' for syslog log driver"},
 		{Local, opts{"foo": "1"}, Settings{}, "unknown log opt 'foo' for log driver local"},
