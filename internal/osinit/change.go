@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"net/netip"
 	"os"
 	"strings"
 	"sync"
@@ -192,11 +193,13 @@ func (c *changes) suits(m *release.Manifest, allowDowngrade bool) error {
 // platform is that of the running system, as its image says.
 func platform() string { return strings.TrimSpace(readText("/etc/cloudos/platform")) }
 
-// hasAddress tells whether a link has an address.
+// hasAddress tells whether a link has an address that others reach beyond the link.
 func (m *machine) hasAddress() bool {
 	for _, l := range m.Status().Interfaces {
-		if len(l.Addresses) > 0 {
-			return true
+		for _, a := range l.Addresses {
+			if p, err := netip.ParsePrefix(a); err == nil && !p.Addr().IsLinkLocalUnicast() {
+				return true
+			}
 		}
 	}
 	return false

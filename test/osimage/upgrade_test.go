@@ -287,7 +287,8 @@ func TestPowerCutUpgrade(t *testing.T) {
 	key := signer(t)
 	disk := slotDisk(t, "1.0.0", key)
 	next := releaseOf(t, "1.1.0", func(o *osimage.Options) { o.Sign = []ed25519.PrivateKey{key} })
-	for _, after := range []string{"writing system", "half", "starts next", "is down", "engine answers"} {
+	const last = "engine answers"
+	for _, after := range []string{"writing system", "half", "starts next", last} {
 		m := fromDisk(t, disk)
 		m.must("version")
 		if s := m.os("up", func(s system.Status) bool { return s.State == "ready" && s.Next != "" }); s.Version != "1.0.0" {
@@ -318,11 +319,13 @@ func TestPowerCutUpgrade(t *testing.T) {
 		if s.Version != "1.1.0" {
 			t.Fatalf("after the cut after %q the machine is %+v", after, s)
 		}
-		if out, err := m.cloudos("rollback", "--wait", "0"); err != nil {
-			t.Fatal(out)
+		if after != last {
+			if out, err := m.cloudos("rollback", "--wait", "0"); err != nil {
+				t.Fatal(out)
+			}
+			m.again()
+			m.os("back", func(s system.Status) bool { return s.Last.Kind == "rollback" && s.Last.Outcome == system.Succeeded })
 		}
-		m.again()
-		m.os("back", func(s system.Status) bool { return s.Last.Kind == "rollback" && s.Last.Outcome == system.Succeeded })
 		m.off()
 	}
 }
