@@ -3,6 +3,7 @@ package ociruntime
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -194,6 +195,11 @@ func TestBats(t *testing.T) {
 	}
 	if err := os.Symlink(rt, ours); err != nil {
 		t.Fatal(err)
+	}
+	// The suite leaves a configuration of CRIU behind.
+	const criuConf = "/etc/criu/default.conf"
+	if _, err := os.Stat(criuConf); errors.Is(err, os.ErrNotExist) {
+		t.Cleanup(func() { _ = os.Remove(criuConf) })
 	}
 	files, _ := filepath.Glob(filepath.Join(src, "tests/integration/*.bats"))
 	for _, f := range files {
