@@ -73,7 +73,7 @@ func TestSweep(t *testing.T) {
 			if !bytes.Contains(d, kernel) {
 				t.Fatal("the other slot's kernel is gone")
 			}
-			fsck, err := exec.LookPath("fsck.fat")
+			fsck, err := exec.LookPath("/usr/sbin/fsck.fat")
 			if err != nil {
 				t.Skip("SKIP: fsck.fat is not installed")
 			}
