@@ -93,6 +93,15 @@ func slotDevice(slot string) (string, error) {
 	return dev.Path, nil
 }
 
+// replaceable refuses what a release cannot change: a system that firmware checks as a
+// whole, with no boot loader that would choose another.
+func (c *changes) replaceable() error {
+	if c.m.chain() == chainOwner {
+		return fault.New(fault.Unsupported, "cannot change the system: this disk is signed by its owner for Secure Boot, and a release has no such signature; write a new signed image to it")
+	}
+	return nil
+}
+
 // options of an upgrade.
 type options struct {
 	allowUnsigned, allowDowngrade bool
@@ -102,6 +111,9 @@ type options struct {
 func (c *changes) upgrade(ctx context.Context, r io.Reader, o options, progress func(step, part string, n, total int64)) (*system.Change, error) {
 	running, err := c.running()
 	if err != nil {
+		return nil, err
+	}
+	if err := c.replaceable(); err != nil {
 		return nil, err
 	}
 	end, err := c.begin("upgrade")
@@ -260,6 +272,9 @@ func last() *system.Change {
 func (c *changes) rollback(ctx context.Context, force bool) (*system.Change, error) {
 	running, err := c.running()
 	if err != nil {
+		return nil, err
+	}
+	if err := c.replaceable(); err != nil {
 		return nil, err
 	}
 	end, err := c.begin("go back")

@@ -43,6 +43,14 @@ func TestVolume(t *testing.T) {
 	if err := h.SetToken("cloudos-test", 0, map[string]any{"x": []int{7}}); err != nil {
 		t.Fatal(err)
 	}
+	for _, x := range []int{1, 2} { // the second instead of the first
+		if err := h.SetToken("cloudos-other", 0, map[string]int{"x": x}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if other := h.Tokens("cloudos-other"); len(other) != 1 || !bytes.Contains(other[0], []byte(`"x":2`)) {
+		t.Fatalf("the tokens are %v", other)
+	}
 	if err := h.Write(f); err != nil {
 		t.Fatal(err)
 	}
@@ -58,6 +66,9 @@ func TestVolume(t *testing.T) {
 	}
 	if len(h.Tokens("cloudos-test")) != 1 {
 		t.Fatal("the token is gone")
+	}
+	if !h.DropTokens("cloudos-other") || h.DropTokens("cloudos-other") || len(h.Tokens("cloudos-test")) != 1 {
+		t.Fatal("tokens of one type are not dropped alone")
 	}
 	if tool, err := exec.LookPath("cryptsetup"); err == nil {
 		run := func(in string, args ...string) (string, error) {
