@@ -9,6 +9,7 @@ import (
 	"github.com/moby/moby/api/types/container"
 
 	"github.com/cloudos-io/cloudos/api"
+	"github.com/cloudos-io/cloudos/api/debugshell"
 )
 
 // RunStream is a container that Run started, or a command that Exec did.
@@ -23,6 +24,9 @@ type RunStream struct {
 // Run creates, attaches to and starts a container in one round trip. It returns
 // once the container runs. A refusal comes back as an *Error with ExitCode set.
 func (c *Client) Run(ctx context.Context, req *api.RunRequest) (*RunStream, error) {
+	if req.Extra.Debug == debugshell.Target {
+		return c.run(ctx, api.Root+"/debug-shell/run", req)
+	}
 	return c.run(ctx, api.Root+"/run", req)
 }
 

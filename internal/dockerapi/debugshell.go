@@ -18,6 +18,10 @@ type DebugShell interface {
 	End(ctx context.Context, id string) error
 }
 
+// debugShellRun is /servin/run for shells on the machine, by a path of its own: the record of the
+// call's beginning, which is synced before the shell says anything, then tells what it is.
+const debugShellRun = "/servin/debug-shell/run"
+
 // debugShellAPI serves /servin/debug-shell. What switches it on and off, and the end of each session,
 // are calls like any other, so that the audit log has them.
 type debugShellAPI struct{ b DebugShell }

@@ -39,6 +39,8 @@ var ownCases = []routeCase{
 	{method: "GET", path: "/servin/debug-shell", status: 501, answer: "does not run CloudOS"},
 	{method: "POST", path: "/servin/debug-shell", body: `{"for":"1h","reason":"r"}`, status: 501, answer: "does not run CloudOS"},
 	{method: "DELETE", path: "/servin/debug-shell", status: 501, answer: "does not run CloudOS"},
+	{method: "POST", path: "/servin/run", body: `{"Config":{},"Extra":{"Debug":"@host"}}`, status: 400, answer: "is opened by POST /servin/debug-shell/run"},
+	{method: "POST", path: "/servin/debug-shell/run", body: `{"Config":{"Image":"x"}}`, status: 400, answer: "nothing else is"},
 	{method: "DELETE", path: "/servin/debug-shell/abc", status: 501, answer: "does not run CloudOS"},
 
 	{method: "GET", path: "/servin/policy", status: 200, call: "policy", answer: `"Path":"/p"`},

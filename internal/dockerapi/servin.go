@@ -11,6 +11,7 @@ import (
 	"github.com/moby/moby/api/types/container"
 
 	"github.com/cloudos-io/cloudos/api"
+	"github.com/cloudos-io/cloudos/api/debugshell"
 	"github.com/cloudos-io/cloudos/internal/fault"
 )
 
@@ -36,6 +37,9 @@ func (a servinAPI) run(w *response, r *request) error {
 	}
 	if body.Config == nil {
 		return fault.New(fault.Invalid, "config cannot be empty in order to create a container")
+	}
+	if shell := strings.HasSuffix(r.URL.Path, debugShellRun); shell != (body.Extra.Debug == debugshell.Target) {
+		return fault.New(fault.Invalid, "a shell on the machine is opened by POST %s, and nothing else is", debugShellRun)
 	}
 	keys, err := parseDetachKeys(body.DetachKeys)
 	if err != nil {
