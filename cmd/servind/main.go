@@ -17,6 +17,7 @@ import (
 	"github.com/cloudos-io/cloudos/internal/config"
 	"github.com/cloudos-io/cloudos/internal/criu"
 	"github.com/cloudos-io/cloudos/internal/daemon"
+	"github.com/cloudos-io/cloudos/internal/daemon/await"
 	"github.com/cloudos-io/cloudos/internal/dockerapi"
 	"github.com/cloudos-io/cloudos/internal/image"
 	"github.com/cloudos-io/cloudos/internal/image/unpack"
@@ -40,7 +41,14 @@ func main() {
 		os.Exit(code) // the process that brings a container back
 	}
 	daemon.TuneMemory()
-	if err := run(context.Background(), os.Args[1:]); err != nil {
+	args, ordered, err := await.Wait(os.Args[1:])
+	if err == nil && !ordered {
+		return
+	}
+	if err == nil {
+		err = run(context.Background(), args)
+	}
+	if err != nil {
 		fmt.Fprintln(os.Stderr, "servind:", err)
 		os.Exit(1)
 	}

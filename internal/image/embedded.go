@@ -5,8 +5,6 @@ import (
 	"context"
 	"fmt"
 
-	"github.com/opencontainers/go-digest"
-
 	"github.com/cloudos-io/cloudos/internal/hello"
 )
 
@@ -18,12 +16,11 @@ const (
 // EnsureEmbedded loads the image that the engine carries in itself, if the store
 // lacks it or has the one of another build. What a user put under its name stays.
 func (s *Service) EnsureEmbedded(ctx context.Context) error {
-	b, ok := hello.Image()
+	sum, ok := hello.Identity()
 	if !ok {
 		s.log.Info("this build carries no image of its own (make hello)")
 		return nil
 	}
-	sum := digest.FromBytes(b).String()
 	if r, ok := s.cat.get(embeddedName); ok && (r.Labels[embeddedLabel] == "" || r.Labels[embeddedLabel] == sum) {
 		return nil
 	}
@@ -32,6 +29,7 @@ func (s *Service) EnsureEmbedded(ctx context.Context) error {
 		return err
 	}
 	defer done()
+	b, _ := hello.Image()
 	old, had := s.cat.get(embeddedName)
 	if _, err := s.load(ctx, bytes.NewReader(b), nil, nil); err != nil {
 		return fmt.Errorf("cannot load the engine's own image: %w", err)

@@ -108,7 +108,6 @@ var programs = []struct {
 	optional   bool
 }{
 	{"servind", partEngine, false},
-	{"servin", partEngine, false},
 	{"servin-runtime", partEngine, false},
 	{"servin-buildd", partBuilder, true},
 	{"servin-toolbox.tar.gz", partEngine, true},

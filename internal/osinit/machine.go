@@ -73,6 +73,9 @@ type machine struct {
 
 	// Of run alone.
 	engineArgs []string
+	beside     sync.WaitGroup // loads modules from the initial file system
+	unpacked   *os.Root       // the initial file system
+	prepared   *waitingEngine
 	netStop    context.CancelFunc
 	netDone    chan struct{}
 }
@@ -190,39 +193,6 @@ func (m *machine) devices(ctx context.Context, l *uevent.Listener) {
 // engineSocket is where the engine listens.
 const engineSocket = "/run/servin/servin.sock"
 
-// runEngine keeps the engine running until ctx is done.
-func (m *machine) runEngine(ctx context.Context) {
-	r, w, err := os.Pipe()
-	if err != nil {
-		m.problem(err)
-		return
-	}
-	defer r.Close()
-	defer w.Close()
-	go m.engineLog.fill(r)
-	s := process.Service{
-		Table: m.table,
-		Program: process.Program{
-			Path: "/bin/servind", Args: m.engineArgs, Output: w, Dir: "/", OOMScoreAdj: -900, NewSession: true,
-			Env: []string{"PATH=/bin", "HOME=/var/root", "TMPDIR=/var/tmp", "SSL_CERT_FILE=" + trusted()},
-		},
-		Log: m.log.Printf,
-		Changed: func(s process.State) {
-			m.mu.Lock()
-			m.engine.PID, m.engine.Running, m.engine.Restarts, m.engine.LastExit = s.PID, s.PID != 0, s.Restarts, s.LastExit
-			if s.PID == 0 {
-				m.engine.Ready = false
-			}
-			m.mu.Unlock()
-			m.change()
-			if s.PID != 0 {
-				go m.awaitEngine(ctx, s.PID)
-			}
-		},
-	}
-	s.Run(ctx, 10*time.Second)
-}
-
 // trusted is the file with the authorities that programs trust.
 func trusted() string {
 	if _, err := os.Stat(trustFile); err == nil {
@@ -233,7 +203,7 @@ func trusted() string {
 
 // awaitEngine notes when the engine with a pid answers.
 func (m *machine) awaitEngine(ctx context.Context, pid int) {
-	for wait := 2 * time.Millisecond; ctx.Err() == nil; wait = min(wait*5/4, 100*time.Millisecond) {
+	for wait := 2 * time.Millisecond; ctx.Err() == nil; wait = min(wait*5/4, 25*time.Millisecond) {
 		m.mu.Lock()
 		gone := m.engine.PID != pid
 		m.mu.Unlock()

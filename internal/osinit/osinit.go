@@ -84,6 +84,9 @@ func (m *machine) run(ctx context.Context) (reboot bool) {
 	}
 	m.later()
 	m.firmware()
+	if m.cmdline["safe"] == "" && m.cmdline["menu"] == "" {
+		m.prestart()
+	}
 	parts.Go(func() { m.table.Run(ctx) })
 	if listener != nil {
 		parts.Go(func() { m.devices(ctx, listener) })
@@ -93,8 +96,9 @@ func (m *machine) run(ctx context.Context) (reboot bool) {
 	}
 	// The engine needs its data, its configuration and a few modules; all else goes on beside it.
 	var needed sync.WaitGroup
-	needed.Go(m.preload)
-	parts.Go(m.connect)
+	connected := make(chan struct{})
+	needed.Go(func() { m.preload(initial, connected) })
+	parts.Go(func() { m.connect(initial, connected) })
 	parts.Go(func() { m.settle(ctx) })
 	m.port = &guest.Port{Engine: m.dialEngine, Log: m.log.Printf}
 	m.port.Control = guest.NewControl(m, m.port.Streams)
@@ -134,8 +138,10 @@ func (m *machine) run(ctx context.Context) (reboot bool) {
 			m.problem(err)
 		}
 		m.setState(vmwire.StateSafe)
+		m.dismiss()
 		close(engineDone)
 	case m.installs(doc):
+		m.dismiss()
 		close(engineDone)
 		parts.Go(func() { m.install(ctx, doc) })
 	default:

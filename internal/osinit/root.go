@@ -4,10 +4,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
-	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -70,8 +71,7 @@ func (m *machine) findRoot(set *modules.Set) error {
 	}
 	// What the engine will need is loaded beside, one after the other, where the
 	// initial file system has it: the disks are more urgent.
-	var beside sync.WaitGroup
-	beside.Go(func() {
+	m.beside.Go(func() {
 		for _, name := range engineModules {
 			if err := set.Load(name); err != nil {
 				m.problem(err)
@@ -127,11 +127,10 @@ func (m *machine) findRoot(set *modules.Set) error {
 			return fmt.Errorf("cannot move %s: %w", d, err)
 		}
 	}
-	beside.Wait()
-	// What the kernel unpacked is memory: it is given back. The program itself
-	// stays for as long as it runs.
-	for _, d := range []string{"/init", "/lib"} {
-		os.RemoveAll(d)
+	// What the kernel unpacked stays open: modules are loaded from there beside all else.
+	m.unpacked, err = os.OpenRoot("/")
+	if err != nil {
+		return err
 	}
 	if err := unix.Chdir(place); err != nil {
 		return err
@@ -228,7 +227,13 @@ func (m *machine) later() {
 			m.problem(err)
 		}
 	}
+	// Programs that gain from huge pages ask for them; to all others they are memory
+	// that is never used. First, since it raises what is kept free.
+	if err := os.WriteFile("/sys/kernel/mm/transparent_hugepage/enabled", []byte("madvise"), 0); err != nil {
+		m.log.Printf("cannot choose who gets huge pages: %v", err)
+	}
 	for key, value := range map[string]string{
+		"vm/min_free_kbytes":            strconv.FormatUint(minFree(), 10),
 		"kernel/modprobe":               "/bin/cloudos-modprobe",
 		"kernel/panic":                  "10",
 		"kernel/kptr_restrict":          "2",
@@ -249,6 +254,17 @@ func (m *machine) later() {
 			m.log.Printf("cannot set %s: %v", strings.ReplaceAll(key, "/", "."), err)
 		}
 	}
+}
+
+// minFree is how many kibibytes the kernel keeps free for itself: twice what it would by itself
+// without huge pages, for which it keeps many times as much.
+func minFree() uint64 {
+	var s unix.Sysinfo_t
+	if unix.Sysinfo(&s) != nil {
+		return 16 << 10
+	}
+	kib := float64(s.Totalram) * float64(s.Unit) / 1024
+	return uint64(min(max(2*math.Sqrt(16*kib), 4<<10), 64<<10))
 }
 
 // mountData mounts what is kept at /var. Where that fails it is memory, and the
@@ -321,16 +337,31 @@ func (m *machine) growAtStart() {
 var engineModules = []string{"overlay", "bridge", "veth", "nf_tables", "nft_chain_nat", "nft_nat", "nft_ct", "nft_masq",
 	"nft_fib", "nft_fib_ipv4", "nft_fib_ipv6", "nft_fib_inet", "nft_dup_ipv4", "nft_dup_ipv6"}
 
-// preload loads what the engine is about to use.
-func (m *machine) preload() {
+// preload loads what the engine is about to use and is not there yet. connected is closed
+// when nobody else needs the initial file system.
+func (m *machine) preload(initial *modules.Set, connected <-chan struct{}) {
+	m.beside.Wait()
+	m.mark("early modules")
+	<-connected
+	// What the kernel unpacked is memory: it is given back. The program itself
+	// stays for as long as it runs.
+	initial.Close()
+	for _, d := range []string{"init", "lib"} {
+		if err := m.unpacked.RemoveAll(d); err != nil {
+			m.log.Printf("cannot give back the initial file system: %v", err)
+		}
+	}
+	m.unpacked.Close()
 	if err := m.modules.LoadAll(engineModules...); err != nil {
 		m.problem(err)
 	}
 }
 
 // connect loads what the host is met with.
-func (m *machine) connect() {
-	if err := m.modules.LoadAll("virtio_console", "virtio_net"); err != nil {
+func (m *machine) connect(initial *modules.Set, connected chan<- struct{}) {
+	err := initial.LoadAll("virtio_console", "virtio_net")
+	close(connected)
+	if err := errors.Join(err, m.modules.LoadAll("virtio_console", "virtio_net")); err != nil {
 		m.problem(err)
 	}
 	m.come.notify()
@@ -343,6 +374,18 @@ func (m *machine) settle(ctx context.Context) {
 	case <-ctx.Done():
 		return
 	case <-time.After(20 * time.Second):
+	}
+	if m.cmdline["root"] == "" {
+		// A virtual machine has all that it started for: the first commands go first.
+		if err := m.modules.LoadAll("virtio_balloon", "virtio_rng"); err != nil {
+			m.log.Printf("%v", err)
+		}
+		m.come.notify()
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(3 * time.Second):
+		}
 	}
 	if err := m.modules.LoadAll("br_netfilter", "nft_reject_inet", "nft_redir", "nft_log", "nft_limit", "nft_numgen", "nft_objref", "nft_quota",
 		"nft_tproxy", "nft_socket", "virtio_balloon", "virtio_rng", "tun", "dummy", "loop"); err != nil {

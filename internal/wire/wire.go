@@ -18,6 +18,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	mcontainer "github.com/moby/moby/api/types/container"
@@ -135,6 +136,39 @@ func New(ctx context.Context, c *config.Config, inside rootless.State, log *slog
 		return nil, err
 	}
 	s.part("layers", layers.Run)
+	// Networks are the kernel's work more than ours: they come up beside what is read from the disk.
+	dockerPlugins := plugin.New(plugin.Config{Dirs: append([]string{filepath.Join(c.RunRoot, "plugins")}, plugin.Dirs[:]...), Logger: log})
+	plugins, err := cni.New(cni.Config{
+		ConfDir: c.CNI.ConfDir, BinDirs: []string{c.CNI.BinDir}, Root: filepath.Join(c.Root, "cni"), RunRoot: filepath.Join(c.RunRoot, "cni"), Logger: log,
+	})
+	if err != nil {
+		return nil, err
+	}
+	s.part("cni", plugins.Run)
+	netConfig := networkConfig(c, inside, instance, log)
+	netConfig.Plugins = dockerPlugins
+	netConfig.CNI = plugins
+	type connected struct {
+		*network.Manager
+		err error
+	}
+	connecting := make(chan connected, 1)
+	go func() {
+		n, err := network.New(ctx, netConfig)
+		connecting <- connected{n, err}
+	}()
+	met := sync.OnceValues(func() (*network.Manager, error) {
+		n := <-connecting
+		if n.err == nil {
+			s.onClose(n.Close)
+		}
+		return n.Manager, n.err
+	})
+	defer func() {
+		if err != nil {
+			_, _ = met() // it is closed with the rest
+		}
+	}()
 	images, err := image.New(ctx, image.Config{
 		Root: filepath.Join(c.Root, "images"), Logger: log, Registries: registries(c),
 		MaxConcurrentDownloads: c.MaxDownloads, PinnedChains: layers.ChainIDs,
@@ -146,7 +180,6 @@ func New(ctx context.Context, c *config.Config, inside rootless.State, log *slog
 	s.onClose(images.Close)
 	s.part("images", images.Run)
 	s.Images = images
-	dockerPlugins := plugin.New(plugin.Config{Dirs: append([]string{filepath.Join(c.RunRoot, "plugins")}, plugin.Dirs[:]...), Logger: log})
 	volumes, err := volume.New(volume.Config{
 		Root: filepath.Join(c.Root, "volumes"), RunRoot: c.RunRoot, BootID: boot, Log: log,
 		Plugins: dockerPlugins,
@@ -156,21 +189,10 @@ func New(ctx context.Context, c *config.Config, inside rootless.State, log *slog
 	}
 	s.onClose(volumes.Close)
 	s.part("volumes", volumes.Run)
-	plugins, err := cni.New(cni.Config{
-		ConfDir: c.CNI.ConfDir, BinDirs: []string{c.CNI.BinDir}, Root: filepath.Join(c.Root, "cni"), RunRoot: filepath.Join(c.RunRoot, "cni"), Logger: log,
-	})
+	networks, err := met()
 	if err != nil {
 		return nil, err
 	}
-	s.part("cni", plugins.Run)
-	netConfig := networkConfig(c, inside, instance, log)
-	netConfig.Plugins = dockerPlugins
-	netConfig.CNI = plugins
-	networks, err := network.New(ctx, netConfig)
-	if err != nil {
-		return nil, err
-	}
-	s.onClose(networks.Close)
 	s.part("networks", networks.Run)
 
 	// What starts them.

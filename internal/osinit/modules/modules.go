@@ -20,7 +20,7 @@ import (
 
 // Set is the modules of a folder.
 type Set struct {
-	dir     string
+	dir     *os.Root // stays reachable when the root changes
 	modules map[string]*module
 	aliases []alias
 }
@@ -49,9 +49,14 @@ func Open(root string) (*Set, error) {
 	if err != nil {
 		return nil, err
 	}
-	s.dir = dir
+	if s.dir, err = os.OpenRoot(dir); err != nil {
+		return nil, err
+	}
 	return s, nil
 }
+
+// Close lets go of the folder: nothing can be loaded from it any more.
+func (s *Set) Close() error { return s.dir.Close() }
 
 func parse(b []byte) (*Set, error) {
 	s := &Set{modules: map[string]*module{}}
@@ -113,7 +118,7 @@ func (s *Set) insert(name string) error {
 		if loaded(name) {
 			return
 		}
-		f, err := os.Open(filepath.Join(s.dir, m.path))
+		f, err := s.dir.Open(m.path)
 		if err != nil {
 			m.err = err
 			return

@@ -81,6 +81,8 @@ type Program struct {
 	Dir  string
 	// Input is standard input, Output takes standard output and error; nil is /dev/null.
 	Input, Output *os.File
+	// Extra are further descriptors, from 3 on.
+	Extra []*os.File
 	// OOMScoreAdj is written before it runs on.
 	OOMScoreAdj int
 	// Attr is added to.
@@ -108,10 +110,14 @@ func (t *Table) Start(p Program) (*Process, error) {
 	if in == nil {
 		in = null
 	}
+	files := []uintptr{in.Fd(), out.Fd(), out.Fd()}
+	for _, f := range p.Extra {
+		files = append(files, f.Fd())
+	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	pid, err := syscall.ForkExec(p.Path, append([]string{p.Path}, p.Args...), &syscall.ProcAttr{
-		Dir: p.Dir, Env: p.Env, Files: []uintptr{in.Fd(), out.Fd(), out.Fd()},
+		Dir: p.Dir, Env: p.Env, Files: files,
 		Sys: &syscall.SysProcAttr{Setsid: p.NewSession},
 	})
 	if err != nil {
@@ -140,6 +146,8 @@ func Describe(s syscall.WaitStatus) string {
 type Service struct {
 	Table   *Table
 	Program Program
+	// First, if set, is the program's first process, which runs already.
+	First *Process
 	// Changed is called after each start and end.
 	Changed func(State)
 	// Log takes what happens.
@@ -168,7 +176,10 @@ func (s *Service) Run(ctx context.Context, patience time.Duration) {
 	state, wait := State{}, first
 	for ctx.Err() == nil {
 		began := time.Now()
-		p, err := s.Table.Start(s.Program)
+		p, err := s.First, error(nil)
+		if s.First = nil; p == nil {
+			p, err = s.Table.Start(s.Program)
+		}
 		if err != nil {
 			state.LastExit = err.Error()
 			s.Log("%v", err)

@@ -65,6 +65,11 @@ func (p *plan) args() []string {
 	case accel == "tcg":
 		// A bigger cache of translated code: booting a kernel and then Go programs overflows the default.
 		accel, cpu = "tcg,thread=multi,tb-size=512", "max"
+		if p.goarch == "amd64" {
+			// Its "fast" string instructions are emulated byte by byte, and a fifth level of
+			// page tables makes each walk longer: the kernel takes better ways without them.
+			cpu = "max,erms=off,fsrm=off,la57=off"
+		}
 	case accel == "whpx":
 		accel, cpu = "whpx,kernel-irqchip=off", "max"
 	}
