@@ -135,20 +135,10 @@ func (h *Host) meet(ctx context.Context, l *live) (vmwire.Status, error) {
 	l.session, l.api, l.ctl = s, s.Client(vmwire.API), s.Client(vmwire.Control)
 	l.mu.Unlock()
 	var st vmwire.Status
-	for {
-		if err := l.call(ctx, "GET", "/v1/status?wait=30", nil, &st); err != nil {
-			return st, err
-		}
-		if st.State != vmwire.StateStarting {
-			break
-		}
-	}
+	// Before the engine is there: it starts containers that want the right time and their shares.
 	if err := l.call(ctx, "PUT", "/v1/clock", vmwire.Clock{Time: time.Now()}, nil); err != nil {
 		h.log.Warn("cannot set the machine's clock", "error", err)
 	}
-	l.mu.Lock()
-	l.boot = st
-	l.mu.Unlock()
 	problems := map[string]string{}
 	if r, ok := l.machine.(vm.Reaches); ok {
 		problems = r.ShareProblems()
@@ -165,6 +155,17 @@ func (h *Host) meet(ctx context.Context, l *live) (vmwire.Status, error) {
 			l.mu.Unlock()
 		}
 	}
+	for {
+		if err := l.call(ctx, "GET", "/v1/status?wait=30", nil, &st); err != nil {
+			return st, err
+		}
+		if st.State != vmwire.StateStarting {
+			break
+		}
+	}
+	l.mu.Lock()
+	l.boot = st
+	l.mu.Unlock()
 	return st, nil
 }
 
