@@ -98,7 +98,7 @@ func Build(ctx context.Context, o Options) (*vmwire.Image, error) {
 // buildParts makes the formats whose files a boot loader outside takes: vm and netboot.
 func buildParts(ctx context.Context, o Options) (*vmwire.Image, error) {
 	apt := &kernel.Apt{Cache: o.Cache, Arch: o.Arch, Log: o.Log}
-	kind, initial, modules := kernel.Cloud, append(rootModules, earlyModules...), cloudModules
+	kind, initial, modules := kernel.Cloud, append(rootModules, earlyModules...), vmModules()
 	if o.Format == "netboot" {
 		kind, initial, modules = kernel.Metal, isoModules, metalModules
 	}

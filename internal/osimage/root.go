@@ -46,19 +46,27 @@ var isoModules = append([]string{
 
 // cloudModules are what the engine and a virtual machine need.
 var cloudModules = []string{
-	"virtio_*", "net_failover", "virtiofs", "fuse", "overlay", "loop", "dm_verity", "dm_crypt",
+	"virtio_*", "net_failover", "virtiofs", "fuse", "overlay", "loop",
 	"veth", "bridge", "br_netfilter", "macvlan", "ipvlan", "8021q", "bonding", "tun", "dummy", "vxlan", "wireguard",
 	"nf_tables", "nft_*", "nf_nat", "nf_conntrack", "nf_conntrack_netlink", "nf_dup_*", "nf_defrag_*", "nf_reject_*", "nf_tproxy_*", "nfnetlink*",
 	"nf_log_syslog", "xt_*", "ip_tables", "ip6_tables", "iptable_*", "ip6table_*", "ip_vs*", "ip_set*", "kernel/net/netfilter/nf_conntrack_*",
 	"sch_*", "cls_*", "act_*", "ifb", "sctp", "inet_diag", "tcp_diag", "udp_diag", "unix_diag", "netlink_diag", "sctp_diag", "af_packet",
 	"nls_*", "vfat", "isofs", "nfs", "nfsv4", "nfsv3", "cifs", "erofs", "squashfs", "ext4", "quota_v2", "quota_tree",
 	"tcp_bbr", "nvme", "ena", "gve", "hv_*", "xen_blkfront", "xen_netfront", "vmxnet3", "vmw_*", "virtio_scsi", "sd_mod", "sr_mod",
-	"vsock", "vmw_vsock_virtio_transport", "tpm*", "rng_core", "binfmt_misc", "ipt_*", "ip6t_*", "crc32c_generic", "algif_*", "ixgbevf", "pvpanic*",
+	"vsock", "vmw_vsock_virtio_transport", "rng_core", "binfmt_misc", "ipt_*", "ip6t_*", "crc32c_generic", "algif_*", "ixgbevf", "pvpanic*",
+}
+
+// vmModules are cloudModules without the disks and cards of clouds: a machine of VM
+// mode has virtio's, or Hyper-V's.
+func vmModules() []string {
+	return slices.DeleteFunc(slices.Clone(cloudModules), func(m string) bool {
+		return slices.Contains([]string{"ena", "gve", "ixgbevf", "nvme", "xen_blkfront", "xen_netfront", "vmxnet3"}, m)
+	})
 }
 
 // trustModules are for Secure Boot's state and for encrypted data, on what is no
 // virtual machine of VM mode.
-var trustModules = []string{"efivarfs", "xts", "ecb", "aesni*", "aes_ce*", "sha256_*", "dm_crypt", "dm_verity"}
+var trustModules = []string{"efivarfs", "tpm*", "xts", "ecb", "aesni*", "aes_ce*", "sha256_*", "dm_crypt", "dm_verity"}
 
 // metalModules add the drivers of real machines: disks, network cards, what a
 // screen and a keyboard need.
