@@ -18,6 +18,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -124,6 +125,7 @@ type machine struct {
 	cmd     *exec.Cmd
 	dir     string
 	session *vmwire.Session
+	runs    atomic.Int32
 	done    chan error
 	// restarts counts how often the machine was seen to start again.
 	restarts int
@@ -303,7 +305,9 @@ func (m *machine) settled() vmwire.Status {
 // servin runs the command line against the machine's engine, through the port.
 func (m *machine) servin(args ...string) (string, error) {
 	m.t.Helper()
-	l, err := net.Listen("unix", filepath.Join(m.dir, "e"))
+	// A socket for each run: several may go on at once.
+	socket := filepath.Join(m.dir, fmt.Sprintf("e%d", m.runs.Add(1)))
+	l, err := net.Listen("unix", socket)
 	if err != nil {
 		m.t.Fatal(err)
 	}
@@ -329,7 +333,7 @@ func (m *machine) servin(args ...string) (string, error) {
 	ctx, cancel := context.WithTimeout(m.t.Context(), 3*time.Minute)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, filepath.Join(programs(m.t), "servin"), args...)
-	cmd.Env = append(os.Environ(), "SERVIN_HOST=unix://"+filepath.Join(m.dir, "e"))
+	cmd.Env = append(os.Environ(), "SERVIN_HOST=unix://"+socket)
 	out, err := cmd.CombinedOutput()
 	return string(out), err
 }
