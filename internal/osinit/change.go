@@ -45,7 +45,7 @@ type changes struct {
 }
 
 func newChanges(m *machine) *changes {
-	return &changes{m: m, boot: &upgrade.Boot{At: "/run/cloudos/boot", Prepare: func() error {
+	return &changes{m: m, boot: &upgrade.Boot{Prepare: func() error {
 		return m.modules.LoadAll("vfat", "nls_cp437", "nls_iso8859_1", "nls_ascii", "nls_utf8")
 	}}}
 }

@@ -29,15 +29,13 @@ const sealedFile = slots.SealedFile
 type Boot struct {
 	// Device is the partition; empty is the one with the label esp.
 	Device string
-	// At is where it is mounted.
-	At string
 	// Prepare loads what mounting needs.
 	Prepare func() error
 
 	mu sync.Mutex
 }
 
-// With mounts the partition and calls fn with where.
+// With mounts the partition and calls fn with a path to it, which is good until fn returns.
 func (b *Boot) With(write bool, fn func(dir string) error) error {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -65,21 +63,51 @@ func (b *Boot) with(write bool, fn func(dir string) error) error {
 			return err
 		}
 	}
-	if err := os.MkdirAll(b.At, 0o700); err != nil {
-		return err
-	}
-	flags := uintptr(unix.MS_NODEV | unix.MS_NOSUID | unix.MS_NOEXEC | unix.MS_NOATIME)
-	if !write {
-		flags |= unix.MS_RDONLY
-	}
-	if err := unix.Mount(dev, b.At, "vfat", flags, "umask=077"); err != nil {
+	at, err := detached(dev, write)
+	if err != nil {
 		return fmt.Errorf("cannot mount the boot partition %s: %w", dev, err)
 	}
-	err = fn(b.At)
-	if uerr := unix.Unmount(b.At, 0); uerr != nil && err == nil {
-		err = fmt.Errorf("cannot unmount the boot partition: %w", uerr)
+	defer at.Close()
+	dir := fmt.Sprintf("/proc/self/fd/%d", at.Fd())
+	if err := fn(dir); err != nil || !write {
+		return err
 	}
-	return err
+	root, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	defer root.Close()
+	return unix.Syncfs(int(root.Fd()))
+}
+
+// detached mounts a device nowhere: it is reached through the descriptor alone, and gone with
+// it. A mount with a place would be copied into each container's namespace that is made
+// meanwhile, and stay for as long as that does.
+func detached(dev string, write bool) (*os.File, error) {
+	fs, err := unix.Fsopen("vfat", unix.FSOPEN_CLOEXEC)
+	if err != nil {
+		return nil, err
+	}
+	defer unix.Close(fs)
+	err = errors.Join(unix.FsconfigSetString(fs, "source", dev), unix.FsconfigSetString(fs, "umask", "077"))
+	if err == nil && !write {
+		err = unix.FsconfigSetFlag(fs, "ro")
+	}
+	if err == nil {
+		err = unix.FsconfigCreate(fs)
+	}
+	if err != nil {
+		return nil, err
+	}
+	attr := unix.MOUNT_ATTR_NODEV | unix.MOUNT_ATTR_NOSUID | unix.MOUNT_ATTR_NOEXEC | unix.MOUNT_ATTR_NOATIME
+	if !write {
+		attr |= unix.MOUNT_ATTR_RDONLY
+	}
+	fd, err := unix.Fsmount(fs, unix.FSMOUNT_CLOEXEC, attr)
+	if err != nil {
+		return nil, err
+	}
+	return os.NewFile(uintptr(fd), "the boot partition"), nil
 }
 
 // State reads the boot loader's block.
