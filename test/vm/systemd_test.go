@@ -9,13 +9,16 @@ import (
 	"testing"
 )
 
+// systemdPackages are Debian's beside the least there is; a change makes a new root.
+const systemdPackages = "systemd,dbus,jq,nftables,iproute2,kmod,procps"
+
 // systemdRoot is a Debian with systemd, kept in the cache.
 func systemdRoot(t *testing.T) string {
 	cache, err := os.UserCacheDir()
 	if err != nil {
 		cache = t.TempDir()
 	}
-	root := filepath.Join(cache, "servin-test", "debian-systemd")
+	root := filepath.Join(cache, "servin-test", "debian-"+strings.ReplaceAll(systemdPackages, ",", "-"))
 	if _, err := os.Stat(root); err == nil {
 		return root
 	}
@@ -26,7 +29,7 @@ func systemdRoot(t *testing.T) string {
 	if err := os.RemoveAll(fresh); err != nil {
 		t.Fatal(err)
 	}
-	if out, err := exec.Command("debootstrap", "--variant=minbase", "--include=systemd,dbus,jq,nftables,iproute2", "bookworm", fresh, "http://deb.debian.org/debian").CombinedOutput(); err != nil {
+	if out, err := exec.Command("debootstrap", "--variant=minbase", "--include="+systemdPackages, "bookworm", fresh, "http://deb.debian.org/debian").CombinedOutput(); err != nil {
 		t.Skipf("SKIP: Debian is not to be had: %v: %s", err, out[max(0, len(out)-500):])
 	}
 	for _, dir := range []string{"var/cache/apt", "var/lib/apt/lists", "usr/share/doc", "usr/share/locale", "usr/share/man"} {

@@ -2,6 +2,7 @@ package cgroup
 
 import (
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/cloudos-io/cloudos/internal/fault"
@@ -61,6 +62,11 @@ func (g *Group) Join(pid int) error {
 
 // applySystemd tells systemd the limits, since it would write its own over ours.
 func (g *Group) applySystemd(r *specs.LinuxResources) error {
+	if len(r.Devices) > 0 {
+		with := *r
+		with.Devices = append(slices.Clip(r.Devices), alwaysAllowed()...)
+		r = &with
+	}
 	if err := g.mgr.Set(Resources(r)); err != nil {
 		return fault.New(fault.Invalid, "cannot set limits: %w", err)
 	}
