@@ -372,7 +372,7 @@ func TestEncryption(t *testing.T) {
 	if err := m.ctl("POST", "/v1/encryption/unlock", vmwire.Unlock{Key: "wrong-key"}, nil); err == nil {
 		t.Fatal("a wrong key was taken")
 	}
-	if err := m.ctl("POST", "/v1/encryption/unlock", vmwire.Unlock{Key: recovery.Key}, nil); err != nil {
+	if err := m.ctl("POST", "/v1/encryption/unlock", vmwire.Unlock(recovery), nil); err != nil {
 		t.Fatal(err)
 	}
 	select {
