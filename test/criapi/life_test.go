@@ -1,12 +1,15 @@
 package criapi
 
 import (
+	"strconv"
 	"strings"
 	"testing"
 	"time"
 
 	"google.golang.org/grpc/codes"
 	v1 "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/cloudos-io/cloudos/test/harness"
 )
 
 func TestLife(t *testing.T) {
@@ -40,6 +43,11 @@ func TestLife(t *testing.T) {
 	}
 	_, err := n.rt.StartContainer(ctx(t), &v1.StartContainerRequest{ContainerId: c})
 	wants(t, "start of a running container", err, codes.FailedPrecondition)
+	const term = 1 << 14 // of a mask of signals
+	harness.Eventually(t, "the container heeds SIGTERM", 10*time.Second, func() bool {
+		mask, err := strconv.ParseUint(n.exec(t, c, "sh", "-c", "sed -n 's/^SigCgt:[[:space:]]*//p' /proc/1/status | tr -d '\\n'"), 16, 64)
+		return err == nil && mask&term != 0
+	})
 	begin = time.Now()
 	for range 2 { // again is no error
 		if _, err := n.rt.StopContainer(ctx(t), &v1.StopContainerRequest{ContainerId: c, Timeout: 20}); err != nil {
