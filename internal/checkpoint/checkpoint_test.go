@@ -262,7 +262,7 @@ func FuzzManifest(f *testing.F) {
 		}
 		again, err := json.Marshal(m)
 		if err != nil {
-			t.Skip() // values that have no JSON, such as years beyond 9999
+			return // values that have no JSON, such as years beyond 9999
 		}
 		if _, err := ParseManifest(again); err != nil {
 			t.Errorf("%s: %v", again, err)

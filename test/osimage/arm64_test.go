@@ -3,7 +3,6 @@ package osimage
 import (
 	"debug/elf"
 	"net/http"
-	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
@@ -48,17 +47,7 @@ func armImage(t *testing.T, format string, change func(*osimage.Options)) string
 // armUEFI are QEMU's flags for UEFI on arm64.
 func armUEFI(t *testing.T) []string {
 	t.Helper()
-	const code, vars = "/usr/share/AAVMF/AAVMF_CODE.fd", "/usr/share/AAVMF/AAVMF_VARS.fd"
-	needs(t, code)
-	b, err := os.ReadFile(vars)
-	if err != nil {
-		t.Fatal(err)
-	}
-	own := filepath.Join(t.TempDir(), "vars")
-	if err := os.WriteFile(own, b, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	return []string{"-drive", "if=pflash,format=raw,readonly=on,file=" + code, "-drive", "if=pflash,format=raw,file=" + own}
+	return firmware(t, "/usr/share/AAVMF/AAVMF_CODE.fd", "/usr/share/AAVMF/AAVMF_VARS.fd")
 }
 
 // hello runs the embedded image in a container, with what takes the shim, the

@@ -198,7 +198,12 @@ func TestDisk(t *testing.T) {
 // uefi are QEMU's flags for UEFI.
 func uefi(t *testing.T) []string {
 	t.Helper()
-	const code, vars = "/usr/share/OVMF/OVMF_CODE_4M.fd", "/usr/share/OVMF/OVMF_VARS_4M.fd"
+	return append([]string{"-machine", "q35"}, firmware(t, "/usr/share/OVMF/OVMF_CODE_4M.fd", "/usr/share/OVMF/OVMF_VARS_4M.fd")...)
+}
+
+// firmware are QEMU's flags for firmware in flash, with variables of its own.
+func firmware(t *testing.T, code, vars string) []string {
+	t.Helper()
 	needs(t, code)
 	b, err := os.ReadFile(vars)
 	if err != nil {
@@ -208,7 +213,7 @@ func uefi(t *testing.T) []string {
 	if err := os.WriteFile(own, b, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	return []string{"-machine", "q35", "-drive", "if=pflash,format=raw,readonly=on,file=" + code, "-drive", "if=pflash,format=raw,file=" + own}
+	return []string{"-drive", "if=pflash,format=raw,readonly=on,file=" + code, "-drive", "if=pflash,format=raw,file=" + own}
 }
 
 // TestISO boots the ISO image as a disc with both kinds of firmware, and as a stick.

@@ -307,29 +307,10 @@ func (m *machine) servin(args ...string) (string, error) {
 	m.t.Helper()
 	// A socket for each run: several may go on at once.
 	socket := filepath.Join(m.dir, fmt.Sprintf("e%d", m.runs.Add(1)))
-	l, err := net.Listen("unix", socket)
-	if err != nil {
-		m.t.Fatal(err)
-	}
+	l := m.pass(socket, func() (vmwire.Stream, error) {
+		return m.session.Open(m.t.Context(), vmwire.Purpose{Kind: vmwire.API})
+	})
 	defer l.Close()
-	go func() {
-		for {
-			c, err := l.Accept()
-			if err != nil {
-				return
-			}
-			go func() {
-				defer c.Close()
-				s, err := m.session.Open(m.t.Context(), vmwire.Purpose{Kind: vmwire.API})
-				if err != nil {
-					return
-				}
-				defer s.Close()
-				go func() { io.Copy(s, c); s.CloseWrite() }()
-				io.Copy(c, s)
-			}()
-		}
-	}()
 	ctx, cancel := context.WithTimeout(m.t.Context(), 3*time.Minute)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, filepath.Join(programs(m.t), "servin"), args...)

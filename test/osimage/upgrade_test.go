@@ -30,11 +30,18 @@ func (m *machine) relay() string {
 	if _, err := os.Stat(path); err == nil {
 		return path
 	}
+	l := m.pass(path, m.engine)
+	m.t.Cleanup(func() { l.Close() })
+	return path
+}
+
+// pass listens on a socket and passes connections on over streams that open makes.
+func (m *machine) pass(path string, open func() (vmwire.Stream, error)) net.Listener {
+	m.t.Helper()
 	l, err := net.Listen("unix", path)
 	if err != nil {
 		m.t.Fatal(err)
 	}
-	m.t.Cleanup(func() { l.Close() })
 	go func() {
 		for {
 			c, err := l.Accept()
@@ -43,7 +50,7 @@ func (m *machine) relay() string {
 			}
 			go func() {
 				defer c.Close()
-				s, err := m.engine()
+				s, err := open()
 				if err != nil {
 					return
 				}
@@ -53,7 +60,7 @@ func (m *machine) relay() string {
 			}()
 		}
 	}()
-	return path
+	return l
 }
 
 // engine opens a stream to the engine over the newest conversation.

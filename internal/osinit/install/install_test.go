@@ -124,7 +124,7 @@ func FuzzInspect(f *testing.F) {
 		defer clear(d[at : int(at)+n])
 		disk := Disk{Size: uint64(len(d))}
 		if err := disk.inspect(d); err != nil {
-			t.Skip()
+			return
 		}
 		_ = disk.String()
 		if disk.Holds == "" && !disk.Unfinished && !zero(d[:1<<20]) {
