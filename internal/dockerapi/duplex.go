@@ -33,8 +33,9 @@ const (
 // that unread input does not turn the end of the stream into a reset.
 const linger = time.Second
 
-// headerPatience is how long output waits for a client to read the header.
-const headerPatience = 50 * time.Millisecond
+// headerPatience is how long output waits for a client to read the header: long
+// enough for one that a busy machine keeps from its turn.
+const headerPatience = 2 * time.Second
 
 const (
 	contentTypeRaw         = "application/vnd.docker.raw-stream"

@@ -19,11 +19,7 @@ import (
 // layers go, the names and the other platforms stay. With its last platform the
 // image goes as a whole.
 func (s *Service) RemovePlatforms(ctx context.Context, ref string, only []ocispec.Platform, o RemoveOptions) ([]mimage.DeleteResponse, error) {
-	f, err := s.find(ctx, ref)
-	if err != nil {
-		return nil, err
-	}
-	gone, left, err := s.dropPlatforms(ctx, ref, f, only, o)
+	target, gone, left, err := s.dropPlatforms(ctx, ref, only, o)
 	if err != nil {
 		return nil, err
 	}
@@ -34,7 +30,7 @@ func (s *Service) RemovePlatforms(ctx context.Context, ref string, only []ocispe
 		s.log.Warn("cannot collect a removed platform's content", "cause", err)
 		s.markDirty()
 	}
-	s.cat.touch(f.target.Digest)
+	s.cat.touch(target)
 	out := make([]mimage.DeleteResponse, 0, len(gone))
 	for _, d := range gone {
 		out = append(out, mimage.DeleteResponse{Deleted: d.String()})
@@ -45,36 +41,40 @@ func (s *Service) RemovePlatforms(ctx context.Context, ref string, only []ocispe
 
 // dropPlatforms takes the index's references to the platforms' manifests away.
 // It changes nothing where no platform would be left.
-func (s *Service) dropPlatforms(ctx context.Context, ref string, f found, only []ocispec.Platform, o RemoveOptions) (gone []digest.Digest, left int, err error) {
+func (s *Service) dropPlatforms(ctx context.Context, ref string, only []ocispec.Platform, o RemoveOptions) (target digest.Digest, gone []digest.Digest, left int, err error) {
 	s.mutate.Lock()
 	defer s.mutate.Unlock()
+	f, err := s.find(ctx, ref) // under the lock: another caller may just remove it
+	if err != nil {
+		return "", nil, 0, err
+	}
 	t, err := s.target(ctx, f.target)
 	if err != nil {
-		return nil, 0, asFault(fmt.Errorf("cannot read image %s: %w", ref, err))
+		return "", nil, 0, asFault(fmt.Errorf("cannot read image %s: %w", ref, err))
 	}
 	for _, p := range only {
 		m := platforms.OnlyStrict(p)
 		i := slices.IndexFunc(t.variants, func(v variant) bool { return m.Match(v.platform) })
 		if i < 0 {
 			if len(t.variants) == 0 {
-				return nil, 0, errNoImage(ref)
+				return "", nil, 0, errNoImage(ref)
 			}
-			return nil, 0, errPlatform(ref, t.best(""), platforms.Format(p))
+			return "", nil, 0, errPlatform(ref, t.best(""), platforms.Format(p))
 		}
 		v := &t.variants[i]
 		if slices.Contains(gone, v.manifest.Digest) {
 			continue
 		}
 		if err := unused(v, o); err != nil {
-			return nil, 0, err
+			return "", nil, 0, err
 		}
 		gone = append(gone, v.manifest.Digest)
 	}
 	left = len(t.variants) - len(gone)
 	if left == 0 || !images.IsIndexType(f.target.MediaType) {
-		return gone, 0, nil
+		return f.target.Digest, gone, 0, nil
 	}
-	return gone, left, s.unlabel(s.ctx(ctx), f.target.Digest, t.children, gone)
+	return f.target.Digest, gone, left, s.unlabel(s.ctx(ctx), f.target.Digest, t.children, gone)
 }
 
 func unused(v *variant, o RemoveOptions) error {

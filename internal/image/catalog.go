@@ -123,6 +123,10 @@ func bare(d ocispec.Descriptor) ocispec.Descriptor {
 func (s *Service) refer(ctx context.Context, desc ocispec.Descriptor, labels map[string]string, names ...string) error {
 	s.mutate.Lock()
 	defer s.mutate.Unlock()
+	return s.referLocked(ctx, desc, labels, names...)
+}
+
+func (s *Service) referLocked(ctx context.Context, desc ocispec.Descriptor, labels map[string]string, names ...string) error {
 	for _, name := range names {
 		old, had := s.cat.get(name)
 		if had && old.Target.Digest == desc.Digest && maps.Equal(old.Labels, labels) {

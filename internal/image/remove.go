@@ -26,6 +26,8 @@ func (s *Service) Tag(ctx context.Context, ref, target string) error {
 	if _, ok := named.(reference.Digested); ok {
 		return fault.New(fault.Invalid, "refusing to create a tag with a digest reference")
 	}
+	s.mutate.Lock() // from here to the record: what is found must not be collected meanwhile
+	defer s.mutate.Unlock()
 	f, err := s.find(ctx, ref)
 	if err != nil {
 		return err
@@ -40,7 +42,7 @@ func (s *Service) Tag(ctx context.Context, ref, target string) error {
 			desc = f.variant.manifest // an id of another platform's image
 		}
 	}
-	if err := s.refer(s.ctx(ctx), desc, nil, s.recordName(named)); err != nil {
+	if err := s.referLocked(s.ctx(ctx), desc, nil, s.recordName(named)); err != nil {
 		return err
 	}
 	s.emit("tag", v.id, reference.FamiliarString(reference.TagNameOnly(named)))
@@ -71,12 +73,8 @@ type removal struct {
 
 // Remove untags or deletes, as docker rmi does.
 func (s *Service) Remove(ctx context.Context, ref string, o RemoveOptions) ([]mimage.DeleteResponse, error) {
-	f, err := s.find(ctx, ref)
-	if err != nil {
-		return nil, err
-	}
 	r := &removal{s: s, o: o}
-	if err := r.locked(ctx, ref, f); err != nil {
+	if err := r.locked(ctx, ref); err != nil {
 		return nil, err
 	}
 	if slices.ContainsFunc(r.records, func(d mimage.DeleteResponse) bool { return d.Deleted != "" }) {
@@ -89,9 +87,13 @@ func (s *Service) Remove(ctx context.Context, ref string, o RemoveOptions) ([]mi
 	return r.records, nil
 }
 
-func (r *removal) locked(ctx context.Context, ref string, f found) error {
+func (r *removal) locked(ctx context.Context, ref string) error {
 	r.s.mutate.Lock()
 	defer r.s.mutate.Unlock()
+	f, err := r.s.find(ctx, ref) // under the lock: another caller may just remove it
+	if err != nil {
+		return err
+	}
 	e, err := r.s.entryFor(ctx, ref, f)
 	if err != nil {
 		return err
@@ -117,10 +119,11 @@ func (s *Service) entryFor(ctx context.Context, ref string, f found) (*entry, er
 	}
 	if f.name != "" {
 		// Its content cannot be read; it can still be untagged.
-		r, _ := s.cat.get(f.name)
-		e := &entry{id: r.Target.Digest}
-		e.add(r)
-		return e, nil
+		if r, ok := s.cat.get(f.name); ok {
+			e := &entry{id: r.Target.Digest}
+			e.add(r)
+			return e, nil
+		}
 	}
 	return nil, errNoImage(ref)
 }
