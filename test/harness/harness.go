@@ -30,15 +30,15 @@ const (
 // Long reports whether the long campaigns were asked for (make test-long).
 func Long() bool { return os.Getenv("SERVIN_LONG") != "" }
 
-// Main runs a suite in a network namespace of its own, so that neither the host's
-// network nor another suite can meet it. More flags are unshare's.
-func Main(m *testing.M, flags ...string) {
+// Main runs a suite in network and mount namespaces of its own: neither the host's
+// network nor another suite can meet it, and no process of another suite holds a copy
+// of its mounts.
+func Main(m *testing.M) {
 	const marker = "SERVIN_TEST_NETNS"
 	if os.Getenv(marker) != "" || os.Getuid() != 0 {
 		os.Exit(m.Run())
 	}
-	args := append([]string{"-n"}, flags...)
-	args = append(args, "--", "sh", "-c", `ip link set lo up; exec "$0" "$@"`)
+	args := []string{"-n", "-m", "--propagation", "private", "--", "sh", "-c", `ip link set lo up; exec "$0" "$@"`}
 	cmd := exec.Command("unshare", append(args, os.Args...)...)
 	cmd.Env = append(os.Environ(), marker+"=1")
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr

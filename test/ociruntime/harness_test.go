@@ -23,7 +23,7 @@ import (
 
 // TestMain moves the whole suite into network and mount namespaces of its own:
 // engines change the host's rules and leave mounts behind when they are killed.
-func TestMain(m *testing.M) { harness.Main(m, "-m", "--propagation", "private") }
+func TestMain(m *testing.M) { harness.Main(m) }
 
 // needLong keeps what takes minutes out of make test.
 func needLong(t *testing.T) {
