@@ -3,6 +3,7 @@ package network
 import (
 	"context"
 	"fmt"
+	"net/netip"
 	"slices"
 	"strings"
 
@@ -41,6 +42,10 @@ func (m *Manager) Doctor(ctx context.Context) []Finding {
 	if v, err := bridge.Sysctl("net/ipv4/conf/all/rp_filter"); err == nil && v == "1" && !m.table.Marks() {
 		add(sevError, "strict reverse-path filtering came on after the engine started", "first packets to published ports are dropped", "restart the engine, which adapts to it, or set net.ipv4.conf.all.rp_filter=2")
 	}
+	for _, c := range m.collisions() {
+		add(sevError, "two links have the same addresses", fmt.Sprintf("network %s has %s, and %s is another link's by now: packets to its containers go astray", c.network, c.subnet, c.other),
+			"remove the network and create it again with another --subnet (for the network bridge: another subnet in the engine's configuration), or take the other link's addresses away")
+	}
 	host, err := nft.Inspect(m.table.Name())
 	if err != nil {
 		add(sevWarning, "the host's firewall cannot be read", err.Error(), "")
@@ -61,6 +66,37 @@ func (m *Manager) Doctor(ctx context.Context) []Finding {
 	if host.Firewalld && m.uses6() {
 		add(sevInfo, "firewalld may filter IPv6 reverse paths", "with IPv6_rpfilter=yes it drops first packets to ports published over IPv6", "set IPv6_rpfilter=no in /etc/firewalld/firewalld.conf")
 	}
+	return out
+}
+
+// collision is a network whose addresses another link of the host has, too.
+type collision struct {
+	network       string
+	subnet, other netip.Prefix
+}
+
+// collisions finds what came after a network was made, for a new one avoids what
+// is there: a VPN, another engine. A route that is wider than the subnet takes
+// nothing from it.
+func (m *Manager) collisions() (out []collision) {
+	busy, err := bridge.Busy(m.ourLinks())
+	if err != nil {
+		m.log.Warn("cannot compare networks with the host's routes", "cause", err)
+		return nil
+	}
+	m.mu.RLock()
+	defer m.mu.RUnlock()
+	for _, n := range m.nets {
+		if n.rec.Driver != "bridge" || n.rec.ConfigOnly {
+			continue
+		}
+		for _, c := range n.rec.IPAM.Config {
+			if i := slices.IndexFunc(busy, func(p netip.Prefix) bool { return p.Overlaps(c.Subnet) && p.Bits() >= c.Subnet.Bits() }); i >= 0 {
+				out = append(out, collision{n.rec.Name, c.Subnet, busy[i]})
+			}
+		}
+	}
+	slices.SortFunc(out, func(a, b collision) int { return strings.Compare(a.network, b.network) })
 	return out
 }
 

@@ -442,6 +442,29 @@ func TestManyLeaveNothing(t *testing.T) {
 	}
 }
 
+// TestCollision has another link take a network's addresses after the network.
+func TestCollision(t *testing.T) {
+	m := newManager(t, nil)
+	n, err := m.Create(context.Background(), mnetwork.CreateRequest{Name: "n", IPAM: &mnetwork.IPAM{Config: []mnetwork.IPAMConfig{{Subnet: netip.MustParsePrefix("10.77.0.0/16")}}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if fs := m.Doctor(context.Background()); len(fs) != 0 {
+		t.Fatalf("network %s has findings: %+v", n.ID, fs)
+	}
+	run(t, "ip", "link", "add", "tun7", "type", "bridge")
+	t.Cleanup(func() { run(t, "ip", "link", "del", "tun7") })
+	run(t, "ip", "address", "add", "dev", "tun7", "10.1.2.3/8") // wider: takes nothing away
+	run(t, "ip", "link", "set", "tun7", "up")
+	if fs := m.Doctor(context.Background()); len(fs) != 0 {
+		t.Fatalf("got %+v", fs)
+	}
+	run(t, "ip", "route", "add", "dev", "tun7", "10.77.3.0/24")
+	if fs := m.Doctor(context.Background()); len(fs) != 1 || !strings.Contains(fs[0].Detail, "network n has 10.77.0.0/16, and 10.77.3.0/24 is") {
+		t.Fatalf("got %+v", fs)
+	}
+}
+
 func TestForwardDrop(t *testing.T) {
 	wire := outside(t)
 	echo(t, wire, ":80")
