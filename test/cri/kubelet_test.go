@@ -2,6 +2,7 @@ package cri
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/tls"
 	"encoding/json"
@@ -39,8 +40,10 @@ type node struct {
 	dir string
 	engine
 	cmd *exec.Cmd
-	// extra is added to the kubelet's configuration.
+	// extra is added to the kubelet's configuration; evict are its thresholds of
+	// eviction, which must not be the disk's of the day.
 	extra   string
+	evict   string
 	env     []string
 	flags   []string
 	cgroups []string
@@ -128,6 +131,7 @@ containerLogMonitorInterval: 3s
 imageMinimumGCAge: 1s
 imageGCHighThresholdPercent: 1
 imageGCLowThresholdPercent: 0
+evictionHard: {` + cmp.Or(n.evict, "memory.available: 50Mi, nodefs.available: 100Mi, imagefs.available: 100Mi") + `}
 crashLoopBackOff: {maxContainerRestartPeriod: 2s}
 featureGates: {KubeletCrashLoopBackOffMax: true}
 ` + n.extra

@@ -544,7 +544,8 @@ func testEviction(t *testing.T, n *node) {
 	kept := n.up(t, "pressed", "  containers: [{name: c, image: IMAGE, command: [sleep, \"1000\"]}]\n")
 	n.stopKubelet()
 	was := n.extra
-	n.extra += "evictionHard: {imagefs.available: 100000Gi}\nevictionPressureTransitionPeriod: 1s\n"
+	n.evict = "imagefs.available: 100000Gi"
+	n.extra += "evictionPressureTransitionPeriod: 1s\n"
 	n.startKubelet()
 	eventually(t, "the unused image's end", func() error {
 		if l := n.images(); strings.Contains(l, "/pressing") {
@@ -556,7 +557,7 @@ func testEviction(t *testing.T, n *node) {
 		t.Errorf("an image in use, or a user's own, is gone:\n%s", l)
 	}
 	n.stopKubelet()
-	n.extra = was
+	n.extra, n.evict = was, ""
 	n.startKubelet()
 	p := n.wait(t, "pressed", "ready", ready)
 	if a, b := container(kept, "c"), container(p, "c"); a.ContainerID != b.ContainerID {
