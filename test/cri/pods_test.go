@@ -680,9 +680,12 @@ func testRestart(t *testing.T, n *node, name string, restart func()) {
 			break
 		}
 	}
-	if len(lines) < 70 {
-		t.Errorf("%d lines were logged", len(lines))
-	}
+	eventually(t, "more lines in the log", func() error {
+		if more := strings.Fields(n.logs(t, name, "a", "")); len(more) < len(lines)+10 {
+			return fmt.Errorf("%d lines were logged, then %d", len(lines), len(more))
+		}
+		return nil
+	})
 	if got := n.sh(t, name, "b", "echo alive"); got != "alive" {
 		t.Errorf("exec says %q", got)
 	}
