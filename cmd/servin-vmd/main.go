@@ -19,6 +19,7 @@ import (
 	"github.com/gofrs/flock"
 
 	"github.com/cloudos-io/cloudos/api"
+	"github.com/cloudos-io/cloudos/internal/release"
 	"github.com/cloudos-io/cloudos/internal/vm"
 	"github.com/cloudos-io/cloudos/internal/vm/host"
 )
@@ -46,6 +47,7 @@ func run() error {
 		program = p
 	}
 	image := flag.String("image", vm.FindImage(os.Getenv, program), "folder of the CloudOS image")
+	keys := flag.String("image-keys", filepath.Join(place.State, "image-keys"), "folder of public keys (*.pub); where it has some, one of them has to have signed the image")
 	leave := flag.Duration("leave", 15*time.Minute, "leave after the machine was off for so long; 0 is never")
 	show := flag.Bool("version", false, "print the version and leave")
 	flag.Parse()
@@ -55,6 +57,10 @@ func run() error {
 	}
 	if flag.NArg() > 0 {
 		return errors.New("takes no arguments: the machine is configured with 'servin vm config'")
+	}
+	trusted, err := release.KeysIn(*keys)
+	if err != nil {
+		return err
 	}
 	if err := os.MkdirAll(place.State, 0o700); err != nil {
 		return err
@@ -76,7 +82,7 @@ func run() error {
 	}
 	defer f.Close()
 	h, err := host.New(host.Config{
-		Place: place, Drivers: drivers(), Computer: computer(home), Image: *image,
+		Place: place, Drivers: drivers(), Computer: computer(home), Image: *image, ImageKeys: trusted,
 		Log: slog.New(slog.NewJSONHandler(f, nil)), LogFile: logFile, Leave: *leave,
 	})
 	if err != nil {

@@ -173,6 +173,12 @@ func SignedImage(b []byte, trusted []Key) (description []byte, signer string, er
 	return description, signer, nil
 }
 
+// ImageIn returns the description in an envelope, whoever signed it.
+func ImageIn(b []byte) ([]byte, error) {
+	description, _, _, err := open(imageType, b, nil)
+	return description, err
+}
+
 // Generate makes a key pair: the private half in file (mode 0600, never over one that
 // is there), the public half in file.pub.
 func Generate(file string) (Key, error) {

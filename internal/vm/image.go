@@ -15,6 +15,7 @@ import (
 	"strings"
 
 	"github.com/cloudos-io/cloudos/internal/fault"
+	"github.com/cloudos-io/cloudos/internal/release"
 	"github.com/cloudos-io/cloudos/internal/vmwire"
 )
 
@@ -39,8 +40,8 @@ const maxManifest = 64 << 10
 
 // OpenImage reads the image in dir and checks its files. A file that was found
 // good is not read again as long as seen says so: seen maps a path to a stamp of
-// size, time and digest, and is updated.
-func OpenImage(dir string, seen map[string]string) (Image, error) {
+// size, time and digest, and is updated. With trusted keys, the image has to be signed by one.
+func OpenImage(dir string, trusted []release.Key, seen map[string]string) (Image, error) {
 	bad := func(format string, args ...any) (Image, error) {
 		return Image{}, fault.New(fault.Invalid, "cannot use the image in %s: "+format, append([]any{dir}, args...)...)
 	}
@@ -54,6 +55,9 @@ func OpenImage(dir string, seen map[string]string) (Image, error) {
 	raw, err := io.ReadAll(io.LimitReader(f, maxManifest+1))
 	f.Close()
 	if err != nil {
+		return bad("%w", err)
+	}
+	if err := signed(dir, raw, trusted); err != nil {
 		return bad("%w", err)
 	}
 	m, err := ParseManifest(raw)

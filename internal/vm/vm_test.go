@@ -146,11 +146,11 @@ func save(t *testing.T, dir string, m vmwire.Image) {
 func TestImage(t *testing.T) {
 	dir, m := imageIn(t)
 	seen := map[string]string{}
-	img, err := OpenImage(dir, seen)
+	img, err := OpenImage(dir, nil, seen)
 	if err != nil || img.Kernel != filepath.Join(dir, "kernel") || len(seen) != 3 {
 		t.Fatalf("%+v %v %v", img, err, seen)
 	}
-	if _, err := OpenImage(t.TempDir(), nil); err == nil || !strings.Contains(err.Error(), "cloudos image build") {
+	if _, err := OpenImage(t.TempDir(), nil, nil); err == nil || !strings.Contains(err.Error(), "cloudos image build") {
 		t.Errorf("no image: %v", err)
 	}
 	for name, spoil := range map[string]func(m *vmwire.Image){
@@ -172,13 +172,13 @@ func TestImage(t *testing.T) {
 		json.Unmarshal(raw, &bad)
 		spoil(&bad)
 		save(t, dir, bad)
-		if _, err := OpenImage(dir, nil); err == nil {
+		if _, err := OpenImage(dir, nil, nil); err == nil {
 			t.Errorf("%s is taken", name)
 		}
 	}
 	save(t, dir, m)
 	os.WriteFile(filepath.Join(dir, "initrd"), []byte("INITRD"), 0o644)
-	if _, err := OpenImage(dir, seen); err == nil || !strings.Contains(err.Error(), "damaged") {
+	if _, err := OpenImage(dir, nil, seen); err == nil || !strings.Contains(err.Error(), "damaged") {
 		t.Errorf("a damaged file: %v", err)
 	}
 }

@@ -83,8 +83,8 @@ var arrows = map[string][]string{
 	"cmd/cloudos-init":     {"internal/osinit"},
 	"cmd/cloudos-seal":     {"internal/osinit/tpm", "internal/osinit/seal"},
 
-	"cmd/servin-vmd": {"internal/vm", "api"},                       // ADR 41
-	"internal/vm":    {"internal/fault", "internal/vmwire", "api"}, // ADR 41
+	"cmd/servin-vmd": {"internal/vm", "internal/release", "api"},                       // ADR 41, 50
+	"internal/vm":    {"internal/fault", "internal/vmwire", "internal/release", "api"}, // ADR 41, 50
 
 	// checkpoints, ADR 36
 	"internal/criu":       {},

@@ -246,7 +246,7 @@ func (h *Host) change(w http.ResponseWriter, r *http.Request) {
 	}
 	c, err := vm.Change(base, ch, h.cfg.Computer)
 	if err == nil && ch.Image != nil && *ch.Image != "" {
-		_, err = vm.OpenImage(*ch.Image, nil)
+		_, err = vm.OpenImage(*ch.Image, h.cfg.ImageKeys, nil)
 	}
 	if err == nil && ch.Driver != nil {
 		_, err = h.driver(*ch.Driver)

@@ -30,6 +30,7 @@ import (
 
 	"github.com/cloudos-io/cloudos/api"
 	"github.com/cloudos-io/cloudos/internal/fault"
+	"github.com/cloudos-io/cloudos/internal/release"
 	"github.com/cloudos-io/cloudos/internal/vm"
 	"github.com/cloudos-io/cloudos/internal/vmwire"
 )
@@ -42,7 +43,9 @@ type Config struct {
 	Computer vm.Computer
 	// Image is the installed image's folder, for who configured none.
 	Image string
-	Log   *slog.Logger
+	// ImageKeys are keys one of which has to have signed an image; none takes any image.
+	ImageKeys []release.Key
+	Log       *slog.Logger
 	// LogFile is where Log goes, for GET /v1/logs.
 	LogFile string
 	// BootPatience bounds a start; a translated guest on a busy computer is slow.

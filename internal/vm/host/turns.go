@@ -81,7 +81,7 @@ func (h *Host) image(c api.VMConfig) (vm.Image, error) {
 	seen := map[string]string{}
 	vm.ReadJSON(h.file("verified.json"), &seen)
 	before := len(seen)
-	img, err := vm.OpenImage(dir, seen)
+	img, err := vm.OpenImage(dir, h.cfg.ImageKeys, seen)
 	if err == nil && len(seen) != before {
 		for p := range seen { // what an older image was
 			if filepath.Dir(p) != filepath.Clean(dir) {
