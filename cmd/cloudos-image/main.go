@@ -74,7 +74,7 @@ func build(ctx context.Context, args []string) error {
 	f.StringVar(&o.Programs, "programs", "", "folder with the programs for the architecture (default: where this program is)")
 	f.StringVar(&o.KernelPackage, "kernel", "", "file of a kernel's Debian package (default: the newest one, through apt)")
 	f.StringVar(&o.Cache, "cache", "", "folder where packages are kept (default: the user's cache folder)")
-	key := f.String("secure-boot-key", "", "sign a disk for Secure Boot with this key (PEM); see keygen")
+	key := f.String("secure-boot-key", "", "sign a disk or a release for Secure Boot with this key (PEM); see keygen")
 	cert := f.String("secure-boot-cert", "", "the key's certificate (PEM)")
 	f.StringVar(&o.Platform, "platform", "metal", "of the format release: metal has the drivers of real machines and of clouds, cloud the latter alone")
 	var keys signing

@@ -47,7 +47,7 @@ type Options struct {
 	// Config is the machine's configuration that the image carries (package
 	// osinit/config); empty is none.
 	Config []byte
-	// Owner signs what firmware starts, of the format disk; nil is Debian's signed chain.
+	// Owner signs what firmware starts, of the formats disk and release; nil is Debian's signed chain.
 	Owner *Owner
 	// Sign are the keys that sign the image; it trusts them, and Trust.
 	Sign  []ed25519.PrivateKey
@@ -79,8 +79,8 @@ func Build(ctx context.Context, o Options) (*vmwire.Image, error) {
 	if err := os.MkdirAll(o.Output, 0o755); err != nil {
 		return nil, err
 	}
-	if o.Owner != nil && o.Format != "disk" {
-		return nil, fault.New(fault.Unsupported, "cannot sign an image of the format %q for Secure Boot: only disk is", o.Format)
+	if o.Owner != nil && o.Format != "disk" && o.Format != "release" {
+		return nil, fault.New(fault.Unsupported, "cannot sign an image of the format %q for Secure Boot: only disk and release are", o.Format)
 	}
 	switch o.Format {
 	case "vm", "netboot":

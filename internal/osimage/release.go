@@ -70,6 +70,14 @@ func (s *system) payload(ctx context.Context, o Options, apt *kernel.Apt, loader
 		use  release.Use
 	}
 	list := []named{{"boot.cfg", release.Template}, {"kernel", release.Boot}, {"initrd", release.Boot}, {"root.img", release.Root}}
+	if o.Owner != nil {
+		u, err := ownersUnified(ctx, o, apt, s)
+		if err != nil {
+			return nil, err
+		}
+		p.content = map[string][]byte{slots.UnifiedFile: u}
+		list, loaders = []named{{slots.UnifiedFile, release.Unified}, {"root.img", release.Root}}, false
+	}
 	if loaders {
 		var err error
 		if p.content["esp.zst"], err = espPart(ctx, o, apt); err != nil {

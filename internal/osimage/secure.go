@@ -173,17 +173,25 @@ func unified(ctx context.Context, o Options, apt *kernel.Apt, s *system, line st
 	return pe.Sign(b, o.Owner.Key, o.Owner.Cert)
 }
 
-// ownersPartition is the tree of the boot partition of a disk that its owner signed:
-// nothing but the system itself, and no loader with choices.
-func ownersPartition(ctx context.Context, o Options, apt *kernel.Apt, s *system) (*tree.Tree, error) {
+// ownersUnified is the unified image of a system that its owner signs.
+func ownersUnified(ctx context.Context, o Options, apt *kernel.Apt, s *system) ([]byte, error) {
 	// The same words for both slots: the system finds its root by the hash.
-	line := join(diskCommandLine(o.Arch)+inVM(o.Arch), "cloudos.boot=unified cloudos.root=verity", s.words(), o.Words)
-	b, err := unified(ctx, o, apt, s, line)
+	return unified(ctx, o, apt, s, join(diskCommandLine(o.Arch)+inVM(o.Arch), "cloudos.boot=unified cloudos.root=verity", s.words(), o.Words))
+}
+
+// ownersPartition is the tree of the boot partition of a disk that its owner signed: the system in its slot, for
+// upgrades, and the same as what firmware starts that knows of no entry. There is no loader with choices.
+func ownersPartition(ctx context.Context, o Options, apt *kernel.Apt, s *system) (*tree.Tree, error) {
+	p, err := s.payload(ctx, o, apt, false)
 	if err != nil {
 		return nil, err
 	}
 	t := tree.New()
+	b := p.content[slots.UnifiedFile]
 	t.Bytes("EFI/BOOT/"+loaders[o.Arch].bootName, 0o644, partKernel, b)
+	t.Bytes(slots.Folder("a")+"/"+slots.UnifiedFile, 0o644, partKernel, b)
+	t.Bytes(slots.Folder("a")+"/"+slots.SealedFile, 0o644, partSettings, p.sealed)
+	t.Dir(slots.Folder("b"), 0o755)
 	block, err := slots.State{Good: "a"}.Block()
 	if err != nil {
 		return nil, err

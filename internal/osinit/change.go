@@ -16,6 +16,7 @@ import (
 	"github.com/cloudos-io/cloudos/api/system"
 	"github.com/cloudos-io/cloudos/internal/fault"
 	"github.com/cloudos-io/cloudos/internal/osinit/data"
+	"github.com/cloudos-io/cloudos/internal/osinit/efiboot"
 	"github.com/cloudos-io/cloudos/internal/osinit/upgrade"
 	"github.com/cloudos-io/cloudos/internal/release"
 	"github.com/cloudos-io/cloudos/internal/slots"
@@ -93,15 +94,6 @@ func slotDevice(slot string) (string, error) {
 	return dev.Path, nil
 }
 
-// replaceable refuses what a release cannot change: a system that firmware checks as a
-// whole, with no boot loader that would choose another.
-func (c *changes) replaceable() error {
-	if c.m.chain() == chainOwner {
-		return fault.New(fault.Unsupported, "cannot change the system: this disk is signed by its owner for Secure Boot, and a release has no such signature; write a new signed image to it")
-	}
-	return nil
-}
-
 // options of an upgrade.
 type options struct {
 	allowUnsigned, allowDowngrade bool
@@ -111,9 +103,6 @@ type options struct {
 func (c *changes) upgrade(ctx context.Context, r io.Reader, o options, progress func(step, part string, n, total int64)) (*system.Change, error) {
 	running, err := c.running()
 	if err != nil {
-		return nil, err
-	}
-	if err := c.replaceable(); err != nil {
 		return nil, err
 	}
 	end, err := c.begin("upgrade")
@@ -141,6 +130,11 @@ func (c *changes) upgrade(ctx context.Context, r io.Reader, o options, progress 
 	// The slot is not to be tried while it is written.
 	if err := c.next(func(slots.State) slots.State { return slots.State{Good: running} }); err != nil {
 		return nil, err
+	}
+	if c.owners() {
+		if err := errors.Join(c.anotherRoot(manifest, running), c.prepareUnified(running)); err != nil {
+			return nil, err
+		}
 	}
 	c.m.log.Printf("writing system %s to slot %s", manifest.Version, slot)
 	t := upgrade.Target{Boot: c.boot, Slot: slot, Root: root, Progress: progress}
@@ -185,6 +179,9 @@ func (c *changes) suits(m *release.Manifest, allowDowngrade bool) error {
 	s := c.m.Status()
 	if m.Arch != s.Arch {
 		return fault.New(fault.Invalid, "cannot use the release %s: it is for %s, and this machine is %s", m.Version, m.Arch, s.Arch)
+	}
+	if err := c.startsAs(m); err != nil {
+		return err
 	}
 	if m.Platform == release.Cloud && platform() == release.Metal {
 		return fault.New(fault.Invalid, "cannot use the release %s: it has the drivers of virtual machines alone, and this system those of real ones", m.Version)
@@ -243,8 +240,17 @@ func (c *changes) start(change *system.Change) error {
 	if err := c.m.loosen(context.Background()); err != nil {
 		return err
 	}
-	if err := c.next(func(slots.State) slots.State { return slots.State{Good: running}.Start(change.Slot) }); err != nil {
+	try := slots.State{Good: running}.Start(change.Slot)
+	if c.owners() {
+		try = slots.State{Good: running}.StartOnce(change.Slot)
+	}
+	if err := c.next(func(slots.State) slots.State { return try }); err != nil {
 		return err
+	}
+	if c.owners() {
+		if err := c.tryUnified(running); err != nil {
+			return errors.Join(err, c.next(func(slots.State) slots.State { return slots.State{Good: running} }))
+		}
 	}
 	c.m.log.Printf("system %s in slot %s starts next", change.To, change.Slot)
 	return nil
@@ -272,9 +278,6 @@ func last() *system.Change {
 func (c *changes) rollback(ctx context.Context, force bool) (*system.Change, error) {
 	running, err := c.running()
 	if err != nil {
-		return nil, err
-	}
-	if err := c.replaceable(); err != nil {
 		return nil, err
 	}
 	end, err := c.begin("go back")
@@ -376,7 +379,15 @@ func (c *changes) confirm(ctx context.Context) {
 		c.m.problem(fmt.Errorf("cannot tell whether this system is tried: %w", err))
 		return
 	}
-	if state.Try != running {
+	if c.owners() {
+		if state, err = c.byFirmware(state, running); err != nil {
+			c.m.problem(err)
+		}
+	}
+	byItself := c.owners() && state.Try == "" && state.Good != running
+	if byItself {
+		c.m.problem(fmt.Errorf("the firmware started slot %s by itself, and slot %s is the one that came up well last", running, state.Good))
+	} else if state.Try != running {
 		switch change := last(); {
 		case state.Fallen():
 			c.fellBack(state.Try, running)
@@ -385,8 +396,13 @@ func (c *changes) confirm(ctx context.Context) {
 		case state.Try == "" && change != nil && change.Outcome == system.Pending:
 			c.note(change, system.RolledBack, "the machine stopped before it was to start next")
 		}
+		if c.owners() {
+			if err := c.settleUnified(running, state); err != nil {
+				c.m.problem(err)
+			}
+		}
 		// The starts that follow are like this one.
-		if err := c.m.tighten(); err != nil {
+		if err := c.m.tighten(ctx); err != nil {
 			c.m.problem(err)
 		}
 		return
@@ -405,6 +421,20 @@ func (c *changes) confirm(ctx context.Context) {
 		return
 	}
 	defer end()
+	if why != "" && byItself {
+		return // there is nothing that is known to be better
+	}
+	if why == "" && c.owners() {
+		// Before it is the good one: cut off between the two, it is started and watched once more.
+		if err := c.orderUnified(running, slots.State{Good: running}); err != nil {
+			why = err.Error()
+		}
+	}
+	if why != "" && c.owners() {
+		if err := c.withFirmware(func(v efiboot.Vars) error { _, err := c.goodAlone(v, state.Good); return err }); err != nil {
+			c.m.problem(err)
+		}
+	}
 	if why != "" {
 		c.m.log.Printf("the system in slot %s did not come up well: %s. Slot %s starts again.", running, why, state.Good)
 		c.note(change, system.RolledBack, why) // before the one that runs next reads it
@@ -419,6 +449,12 @@ func (c *changes) confirm(ctx context.Context) {
 		return
 	}
 	c.note(change, system.Succeeded, "") // after it is true; the next start makes up for it
+	if c.owners() {
+		// What it will be measured as at its next start is what it was at this one.
+		if err := errors.Join(c.settleUnified(running, slots.State{Good: running}), c.m.tighten(ctx)); err != nil {
+			c.m.problem(err)
+		}
+	}
 	c.m.log.Printf("the system in slot %s came up well and is kept", running)
 }
 

@@ -2,15 +2,12 @@ package osinit
 
 import (
 	"context"
-	"crypto/tls"
-	"crypto/x509"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
-	"net/url"
 	"os"
 	"time"
 
@@ -122,38 +119,6 @@ func (l *lines) fail(err error) error {
 	}
 	l.send(system.Progress{Error: err.Error(), Status: guest.Code(err)})
 	return nil
-}
-
-// download asks for a release.
-func download(ctx context.Context, from string) (io.ReadCloser, error) {
-	u, err := url.Parse(from)
-	if err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Host == "" {
-		return nil, fault.New(fault.Invalid, "cannot fetch the release: %.200q is no address of http or https", from)
-	}
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, from, nil)
-	if err != nil {
-		return nil, fault.New(fault.Invalid, "cannot fetch the release: %w", err)
-	}
-	res, err := fetcher().Do(req)
-	if err != nil {
-		return nil, fault.New(fault.Unavailable, "cannot fetch the release: %w", err)
-	}
-	if res.StatusCode != http.StatusOK {
-		res.Body.Close()
-		return nil, fault.New(fault.Unavailable, "cannot fetch the release from %s: %s", u.Redacted(), res.Status)
-	}
-	return res.Body, nil
-}
-
-// fetcher trusts the authorities that the machine does.
-func fetcher() *http.Client {
-	t := &http.Transport{DisableKeepAlives: true, ResponseHeaderTimeout: time.Minute}
-	if b, err := os.ReadFile(trusted()); err == nil {
-		pool := x509.NewCertPool()
-		pool.AppendCertsFromPEM(b)
-		t.TLSClientConfig = &tls.Config{RootCAs: pool}
-	}
-	return &http.Client{Transport: t}
 }
 
 func (c *changes) rollbackAPI(_ http.ResponseWriter, r *http.Request) (any, error) {

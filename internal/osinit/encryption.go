@@ -29,6 +29,8 @@ const (
 	tokenRecovery = "cloudos-recovery"
 	// tokenLoose is there while another system is to start (see loosen).
 	tokenLoose = "cloudos-tpm2-change"
+	// tokenInstalled is there between an installation and the first start of what was installed.
+	tokenInstalled = "cloudos-installed"
 )
 
 // Ways in which data were opened.
@@ -135,6 +137,9 @@ func (m *machine) encrypt(ctx context.Context, dev data.Device, e config.Encrypt
 	if err := m.cryptModules(); err != nil {
 		return dev, err
 	}
+	if err := dev.GrowPartition(); err != nil {
+		return dev, err
+	}
 	recovery := ""
 	out, err := dev.Encrypt(func(h *data.Header, key []byte) error {
 		if e.Passphrase != "" {
@@ -146,12 +151,8 @@ func (m *machine) encrypt(ctx context.Context, dev data.Device, e config.Encrypt
 			return nil
 		}
 		if e.Recovery != config.RecoveryNone {
-			recovery = newRecoveryKey()
-			n, err := h.Add(h.Disk, key, []byte(recovery), luks.Random)
-			if err != nil {
-				return err
-			}
-			if err := h.SetToken(tokenRecovery, n, struct{}{}); err != nil {
+			var err error
+			if recovery, err = addRecovery(h, key); err != nil {
 				return err
 			}
 		}
@@ -165,14 +166,29 @@ func (m *machine) encrypt(ctx context.Context, dev data.Device, e config.Encrypt
 		by = openedByTPM
 	}
 	m.log.Printf("the data disk %s is encrypted now", dev.Path)
-	m.mu.Lock()
-	m.trust.RecoveryKey, m.recovery, m.recoveryShown = recovery != "", recovery, e.Recovery != config.RecoveryAPI
-	m.mu.Unlock()
+	m.showRecovery(recovery, e.Recovery)
 	var pcrs []int
 	if e.Key == config.KeyTPM {
 		pcrs = m.sealedPCRs(e)
 	}
 	return out, m.isOpen(ctx, by, pcrs)
+}
+
+// addRecovery adds a slot for a new recovery key. The header is to be written then.
+func addRecovery(h *data.Header, key []byte) (string, error) {
+	recovery := newRecoveryKey()
+	n, err := h.Add(h.Disk, key, []byte(recovery), luks.Random)
+	if err != nil {
+		return "", err
+	}
+	return recovery, h.SetToken(tokenRecovery, n, struct{}{})
+}
+
+// showRecovery has a recovery key that was just made shown where the configuration says.
+func (m *machine) showRecovery(key, where string) {
+	m.mu.Lock()
+	m.trust.RecoveryKey, m.recovery, m.recoveryShown = key != "", key, where != config.RecoveryAPI
+	m.mu.Unlock()
 }
 
 // newRecoveryKey has 256 bits, in groups that people can copy.
@@ -259,10 +275,11 @@ func (m *machine) loosen(ctx context.Context) error {
 	return nil
 }
 
-// tighten ends what loosen began.
-func (m *machine) tighten() error {
+// tighten ends what loosen began: the key is sealed with a new secret to what the machine started from, and the slot of
+// the old one is gone, so that who kept what loosen sealed has nothing.
+func (m *machine) tighten(ctx context.Context) error {
 	m.mu.Lock()
-	secret, dev := m.dataSecret, m.data
+	secret, slot, dev := m.dataSecret, m.dataSlot, m.data
 	m.mu.Unlock()
 	if secret == nil {
 		return nil
@@ -272,12 +289,40 @@ func (m *machine) tighten() error {
 		return err
 	}
 	defer h.Close()
-	if !h.DropTokens(tokenLoose) {
+	if len(h.Tokens(tokenLoose)) == 0 {
 		return nil
 	}
-	if err := h.Write(h.Disk); err != nil {
-		return err
+	fail := func(err error) error {
+		return fmt.Errorf("cannot seal the key of the data to this system alone again: %w", err)
 	}
+	var s seal.Sealed
+	if err := json.Unmarshal(h.Tokens(tokenTPM)[slot], &s); err != nil {
+		return fail(err)
+	}
+	key, _, err := h.Open(h.Disk, []byte(hex.EncodeToString(secret)))
+	if err != nil {
+		return fail(err)
+	}
+	defer clear(key)
+	fresh := make([]byte, 32)
+	rand.Read(fresh)
+	// The registers are not any more what they were at the start (see isOpen).
+	r, err := m.ask(ctx, seal.Request{Op: seal.Seal, PCRs: s.PCRs, Values: s.Values, Secret: fresh})
+	if err != nil {
+		return fail(err)
+	}
+	n, err := h.Add(h.Disk, key, []byte(hex.EncodeToString(fresh)), luks.Random)
+	if err == nil {
+		err = h.SetToken(tokenTPM, n, r.Sealed)
+	}
+	if err != nil {
+		return fail(err)
+	}
+	h.DropTokens(tokenLoose)
+	if err := h.Remove(h.Disk, slot); err != nil { // this writes all of it at once
+		return fail(err)
+	}
+	m.keepSecret(fresh, n)
 	m.log.Printf("the key of the data is sealed to this system alone again")
 	return nil
 }
@@ -315,6 +360,11 @@ func (m *machine) unlock(ctx context.Context, dev data.Device) (data.Device, err
 	defer h.Close()
 	key, pcrs, why := m.unseal(ctx, h)
 	by := openedByTPM
+	if key != nil {
+		if err := m.settleInstalled(ctx, h, key, pcrs); err != nil {
+			m.problem(err)
+		}
+	}
 	if key == nil {
 		doc, err := m.configure(ctx)
 		if err != nil || doc.Encryption.Passphrase == "" {
@@ -323,7 +373,13 @@ func (m *machine) unlock(ctx context.Context, dev data.Device) (data.Device, err
 		if key, by, err = m.openWith(h, doc.Encryption.Passphrase); err != nil {
 			return dev, fmt.Errorf("the data are encrypted and stay closed: %w; and the configuration's passphrase: %w", why, err)
 		}
-		if doc.Encryption.Key == config.KeyTPM && hasTPM() {
+		switch first := len(h.Tokens(tokenInstalled)) > 0; {
+		case first && hasTPM():
+			pcrs = m.sealedPCRs(doc.Encryption)
+			if err := m.settleInstalled(ctx, h, key, pcrs); err != nil {
+				m.problem(err)
+			}
+		case doc.Encryption.Key == config.KeyTPM && hasTPM():
 			pcrs = m.sealedPCRs(doc.Encryption)
 			if err := m.reseal(ctx, h, key, pcrs); err != nil {
 				m.problem(err)
@@ -352,15 +408,25 @@ func (m *machine) unseal(ctx context.Context, h *data.Header) (key []byte, pcrs 
 			why = fmt.Errorf("their sealed key is damaged: %w", err)
 			continue
 		}
-		if key, why = m.unsealWith(ctx, h, slot, &s); key != nil {
-			return key, s.PCRs, nil
+		installed := h.Tokens(tokenInstalled)[slot] != nil
+		if !installed {
+			if key, why = m.unsealWith(ctx, h, slot, &s); key != nil {
+				return key, s.PCRs, nil
+			}
 		}
 		var loose seal.Sealed
 		if raw := h.Tokens(tokenLoose)[slot]; raw == nil || json.Unmarshal(raw, &loose) != nil {
 			continue
 		}
-		if key, _ = m.unsealWith(ctx, h, slot, &loose); key == nil {
+		var whyLoose error
+		if key, whyLoose = m.unsealWith(ctx, h, slot, &loose); key == nil {
+			if installed {
+				why = whyLoose
+			}
 			continue
+		}
+		if installed {
+			return key, s.PCRs, nil // the key is sealed when the rest of the first start is done
 		}
 		// Another system than before, as was announced: it is the one from now on.
 		r, err := m.ask(ctx, seal.Request{Op: seal.Seal, PCRs: s.PCRs, Secret: m.dataSecret})

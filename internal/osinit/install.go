@@ -82,8 +82,8 @@ func (m *machine) install(ctx context.Context, doc *config.Document) {
 }
 
 func (m *machine) installOn(ctx context.Context, doc *config.Document) error {
-	if doc.Encryption.Key != "" {
-		return fault.New(fault.Unsupported, "cannot install with encryption: the data are encrypted when an empty disk is prepared, and the document is kept on it before; use a disk image, whose machine finds the document elsewhere")
+	if err := m.canInstallEncrypted(doc.Encryption); err != nil {
+		return err
 	}
 	if err := m.letGo(); err != nil {
 		return err
@@ -118,7 +118,7 @@ func (m *machine) installOn(ctx context.Context, doc *config.Document) error {
 	if err != nil {
 		return err
 	}
-	document := m.Config()
+	document := m.Config() // without secrets: what the disk's identity is made of is for everybody
 	for _, d := range disks {
 		if !d.Unfinished && d.ID == install.Identity(document, manifest, d) {
 			return fault.New(fault.Conflict, "the system was installed on %s by this very document: take the medium out, and start the machine again", d.Path)
@@ -128,7 +128,10 @@ func (m *machine) installOn(ctx context.Context, doc *config.Document) error {
 	if err != nil {
 		return err
 	}
-	kept, err := config.WithoutInstall(document)
+	m.mu.Lock()
+	whole := m.document
+	m.mu.Unlock()
+	kept, err := config.Installed(whole)
 	if err != nil {
 		return err
 	}
@@ -148,6 +151,11 @@ func (m *machine) installOn(ctx context.Context, doc *config.Document) error {
 			}
 		},
 	}
+	if doc.Encryption.Key != "" {
+		job.Encrypt = func(ctx context.Context, dev data.Device) (data.Device, error) {
+			return m.encryptForInstalled(ctx, dev, doc.Encryption)
+		}
+	}
 	if err := job.Write(ctx, install.Identity(document, manifest, disk)); err != nil {
 		return err
 	}
@@ -158,12 +166,15 @@ func (m *machine) installOn(ctx context.Context, doc *config.Document) error {
 // letGo unmounts what is kept, which may be on the disk that is to be overwritten.
 func (m *machine) letGo() error {
 	m.mu.Lock()
-	kind := m.dataKind
+	kind, dev := m.dataKind, m.data
 	m.mu.Unlock()
 	if kind != "disk" {
 		return nil
 	}
 	if err := unix.Unmount("/var", 0); err != nil {
+		return fmt.Errorf("cannot let go of the data disk: %w", err)
+	}
+	if err := dev.Close(); err != nil {
 		return fmt.Errorf("cannot let go of the data disk: %w", err)
 	}
 	m.mu.Lock()

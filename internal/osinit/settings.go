@@ -91,7 +91,12 @@ func (m *machine) apply(ctx context.Context, doc *config.Document) {
 		}
 	}
 	m.engineArgs = []string{"--listen", "unix://" + engineSocket}
-	if b := doc.EngineDocument(); len(b) > 0 {
+	b, err := m.engineDocument(doc)
+	if err != nil {
+		m.problem(err)
+		return
+	}
+	if len(b) > 0 {
 		if err := os.WriteFile(engineConfig, b, 0o600); err != nil {
 			m.problem(err)
 			return
@@ -104,10 +109,42 @@ func (m *machine) apply(ctx context.Context, doc *config.Document) {
 }
 
 const (
+	// tlsDir has what the document says of the engine's listeners, in memory.
+	tlsDir       = "/run/cloudos/tls"
 	certFile     = "/etc/ssl/certs/ca-certificates.crt"
 	trustFile    = "/run/cloudos/ca-certificates.crt"
 	engineConfig = "/run/cloudos/servind.yaml"
 )
+
+// engineDocument is the engine's own, with the files that the section tls becomes.
+func (m *machine) engineDocument(doc *config.Document) ([]byte, error) {
+	b := doc.EngineDocument()
+	if doc.TLS == (config.TLS{}) {
+		return b, nil
+	}
+	fail := func(err error) ([]byte, error) {
+		return nil, fmt.Errorf("cannot prepare the engine's certificate: %w", err)
+	}
+	if err := os.MkdirAll(tlsDir, 0o700); err != nil {
+		return fail(err)
+	}
+	files := map[string]any{}
+	for name, text := range map[string]string{"cert": doc.TLS.Cert, "key": doc.TLS.Key, "ca": doc.TLS.CA} {
+		p := filepath.Join(tlsDir, name+".pem")
+		if err := os.WriteFile(p, []byte(text), 0o600); err != nil {
+			return fail(err)
+		}
+		files[name] = p
+	}
+	if len(b) == 0 {
+		b = []byte("version: 1\n")
+	}
+	b, err := config.With(b, map[string]any{"tls": files})
+	if err != nil {
+		return fail(err)
+	}
+	return b, nil
+}
 
 // sysctlPath is below /proc/sys: the dots of a name are slashes, and where it has
 // slashes already, its dots are its own.

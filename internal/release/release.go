@@ -50,6 +50,9 @@ const (
 	Template Use = "template"
 	// Root is the content of a slot's partition.
 	Root Use = "root"
+	// Unified is the one file of a slot's folder, a program that firmware starts and its owner signed; there is no
+	// other boot loader then.
+	Unified Use = "unified"
 	// BIOS is what a BIOS starts, the first sector of a disk and the content of the partition
 	// for it; ESP is the boot partition with the boot loaders, packed with zstd. Only an
 	// installation takes these; they come first.
@@ -168,7 +171,7 @@ func (m *Manifest) check() error {
 			return bad("%q is no part's name", p.Name)
 		case names[p.Name]:
 			return bad("the part %s is there twice", p.Name)
-		case !slices.Contains([]Use{Boot, Template, Root, BIOS, ESP}, p.Use):
+		case !slices.Contains([]Use{Boot, Template, Root, Unified, BIOS, ESP}, p.Use):
 			return bad("the part %s is for %q", p.Name, p.Use)
 		case p.Size <= 0 || p.Size > maxPart:
 			return bad("the part %s has %d bytes", p.Name, p.Size)
@@ -182,14 +185,18 @@ func (m *Manifest) check() error {
 				return bad("the part %s has a digest that is none", p.Name)
 			}
 		}
-		if (p.Use == BIOS || p.Use == ESP) && uses[Root]+uses[Boot]+uses[Template] > 0 {
+		if (p.Use == BIOS || p.Use == ESP) && uses[Root]+uses[Boot]+uses[Template]+uses[Unified] > 0 {
 			return bad("the part %s comes too late: boot loaders are first", p.Name)
 		}
 		names[p.Name] = true
 		uses[p.Use]++
 	}
-	if uses[Root] != 1 || uses[BIOS] > 1 || uses[ESP] > 1 || uses[Boot]+uses[Template] == 0 {
+	loaded := uses[Boot] + uses[Template]
+	if uses[Root] != 1 || uses[BIOS] > 1 || uses[ESP] > 1 || loaded == 0 && uses[Unified] == 0 {
 		return bad("it needs one root and something to boot")
+	}
+	if uses[Unified] > 1 || uses[Unified] == 1 && loaded+uses[BIOS]+uses[ESP] > 0 {
+		return bad("a unified image is all that is started")
 	}
 	return nil
 }
@@ -203,6 +210,9 @@ func (m *Manifest) Part(use Use) *Part {
 	}
 	return nil
 }
+
+// InFolder tells whether the part is a file of a slot's folder, as it is.
+func (p *Part) InFolder() bool { return p.Use == Boot || p.Use == Unified }
 
 // Size is that of all parts, in bytes.
 func (m *Manifest) Size() (n int64) {

@@ -91,6 +91,9 @@ func Other(slot string) string {
 // Start has the next boots try a slot.
 func (s State) Start(slot string) State { return State{Good: s.Good, Try: slot, Left: Tries} }
 
+// StartOnce has the firmware try a slot, which starts it once and then the good one.
+func (s State) StartOnce(slot string) State { return State{Good: s.Good, Try: slot, Left: 1} }
+
 // Confirm notes that the running slot came up well.
 func (s State) Confirm(running string) State { return State{Good: running} }
 
@@ -118,6 +121,10 @@ func Folder(slot string) string { return "cloudos/" + slot }
 // SealedFile is the name of the envelope of a slot's system (package release), in the slot's
 // folder. It is written last and removed first: a slot without it has no whole system.
 const SealedFile = "release.jsn"
+
+// UnifiedFile is the name of the unified image in a slot's folder, on a disk that its owner signed: the firmware
+// starts it, with no boot loader in between. The state's block is there, too, and is the first process' alone.
+const UnifiedFile = "system.efi"
 
 // BlockFile is the block's path on the boot partition.
 const BlockFile = "cloudos/grubenv"

@@ -21,6 +21,7 @@ import (
 var isoOnce struct {
 	sync.Mutex
 	file string
+	key  ed25519.PrivateKey
 }
 
 // isoImage is one signed ISO image for all tests that install.
@@ -29,7 +30,8 @@ func isoImage(t *testing.T) string {
 	isoOnce.Lock()
 	defer isoOnce.Unlock()
 	if isoOnce.file == "" {
-		from := filepath.Join(build(t, "iso", func(o *osimage.Options) { o.Version, o.Sign = "1.0.0", []ed25519.PrivateKey{signer(t)} }), "cloudos.iso")
+		isoOnce.key = signer(t)
+		from := filepath.Join(build(t, "iso", func(o *osimage.Options) { o.Version, o.Sign = "1.0.0", []ed25519.PrivateKey{isoOnce.key} }), "cloudos.iso")
 		dir, err := os.MkdirTemp("", "osimage")
 		if err != nil {
 			t.Fatal(err)

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/cloudos-io/cloudos/internal/osimage"
+	"github.com/cloudos-io/cloudos/internal/slots"
 	"github.com/cloudos-io/cloudos/internal/vmwire"
 )
 
@@ -239,10 +240,9 @@ func TestSecureBootDebian(t *testing.T) {
 	bootDisk(t, bad, 6*time.Minute, secure(t, microsoftVars)...).refused("bad shim signature", "Security Policy Violation")
 }
 
-// TestSecureBootOwner starts what the owner signed and nothing else.
-func TestSecureBootOwner(t *testing.T) {
-	long(t)
-	needs(t, "grub-mkimage", emptyVars)
+// ownersKeys are an owner's, and OVMF's variables with the certificate alone.
+func ownersKeys(t *testing.T) (owner *osimage.Owner, vars string) {
+	t.Helper()
 	keys := t.TempDir()
 	if err := osimage.NewOwner(keys, "test"); err != nil {
 		t.Fatal(err)
@@ -251,10 +251,18 @@ func TestSecureBootOwner(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	vars := filepath.Join(keys, "vars.fd")
+	vars = filepath.Join(keys, "vars.fd")
 	if err := osimage.EnrollOVMF(emptyVars, vars, owner.Cert); err != nil {
 		t.Fatal(err)
 	}
+	return owner, vars
+}
+
+// TestSecureBootOwner starts what the owner signed and nothing else.
+func TestSecureBootOwner(t *testing.T) {
+	long(t)
+	needs(t, "grub-mkimage", emptyVars)
+	owner, vars := ownersKeys(t)
 	disk := filepath.Join(build(t, "disk", func(o *osimage.Options) { o.Owner = owner }), "disk.raw")
 	bad := filepath.Join(t.TempDir(), "bad")
 
@@ -263,6 +271,11 @@ func TestSecureBootOwner(t *testing.T) {
 	slot := region(t, bad, espEnd, slotLen)
 	overwrite(t, bad, espEnd+slotLen, slot)
 	overwrite(t, bad, espEnd, make([]byte, slotLen))
+	block, err := slots.State{Good: "b"}.Block()
+	if err != nil {
+		t.Fatal(err)
+	}
+	overwrite(t, bad, find(t, bad, []byte("# GRUB Environment Block\ngood=a")), block)
 	m := bootDisk(t, bad, 6*time.Minute, secure(t, vars)...)
 	if s := m.ready(); s.Trust.SecureBoot != vmwire.SecureBootOn || s.Trust.Chain != "owner" || !s.Trust.Verity {
 		t.Fatalf("trust is %+v", s.Trust)

@@ -47,6 +47,8 @@ type Document struct {
 	Time    Time          `yaml:"time"`
 	// Engine is the engine's own document (docs/configuration.md), without its version.
 	Engine yaml.Node `yaml:"engine"`
+	// TLS is of the engine's listeners.
+	TLS TLS `yaml:"tls"`
 	// Trust holds certificates of further authorities, PEM.
 	Trust []string `yaml:"trust"`
 	// Modules are kernel modules to load; Sysctl are kernel settings by dotted name.
@@ -162,6 +164,9 @@ func (d *Document) check() error {
 		return err
 	}
 	if err := d.Encryption.check(); err != nil {
+		return err
+	}
+	if err := d.TLS.check(&d.Engine); err != nil {
 		return err
 	}
 	return d.checkEngine()

@@ -70,29 +70,33 @@ func (e *Encryption) check() error {
 	return nil
 }
 
-// Redacted is a document to be shown: without its passphrase.
+// secrets are a document's fields that are not shown.
+var secrets = [...][2]string{{"encryption", "passphrase"}, {"tls", "key"}}
+
+// Redacted is a document to be shown: without its passphrase, and without the key of its listeners.
 func Redacted(b []byte) []byte {
-	if !bytes.Contains(b, []byte("passphrase")) {
+	if !bytes.Contains(b, []byte("passphrase")) && !bytes.Contains(b, []byte("tls")) {
 		return b
 	}
+	unreadable := []byte("version: 1 # the document has a secret and cannot be shown\n")
 	var n yaml.Node
 	if err := yaml.Unmarshal(b, &n); err != nil || len(n.Content) != 1 || n.Content[0].Kind != yaml.MappingNode {
-		return []byte("version: 1 # the document has a passphrase and cannot be shown\n")
+		return unreadable
 	}
-	top := n.Content[0]
-	for i := 0; i+1 < len(top.Content); i += 2 {
-		if top.Content[i].Value != "encryption" {
-			continue
-		}
-		for j := 0; j+1 < len(top.Content[i+1].Content); j += 2 {
-			if top.Content[i+1].Content[j].Value == "passphrase" {
-				top.Content[i+1].Content[j+1] = &yaml.Node{Kind: yaml.ScalarNode, Tag: "!!str", Value: "(not shown)"}
+	hidden := false
+	for _, s := range secrets {
+		if section := field(n.Content[0], s[0]); section != nil {
+			if v := field(section, s[1]); v != nil {
+				*v, hidden = yaml.Node{Kind: yaml.ScalarNode, Tag: "!!str", Value: "(not shown)"}, true
 			}
 		}
 	}
+	if !hidden {
+		return b
+	}
 	out, err := yaml.Marshal(&n)
 	if err != nil {
-		return []byte("version: 1 # the document has a passphrase and cannot be shown\n")
+		return unreadable
 	}
 	return out
 }

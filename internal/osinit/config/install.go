@@ -115,20 +115,22 @@ func With(b []byte, set map[string]any) ([]byte, error) {
 	return yaml.Marshal(fields)
 }
 
-// WithoutInstall is a document without its section install: what the installed system is
-// configured by.
-func WithoutInstall(b []byte) ([]byte, error) {
+// Installed is the document that an installed machine keeps: without its section install, and without
+// a passphrase, which is never kept on the disk that it opens. Where the passphrase is all that opens the
+// data, the section encryption has done its work.
+func Installed(b []byte) ([]byte, error) {
 	var n yaml.Node
 	if err := yaml.Unmarshal(b, &n); err != nil {
 		return nil, fault.As(fault.Invalid, err)
 	}
 	if len(n.Content) == 1 && n.Content[0].Kind == yaml.MappingNode {
-		m := n.Content[0]
-		for i := 0; i+1 < len(m.Content); i += 2 {
-			if m.Content[i].Value == "install" {
-				m.Content = append(m.Content[:i], m.Content[i+2:]...)
-				break
+		top := n.Content[0]
+		drop(top, "install")
+		if e := field(top, "encryption"); e != nil {
+			if key := field(e, "key"); key == nil || key.Value != KeyTPM {
+				drop(top, "encryption")
 			}
+			drop(e, "passphrase")
 		}
 	}
 	var out bytes.Buffer
@@ -142,4 +144,33 @@ func WithoutInstall(b []byte) ([]byte, error) {
 	}
 	_, err := Parse(out.Bytes())
 	return out.Bytes(), err
+}
+
+// field is a field of a mapping, or nil.
+func field(m *yaml.Node, name string) *yaml.Node {
+	if m.Kind == yaml.AliasNode {
+		m = m.Alias
+	}
+	if m.Kind != yaml.MappingNode {
+		return nil
+	}
+	for i := 0; i+1 < len(m.Content); i += 2 {
+		if m.Content[i].Value == name {
+			return m.Content[i+1]
+		}
+	}
+	return nil
+}
+
+// drop removes a field of a mapping.
+func drop(m *yaml.Node, name string) {
+	if m.Kind == yaml.AliasNode {
+		m = m.Alias
+	}
+	for i := 0; m.Kind == yaml.MappingNode && i+1 < len(m.Content); i += 2 {
+		if m.Content[i].Value == name {
+			m.Content = append(m.Content[:i], m.Content[i+2:]...)
+			return
+		}
+	}
 }

@@ -12,12 +12,21 @@ func TestInstall(t *testing.T) {
 	if err != nil || d.Install == nil || d.Install.Disk.Serial != "A1" || !d.Install.Disk.Wipe || d.Join.Server != "m1.example:6443" {
 		t.Fatalf("%+v, %v", d, err)
 	}
-	b, err := WithoutInstall([]byte(text))
+	b, err := Installed([]byte(text))
 	if err != nil || strings.Contains(string(b), "install") || !strings.Contains(string(b), "wireguard") {
 		t.Fatalf("%s, %v", b, err)
 	}
 	if d, err := Parse(b); err != nil || d.Install != nil || d.Hostname != "box" || d.Role != "node" {
 		t.Fatalf("%+v, %v", d, err)
+	}
+	for text, want := range map[string]string{
+		"encryption: {key: tpm2, pcrs: [7], passphrase: keep-this-away}": "version: 1\nencryption: {key: tpm2, pcrs: [7]}\n",
+		"encryption: {key: passphrase, passphrase: keep-this-away}":      "version: 1\n",
+		"encryption: {passphrase: keep-this-away}":                       "version: 1\n",
+	} {
+		if b, err := Installed([]byte("version: 1\ninstall: {}\n" + text + "\n")); err != nil || string(b) != want {
+			t.Errorf("%s is kept as %q, %v", text, b, err)
+		}
 	}
 	for text, want := range map[string]string{
 		"install: {disk: {wipe: true}}":               "needs the disk",
@@ -39,14 +48,14 @@ func TestInstall(t *testing.T) {
 	}
 }
 
-func FuzzWithoutInstall(f *testing.F) {
+func FuzzInstalled(f *testing.F) {
 	f.Add([]byte("version: 1\ninstall: {disk: {pick: largest}}\n"))
 	f.Add([]byte("install:\n- a\nversion: 1\n"))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		if _, err := Parse(b); err != nil {
 			return
 		}
-		out, err := WithoutInstall(b)
+		out, err := Installed(b)
 		if err != nil {
 			return
 		}

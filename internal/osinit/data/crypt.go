@@ -83,9 +83,6 @@ func (d Device) Encrypt(fill func(h *Header, key []byte) error) (Device, error) 
 	fail := func(err error) (Device, error) {
 		return Device{}, fmt.Errorf("cannot encrypt the data disk %s: %w", d.Path, err)
 	}
-	if err := d.GrowPartition(); err != nil {
-		return fail(err)
-	}
 	f, err := os.OpenFile(d.Path, os.O_RDWR, 0)
 	if err != nil {
 		return fail(err)
@@ -135,6 +132,14 @@ func (d Device) Encrypt(fill func(h *Header, key []byte) error) (Device, error) 
 		return fail(err)
 	}
 	return out, nil
+}
+
+// Close removes the device that encrypted data are read through; nobody has it mounted.
+func (d Device) Close() error {
+	if d.crypt == nil {
+		return nil
+	}
+	return dm.Remove(d.crypt.Name)
 }
 
 func (d Device) formatScrambled() error {

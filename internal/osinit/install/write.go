@@ -33,6 +33,9 @@ type Job struct {
 	Parts  upgrade.Parts
 	// Files are put on the data partition: path below it to content.
 	Files map[string][]byte
+	// Encrypt makes the data partition, which is empty, an encrypted one, and returns what to
+	// mount; nil leaves the data readable.
+	Encrypt func(ctx context.Context, dev data.Device) (data.Device, error)
 	// Boot mounts the boot partition; its device is set here.
 	Boot *upgrade.Boot
 	// DataAt is where the data partition is mounted meanwhile.
@@ -89,7 +92,7 @@ func (j *Job) write(ctx context.Context, id gpt.GUID) error {
 	if err := t.Write(ctx, j.Manifest, j.Sealed, j.Parts); err != nil {
 		return err
 	}
-	if err := j.keep(devices[slots.DataPartition]); err != nil {
+	if err := j.keep(ctx, devices[slots.DataPartition]); err != nil {
 		return err
 	}
 	if err := ctx.Err(); err != nil {
@@ -259,7 +262,7 @@ func spread(f *os.File, r io.Reader, limit int64) error {
 }
 
 // keep makes the file system for what is kept, with the files.
-func (j *Job) keep(dev string) error {
+func (j *Job) keep(ctx context.Context, dev string) (err error) {
 	f, err := os.OpenFile(dev, os.O_RDWR|unix.O_EXCL, 0)
 	if err != nil {
 		return err
@@ -274,7 +277,14 @@ func (j *Job) keep(dev string) error {
 	if err := os.MkdirAll(j.DataAt, 0o700); err != nil {
 		return err
 	}
-	if err := (data.Device{Path: dev}).Mount(j.DataAt); err != nil {
+	on := data.Device{Path: dev}
+	if j.Encrypt != nil {
+		if on, err = j.Encrypt(ctx, on); err != nil {
+			return err
+		}
+		defer func() { err = errors.Join(err, on.Close()) }()
+	}
+	if err := on.Mount(j.DataAt); err != nil {
 		return err
 	}
 	err = j.files()

@@ -19,10 +19,12 @@ const (
 
 // Request is one line of JSON.
 type Request struct {
-	Op     string  `json:"op"`
-	PCRs   []int   `json:"pcrs,omitempty"`
-	Secret []byte  `json:"secret,omitempty"`
-	Sealed *Sealed `json:"sealed,omitempty"`
+	Op   string `json:"op"`
+	PCRs []int  `json:"pcrs,omitempty"`
+	// Values are what the registers will have when the secret is given out; without them, what they have now.
+	Values [][]byte `json:"values,omitempty"`
+	Secret []byte   `json:"secret,omitempty"`
+	Sealed *Sealed  `json:"sealed,omitempty"`
 }
 
 // Response is one too; what goes wrong is text and an exit status.

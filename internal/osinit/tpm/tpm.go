@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
 
 	"github.com/google/go-tpm/tpm2"
 	"github.com/google/go-tpm/tpm2/transport"
@@ -18,6 +19,9 @@ import (
 
 	"github.com/cloudos-io/cloudos/internal/osinit/seal"
 )
+
+// capText is what a register that is closed is extended with.
+const capText = "cloudos: the data are open"
 
 const device = "/dev/tpmrm0"
 
@@ -48,7 +52,7 @@ func Serve(in io.Reader, out io.Writer) error {
 func Answer(chip transport.TPM, r seal.Request) (*seal.Response, error) {
 	switch r.Op {
 	case seal.Seal:
-		s, err := sealTo(chip, r.PCRs, r.Secret)
+		s, err := sealTo(chip, r.PCRs, r.Values, r.Secret)
 		if err != nil {
 			return nil, fmt.Errorf("cannot seal a key with the TPM: %w", err)
 		}
@@ -64,7 +68,7 @@ func Answer(chip transport.TPM, r seal.Request) (*seal.Response, error) {
 		return &seal.Response{Secret: b}, nil
 	case seal.Cap:
 		for _, n := range r.PCRs {
-			sum := sha256.Sum256([]byte("cloudos: the data are open"))
+			sum := sha256.Sum256([]byte(capText))
 			_, err := tpm2.PCRExtend{
 				PCRHandle: tpm2.AuthHandle{Handle: tpm2.TPMHandle(n), Auth: tpm2.PasswordAuth(nil)},
 				Digests:   tpm2.TPMLDigestValues{Digests: []tpm2.TPMTHA{{HashAlg: tpm2.TPMAlgSHA256, Digest: sum[:]}}},
@@ -127,7 +131,7 @@ func storage(chip transport.TPM) (key tpm2.NamedHandle, salted tpm2.AuthOption, 
 	return tpm2.NamedHandle{Handle: r.ObjectHandle, Name: r.Name}, tpm2.Salted(r.ObjectHandle, *pub), done, nil
 }
 
-func sealTo(chip transport.TPM, pcrs []int, secret []byte) (*seal.Sealed, error) {
+func sealTo(chip transport.TPM, pcrs []int, want [][]byte, secret []byte) (*seal.Sealed, error) {
 	sel, err := selection(pcrs)
 	if err != nil {
 		return nil, err
@@ -135,11 +139,12 @@ func sealTo(chip transport.TPM, pcrs []int, secret []byte) (*seal.Sealed, error)
 	if len(secret) == 0 || len(secret) > 128 {
 		return nil, errors.New("the secret has a wrong length")
 	}
-	have, err := values(chip, pcrs)
-	if err != nil {
-		return nil, err
+	if want == nil {
+		if want, err = values(chip, pcrs); err != nil {
+			return nil, err
+		}
 	}
-	policy, err := policyOf(chip, sel)
+	policy, err := policyOf(sel, pcrs, want)
 	if err != nil {
 		return nil, err
 	}
@@ -153,31 +158,36 @@ func sealTo(chip transport.TPM, pcrs []int, secret []byte) (*seal.Sealed, error)
 		InSensitive:  tpm2.TPM2BSensitiveCreate{Sensitive: &tpm2.TPMSSensitiveCreate{Data: tpm2.NewTPMUSensitiveCreate(&tpm2.TPM2BSensitiveData{Buffer: secret})}},
 		// No password opens it (UserWithAuth is off), the policy alone.
 		InPublic: tpm2.New2B(tpm2.TPMTPublic{
-			Type: tpm2.TPMAlgKeyedHash, NameAlg: tpm2.TPMAlgSHA256, AuthPolicy: *policy,
+			Type: tpm2.TPMAlgKeyedHash, NameAlg: tpm2.TPMAlgSHA256, AuthPolicy: tpm2.TPM2BDigest{Buffer: policy},
 			ObjectAttributes: tpm2.TPMAObject{FixedTPM: true, FixedParent: true, NoDA: true},
 		}),
 	}.Execute(chip)
 	if err != nil {
 		return nil, err
 	}
-	return &seal.Sealed{PCRs: pcrs, Values: have, Public: tpm2.Marshal(r.OutPublic), Private: tpm2.Marshal(r.OutPrivate)}, nil
+	return &seal.Sealed{PCRs: pcrs, Values: want, Public: tpm2.Marshal(r.OutPublic), Private: tpm2.Marshal(r.OutPrivate)}, nil
 }
 
-// policyOf is the policy of the registers' present values.
-func policyOf(chip transport.TPM, sel tpm2.TPMLPCRSelection) (*tpm2.TPM2BDigest, error) {
-	s, end, err := tpm2.PolicySession(chip, tpm2.TPMAlgSHA256, 16, tpm2.Trial())
+// policyOf is the policy of registers with values: what the chip works out for itself when it is asked for the secret.
+func policyOf(sel tpm2.TPMLPCRSelection, pcrs []int, want [][]byte) ([]byte, error) {
+	if len(want) != len(pcrs) || !slices.IsSorted(pcrs) { // the chip takes them in order
+		return nil, errors.New("the registers and their values do not belong together")
+	}
+	all := sha256.New()
+	for _, v := range want {
+		if len(v) != sha256.Size {
+			return nil, errors.New("a register's value has a wrong length")
+		}
+		all.Write(v)
+	}
+	c, err := tpm2.NewPolicyCalculator(tpm2.TPMAlgSHA256)
 	if err != nil {
 		return nil, err
 	}
-	defer end()
-	if _, err := (tpm2.PolicyPCR{PolicySession: s.Handle(), Pcrs: sel}).Execute(chip); err != nil {
+	if err := (tpm2.PolicyPCR{PcrDigest: tpm2.TPM2BDigest{Buffer: all.Sum(nil)}, Pcrs: sel}).Update(c); err != nil {
 		return nil, err
 	}
-	r, err := tpm2.PolicyGetDigest{PolicySession: s.Handle()}.Execute(chip)
-	if err != nil {
-		return nil, err
-	}
-	return &r.PolicyDigest, nil
+	return c.Hash().Digest, nil
 }
 
 func unseal(chip transport.TPM, s *seal.Sealed) ([]byte, error) {

@@ -3,6 +3,7 @@ package tpm
 import (
 	"bytes"
 	"context"
+	"crypto/sha256"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -51,6 +52,11 @@ func chip(t *testing.T) transport.TPM {
 	}
 }
 
+func sum(s string) []byte {
+	b := sha256.Sum256([]byte(s))
+	return b[:]
+}
+
 // TestSeal opens what was sealed, until a register changes.
 func TestSeal(t *testing.T) {
 	c := chip(t)
@@ -88,6 +94,28 @@ func TestSeal(t *testing.T) {
 	}
 	if b, err := open(seals["other"]); err != nil || !bytes.Equal(b, secret) {
 		t.Fatalf("a register that it is not sealed to: %v", err)
+	}
+	// Sealed to what a register was before, or will be, it is given out then alone.
+	old := seals["both"]
+	a, err := Answer(c, seal.Request{Op: seal.Seal, PCRs: old.PCRs, Values: old.Values, Secret: secret})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := open(a.Sealed); err == nil {
+		t.Fatal("it was given out while the register was another")
+	}
+	capped := sha256.Sum256(append(bytes.Clone(old.Values[1]), sum(capText)...))
+	a, err = Answer(c, seal.Request{Op: seal.Seal, PCRs: old.PCRs, Values: [][]byte{old.Values[0], capped[:]}, Secret: secret})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if b, err := open(a.Sealed); err != nil || !bytes.Equal(b, secret) {
+		t.Fatalf("sealed to values that the registers have: %v", err)
+	}
+	for _, bad := range [][][]byte{{}, {old.Values[0]}, {old.Values[0], {1}}} {
+		if _, err := Answer(c, seal.Request{Op: seal.Seal, PCRs: old.PCRs, Values: bad, Secret: secret}); err == nil {
+			t.Errorf("sealed to %d values", len(bad))
+		}
 	}
 	damaged := *seals["other"]
 	damaged.Private = bytes.Clone(damaged.Private)

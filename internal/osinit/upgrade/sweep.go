@@ -10,8 +10,6 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
-
-	"github.com/cloudos-io/cloudos/internal/slots"
 )
 
 // A power cut in the middle of an upgrade may leave a folder whose files point at what is
@@ -31,8 +29,8 @@ var (
 	errDamaged = errors.New("the boot partition's file system is damaged")
 )
 
-// sweep empties the slot's folder.
-func (b *Boot) sweep(slot string) error {
+// sweep empties a folder.
+func (b *Boot) sweep(folder string) error {
 	dev, err := b.device()
 	if err != nil {
 		return err
@@ -41,7 +39,7 @@ func (b *Boot) sweep(slot string) error {
 	if err != nil {
 		return fmt.Errorf("cannot open the boot partition: %w", err)
 	}
-	err = Sweep(f, slots.Folder(slot))
+	err = Sweep(f, folder)
 	if cerr := f.Close(); err == nil {
 		err = cerr
 	}

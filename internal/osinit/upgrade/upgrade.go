@@ -188,7 +188,7 @@ func (t *Target) Write(ctx context.Context, m *release.Manifest, sealed []byte, 
 	}
 	t.Boot.mu.Lock()
 	defer t.Boot.mu.Unlock()
-	if err := t.Boot.sweep(t.Slot); err != nil {
+	if err := t.Boot.sweep(slots.Folder(t.Slot)); err != nil {
 		return err
 	}
 	return t.Boot.with(true, func(dir string) error {
@@ -235,7 +235,7 @@ func empty(folder string) error {
 func (t *Target) room(dir string, m *release.Manifest) error {
 	need := int64(release.MaxEnvelope)
 	for _, p := range m.Parts {
-		if p.Use == release.Boot || p.Use == release.Template {
+		if p.InFolder() || p.Use == release.Template {
 			need += p.Size
 		}
 	}
@@ -272,7 +272,7 @@ func (t *Target) parts(ctx context.Context, m *release.Manifest, parts Parts, fo
 		}
 		var file *os.File
 		text := new(bytes.Buffer)
-		if p.Use == release.Boot {
+		if p.InFolder() {
 			if file, err = os.OpenFile(filepath.Join(folder, p.Name), os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600); err != nil {
 				r.Close()
 				return err
@@ -282,7 +282,7 @@ func (t *Target) parts(ctx context.Context, m *release.Manifest, parts Parts, fo
 			switch {
 			case ctx.Err() != nil:
 				return ctx.Err()
-			case p.Use == release.Boot:
+			case p.InFolder():
 				_, err = file.Write(piece)
 			case p.Use == release.Template:
 				text.Write(piece)
@@ -341,7 +341,7 @@ func check(ctx context.Context, m *release.Manifest, slot, folder string, root i
 		switch p.Use {
 		case release.Root:
 			r = io.NewSectionReader(root, 0, p.Size)
-		case release.Boot:
+		case release.Boot, release.Unified:
 			f, err := os.Open(filepath.Join(folder, p.Name))
 			if err != nil {
 				return err

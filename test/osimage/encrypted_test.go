@@ -1,0 +1,219 @@
+package osimage
+
+import (
+	"bytes"
+	"crypto/ed25519"
+	"encoding/json"
+	"os"
+	"os/exec"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/cloudos-io/cloudos/api/system"
+	"github.com/cloudos-io/cloudos/internal/osimage"
+	"github.com/cloudos-io/cloudos/internal/vmwire"
+)
+
+// chipDir is a folder for the state of a TPM, with a short path.
+func chipDir(t *testing.T) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "tpm")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	return dir
+}
+
+// onDisk tells whether a text is anywhere on a disk.
+func onDisk(t *testing.T, disk, text string) bool {
+	t.Helper()
+	err := exec.Command("grep", "-aqF", text, disk).Run()
+	if e, ok := err.(*exec.ExitError); ok && e.ExitCode() == 1 {
+		return false
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return true
+}
+
+// sealed expects encrypted data that were opened in a way.
+func (m *machine) sealed(by string) vmwire.Status {
+	m.t.Helper()
+	s := m.settled()
+	if s.State != vmwire.StateReady || len(s.Problems) > 0 || !s.Trust.Encrypted || s.Trust.OpenedBy != by {
+		m.t.Fatalf("the machine is %+v", s)
+	}
+	return s
+}
+
+// tokens are the types of the tokens of a disk's encrypted data.
+func tokens(t *testing.T, disk string) string {
+	t.Helper()
+	head := region(t, disk, espEnd+2*slotLen+4096, 12<<10)
+	var meta struct {
+		Tokens map[string]struct {
+			Type string `json:"type"`
+		} `json:"tokens"`
+	}
+	if err := json.Unmarshal(head[:bytes.IndexByte(head, 0)], &meta); err != nil {
+		t.Fatal(err)
+	}
+	var out []string
+	for _, x := range meta.Tokens {
+		out = append(out, x.Type)
+	}
+	return strings.Join(out, " ")
+}
+
+// TestInstallEncrypted installs with data that are encrypted and sealed to the TPM, with Secure Boot: nothing of
+// the document is readable on the disk, the installed system opens its data by itself, and so
+// does the next system after an upgrade, and the first again after going back. Copies of the disk in
+// another machine, and a changed system, do not.
+func TestInstallEncrypted(t *testing.T) {
+	long(t)
+	needs(t, "grub-mkimage", "xorriso", "swtpm")
+	target, chip, firmware := disk(t, 3<<30), chipDir(t), secure(t, microsoftVars)
+	document := volume(t, "hostname: box-of-secrets\ninstall: {then: poweroff}\nencryption: {key: tpm2, recovery: api, passphrase: from-outside-alone}\n")
+	m := installer(t, document, drive("target", target), tpm(t, chip), firmware)
+	m.await("is installed on", 8*time.Minute)
+	m.ended(time.Minute)
+	for _, secret := range []string{"box-of-secrets", "from-outside-alone"} {
+		if onDisk(t, target, secret) {
+			t.Fatalf("%q is readable on the disk", secret)
+		}
+	}
+	if got := tokens(t, target); !strings.Contains(got, "cloudos-installed") || strings.Contains(got, "recovery") {
+		t.Fatalf("the tokens are %s", got)
+	}
+	boot := func() *machine {
+		args := append([]string{"-action", "reboot=reset"}, drive("target", target)...)
+		args[len(args)-1] += ",bootindex=0"
+		m := start(t, 20*time.Minute, append(append(args, tpm(t, chip)...), firmware...)...)
+		m.connect()
+		return m
+	}
+	m = boot()
+	s := m.sealed("tpm2")
+	if s.Hostname != "box-of-secrets" || s.ConfigSource != "disk" || !s.Trust.RecoveryKey || s.Trust.SecureBoot != vmwire.SecureBootOn {
+		t.Fatalf("the first start: %+v", s)
+	}
+	var recovery vmwire.Recovery
+	if err := m.ctl("GET", "/v1/encryption/recovery", nil, &recovery); err != nil || len(recovery.Key) < 52 {
+		t.Fatalf("the recovery key: %v", err)
+	}
+	var kept string
+	if err := m.ctl("GET", "/v1/config", nil, &kept); err != nil || strings.Contains(kept, "passphrase") || strings.Contains(kept, "install") || !strings.Contains(kept, "tpm2") {
+		t.Fatalf("the document is %q, %v", kept, err)
+	}
+	m.keep()
+	m.off()
+	if got := tokens(t, target); strings.Contains(got, "installed") || strings.Contains(got, "change") || !strings.Contains(got, "recovery") {
+		t.Fatalf("the tokens are %s", got)
+	}
+
+	m = boot()
+	if s := m.sealed("tpm2"); s.Trust.RecoveryKey {
+		t.Fatalf("the second start: %+v", s)
+	}
+	m.upgradeSealed(releaseOf(t, "1.1.0", func(o *osimage.Options) { o.Platform, o.Sign = "metal", []ed25519.PrivateKey{isoOnce.key} }))
+	m.off()
+	if got := tokens(t, target); strings.Contains(got, "change") {
+		t.Fatalf("the tokens are %s", got)
+	}
+	// Another chip has nothing to open it with.
+	m = start(t, 8*time.Minute, append(append(append([]string{}, drive("target", target)...), tpm(t, chipDir(t))...), firmware...)...)
+	m.connect()
+	if s := m.settled(); s.State != vmwire.StateSafe || s.Trust.OpenedBy != "" {
+		t.Fatalf("with another chip: %+v", s)
+	}
+	m.cut()
+	m = boot()
+	m.sealed("tpm2")
+	m.off()
+}
+
+// upgradeSealed upgrades a machine with encrypted data, which has a volume with a file, starts the new system once
+// more, and goes back: the data open by themselves all the time.
+func (m *machine) upgradeSealed(next string) {
+	m.t.Helper()
+	before := m.os("up", func(s system.Status) bool { return s.State == "ready" && s.Next != "" })
+	other := map[string]string{"a": "b", "b": "a"}[before.Next]
+	file := func() {
+		m.t.Helper()
+		m.sealed("tpm2")
+		if out := m.must("run", "--rm", "-v", "kept:/v", "servin/hello", "cat", "/v/f"); !strings.Contains(out, "x") {
+			m.t.Fatalf("what was kept is %q", out)
+		}
+	}
+	if out, err := m.cloudos("upgrade", "--wait", "0", next); err != nil {
+		m.t.Fatal(out)
+	}
+	m.again()
+	s := m.os("upgraded", func(s system.Status) bool { return s.Last != nil && s.Last.Outcome == system.Succeeded })
+	if s.Version == before.Version || s.Next != other {
+		m.t.Fatalf("the machine is %+v", s)
+	}
+	file()
+	if out, err := m.cloudos("reboot"); err != nil {
+		m.t.Fatal(out)
+	}
+	m.again()
+	file()
+	if out, err := m.cloudos("rollback", "--wait", "0"); err != nil {
+		m.t.Fatal(out)
+	}
+	m.again()
+	s = m.os("back", func(s system.Status) bool { return s.Last.Kind == "rollback" && s.Last.Outcome == system.Succeeded })
+	if s.Version != before.Version || s.Next != before.Next {
+		m.t.Fatalf("the machine is %+v", s)
+	}
+	file()
+	if out, err := m.cloudos("reboot"); err != nil {
+		m.t.Fatal(out)
+	}
+	m.again()
+	file()
+	m.os("at rest", func(s system.Status) bool { return s.State == "ready" })
+	m.await("is sealed to this system alone again", time.Minute)
+}
+
+// TestInstallPassphrase installs on a machine without a TPM: the passphrase opens the data at each
+// start, from outside of the disk, and without it they stay closed.
+func TestInstallPassphrase(t *testing.T) {
+	long(t)
+	needs(t, "grub-mkimage", "xorriso")
+	target := disk(t, 3<<30)
+	refused := installer(t, volume(t, "install: {then: poweroff}\nencryption: {key: tpm2}\n"), drive("target", target))
+	refused.connect()
+	if s := refused.settled(); s.State != vmwire.StateSafe || !strings.Contains(strings.Join(s.Problems, ""), "no TPM") {
+		t.Fatalf("without a TPM: %+v", s)
+	}
+	refused.cut()
+	if b := make([]byte, 4096); !readsAt(t, target, b, 0) || len(bytes.Trim(b, "\x00")) > 0 {
+		t.Fatal("the disk was written to")
+	}
+	m := installer(t, volume(t, "hostname: box-of-secrets\ninstall: {then: poweroff}\nencryption: {key: passphrase, passphrase: from-outside-alone}\n"), drive("target", target))
+	m.await("is installed on", 8*time.Minute)
+	m.ended(time.Minute)
+	if onDisk(t, target, "box-of-secrets") || onDisk(t, target, "from-outside-alone") {
+		t.Fatal("the document is readable on the disk")
+	}
+	key := volume(t, "encryption: {key: passphrase, passphrase: from-outside-alone}\n")
+	for range 2 {
+		m = start(t, 8*time.Minute, append(drive("target", target), key...)...)
+		m.connect()
+		if s := m.sealed("passphrase"); s.Hostname != "box-of-secrets" || s.ConfigSource != "disk" {
+			t.Fatalf("the machine is %+v", s)
+		}
+		m.off()
+	}
+	m = start(t, 8*time.Minute, drive("target", target)...)
+	m.connect()
+	if s := m.settled(); s.State != vmwire.StateSafe || s.Trust.OpenedBy != "" {
+		t.Fatalf("without the passphrase: %+v", s)
+	}
+	m.cut()
+}

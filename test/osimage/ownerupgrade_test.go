@@ -1,0 +1,130 @@
+package osimage
+
+import (
+	"bytes"
+	"crypto/ed25519"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/cloudos-io/cloudos/api/system"
+	"github.com/cloudos-io/cloudos/internal/osimage"
+	"github.com/cloudos-io/cloudos/internal/release"
+	"github.com/cloudos-io/cloudos/internal/slots"
+	"github.com/cloudos-io/cloudos/internal/vmwire"
+)
+
+// TestUpgradeOwner upgrades a disk that its owner signed, with encrypted data, and goes back: firmware chooses. What
+// does not come up, or is no image that the owner signed, is given up; the power may go at any moment; and firmware
+// that lost its entries starts the good system.
+func TestUpgradeOwner(t *testing.T) {
+	long(t)
+	needs(t, emptyVars, "swtpm", "xorriso")
+	owner, vars := ownersKeys(t)
+	key, chip := signer(t), chipDir(t)
+	of := func(o *osimage.Options) { o.Owner, o.Sign = owner, []ed25519.PrivateKey{key} }
+	disk := filepath.Join(build(t, "disk", func(o *osimage.Options) { of(o); o.DiskFormat, o.Version = "raw", "1.0.0" }), "disk.raw")
+	next := releaseOf(t, "1.1.0", of)
+	dead := releaseOf(t, "1.2.0", func(o *osimage.Options) { of(o); o.Programs = broken(t) })
+	unsigned := resealed(t, dead, func(m *release.Manifest, content map[string][]byte) {
+		b := bytes.Clone(content[slots.UnifiedFile])
+		b[len(b)/2] ^= 1
+		m.Version, content[slots.UnifiedFile] = "1.3.0", b
+	}, key)
+	document := cidata(t, map[string]string{"user-data": "version: 1\nencryption: {key: tpm2, recovery: api}\n", "meta-data": ""})
+	firmware := secure(t, vars)
+	boot := func() *machine {
+		// Without bootindex: QEMU's order would be OVMF's, over its own.
+		m := start(t, 25*time.Minute, append(append(append([]string{"-action", "reboot=reset"}, drive("d", disk)...), append(tpm(t, chip), document...)...), firmware...)...)
+		m.connect()
+		return m
+	}
+	at := func(m *machine, version, slot string) system.Status {
+		t.Helper()
+		s := m.os("up", func(s system.Status) bool { return s.State == "ready" && s.Next == slot })
+		if s.Version != version {
+			t.Fatalf("the machine is %+v", s)
+		}
+		return s
+	}
+	m := boot()
+	if s := m.sealed("tpm2"); s.Trust.Chain != "owner" || s.Trust.SecureBoot != vmwire.SecureBootOn {
+		t.Fatalf("trust is %+v", s.Trust)
+	}
+	if s := at(m, "1.0.0", "a"); len(s.Slots) != 2 || s.Slots[0].Version != "1.0.0" || s.Slots[0].SignedBy == "" {
+		t.Fatalf("the machine is %+v", s)
+	}
+	m.keep()
+	debian := resealed(t, next, func(m *release.Manifest, _ map[string][]byte) { m.Parts[0].Use = release.Boot }, key)
+	if out, err := m.cloudos("upgrade", debian); err == nil || !strings.Contains(out, "signed by its owner") {
+		t.Errorf("a release that the owner did not sign: %v, %s", err, out)
+	}
+	m.upgradeSealed(next)
+
+	// What does not come up.
+	for _, c := range []struct{ release, want string }{{dead, "the engine does not stay up"}, {unsigned, "never came up"}} {
+		if out, err := m.cloudos("upgrade", "--wait", "0", c.release); err != nil {
+			t.Fatal(out)
+		}
+		m.went()
+		said := strings.Count(m.said(), "slot a runs instead")
+		for end := time.Now().Add(6 * time.Minute); strings.Count(m.said(), "slot a runs instead") == said; time.Sleep(200 * time.Millisecond) {
+			if time.Now().After(end) {
+				t.Fatalf("the machine does not go back from %s", c.want)
+			}
+		}
+		m.restarts = strings.Count(m.said(), "the machine is down")
+		m.connect()
+		s := m.os("back", func(s system.Status) bool { return s.Last != nil && s.Last.Outcome == system.RolledBack })
+		if s.Version != "1.0.0" || s.Next != "a" || !strings.Contains(s.Last.Reason, c.want) || !s.Slots[1].Failed {
+			t.Fatalf("the machine is %+v, %+v", s, s.Last)
+		}
+	}
+	m.off()
+
+	// The power goes while it is written, before it starts, and before it is kept.
+	for _, after := range []string{"writing system", "starts next", "engine answers"} {
+		m = boot()
+		at(m, "1.0.0", "a")
+		seen := strings.Count(m.said(), after)
+		done := make(chan struct{})
+		go func() { defer close(done); m.cloudos("upgrade", "--wait", "0", next) }()
+		for end := time.Now().Add(3 * time.Minute); strings.Count(m.said(), after) <= seen && time.Now().Before(end); time.Sleep(10 * time.Millisecond) {
+		}
+		m.cut()
+		<-done
+		m = boot()
+		if out := m.must("run", "--rm", "-v", "kept:/v", "servin/hello", "cat", "/v/f"); !strings.Contains(out, "x") {
+			t.Fatalf("what was kept is %q", out)
+		}
+		s := m.os("settled", func(s system.Status) bool {
+			return s.State == "ready" && (s.Last == nil || s.Last.Outcome != system.Pending)
+		})
+		t.Logf("after the cut after %q: %s in slot %s, %+v", after, s.Version, s.Next, s.Last)
+		if s.Version == "1.1.0" {
+			if out, err := m.cloudos("rollback", "--wait", "0"); err != nil {
+				t.Fatal(out)
+			}
+			m.again()
+			at(m, "1.0.0", "a")
+		}
+		m.os("at rest", func(s system.Status) bool { return s.Last == nil || s.Last.Outcome != system.Pending })
+		m.off()
+	}
+
+	// Firmware that forgot everything but its keys.
+	m = boot()
+	if out, err := m.cloudos("upgrade", "--wait", "0", next); err != nil {
+		t.Fatal(out)
+	}
+	m.again()
+	at(m, "1.1.0", "b")
+	m.await("is sealed to this system alone again", time.Minute)
+	m.off()
+	firmware = secure(t, vars)
+	m = boot()
+	at(m, "1.1.0", "b")
+	m.sealed("tpm2")
+	m.off()
+}
