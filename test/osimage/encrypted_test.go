@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -216,4 +217,28 @@ func TestInstallPassphrase(t *testing.T) {
 		t.Fatalf("without the passphrase: %+v", s)
 	}
 	m.cut()
+}
+
+// TestUpgradeEncrypted upgrades a machine without Secure Boot whose image has the configuration, and goes back.
+func TestUpgradeEncrypted(t *testing.T) {
+	long(t)
+	needs(t, "grub-mkimage", "swtpm")
+	key, chip := signer(t), chipDir(t)
+	of := func(o *osimage.Options) {
+		o.Sign, o.Config = []ed25519.PrivateKey{key}, []byte("version: 1\nencryption: {key: tpm2, recovery: none}\n")
+	}
+	disk := filepath.Join(build(t, "disk", func(o *osimage.Options) { of(o); o.DiskFormat, o.Version = "raw", "1.0.0" }), "disk.raw")
+	next := releaseOf(t, "1.1.0", of)
+	args := append([]string{"-action", "reboot=reset", "-drive", "file=" + disk + ",format=raw,if=none,id=d,discard=unmap", "-device", "virtio-blk-pci,drive=d,bootindex=0"}, tpm(t, chip)...)
+	m := start(t, 25*time.Minute, append(args, secure(t, emptyVars)...)...)
+	m.connect()
+	if s := m.sealed("tpm2"); s.Trust.SecureBoot != vmwire.SecureBootOff || s.Trust.RecoveryKey {
+		t.Fatalf("trust is %+v", s.Trust)
+	}
+	m.keep()
+	m.upgradeSealed(next)
+	m.off()
+	if got := tokens(t, disk); got != "cloudos-tpm2" {
+		t.Fatalf("the tokens are %s", got)
+	}
 }
