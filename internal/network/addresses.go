@@ -115,7 +115,8 @@ func (m *Manager) pickAddr(n *netw, pools []*ipam.Pool, want, rather netip.Addr)
 	}
 	if want.IsValid() {
 		err := n.take(want)
-		if errors.Is(err, ipam.ErrInUse) && m.exhume(n) {
+		if errors.Is(err, ipam.ErrInUse) {
+			m.exhume(n)
 			err = n.take(want)
 		}
 		switch {
@@ -135,9 +136,10 @@ func (m *Manager) pickAddr(n *netw, pools []*ipam.Pool, want, rather netip.Addr)
 				return a, nil
 			}
 		}
-		if !again || !m.exhume(n) {
+		if !again {
 			return netip.Addr{}, fault.New(fault.Exhausted, "cannot give an address on network %s: %w", n.rec.Name, ipam.ErrExhausted)
 		}
+		m.exhume(n)
 	}
 }
 

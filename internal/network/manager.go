@@ -99,6 +99,10 @@ type Manager struct {
 	// and names are chosen one at a time.
 	makeMu sync.Mutex
 
+	// reaping is held from taking an endpoint out of dying until its addresses
+	// are free, and comes before mu.
+	reaping sync.Mutex
+
 	mu         sync.RWMutex
 	nets       map[string]*netw
 	names      map[string]*netw

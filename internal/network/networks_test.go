@@ -442,6 +442,31 @@ func TestManyLeaveNothing(t *testing.T) {
 	}
 }
 
+// TestAddressOfTheDying asks for an address while the reaper is just giving it back.
+func TestAddressOfTheDying(t *testing.T) {
+	m := newManager(t, nil)
+	if _, err := m.Create(context.Background(), mnetwork.CreateRequest{Name: "n", IPAM: &mnetwork.IPAM{Config: []mnetwork.IPAMConfig{{Subnet: netip.MustParsePrefix("10.78.0.0/24")}}}}); err != nil {
+		t.Fatal(err)
+	}
+	n, err := m.find("n")
+	if err != nil {
+		t.Fatal(err)
+	}
+	a := netip.MustParseAddr("10.78.0.99")
+	if err := n.take(a); err != nil {
+		t.Fatal(err)
+	}
+	for range 2000 {
+		m.bury(n, &endpoint{Outer: "gone0", IPv4: a})
+		reaped := make(chan struct{})
+		go func() { defer close(reaped); m.reapOnce() }()
+		if _, err := m.pickAddr(n, n.pool4, a, netip.Addr{}); err != nil {
+			t.Fatal(err)
+		}
+		<-reaped
+	}
+}
+
 // TestCollision has another link take a network's addresses after the network.
 func TestCollision(t *testing.T) {
 	m := newManager(t, nil)

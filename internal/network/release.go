@@ -109,8 +109,10 @@ func (m *Manager) bury(n *netw, e *endpoint) {
 }
 
 // exhume finishes the dying endpoints of a network at once, for somebody who
-// needs an address; it tells whether there were any.
-func (m *Manager) exhume(n *netw) bool {
+// needs an address. What is being finished already is waited for.
+func (m *Manager) exhume(n *netw) {
+	m.reaping.Lock()
+	defer m.reaping.Unlock()
 	m.mu.Lock()
 	var mine []*corpse
 	m.dying = slices.DeleteFunc(m.dying, func(c *corpse) bool {
@@ -122,7 +124,6 @@ func (m *Manager) exhume(n *netw) bool {
 	})
 	m.mu.Unlock()
 	m.finish(mine)
-	return len(mine) > 0
 }
 
 // finish removes links and frees addresses.
@@ -182,6 +183,8 @@ func (m *Manager) reap(ctx context.Context) error {
 
 // reapOnce finishes what can be finished and tells how many are left.
 func (m *Manager) reapOnce() int {
+	m.reaping.Lock()
+	defer m.reaping.Unlock()
 	var ready []*corpse
 	m.mu.Lock()
 	m.dying = slices.DeleteFunc(m.dying, func(c *corpse) bool {
