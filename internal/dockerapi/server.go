@@ -236,31 +236,7 @@ func statusOf(err error) int {
 	if errors.As(err, &tooLarge) {
 		return http.StatusRequestEntityTooLarge
 	}
-	switch fault.Of(err) {
-	case fault.Invalid:
-		return http.StatusBadRequest
-	case fault.Unauthorized:
-		return http.StatusUnauthorized
-	case fault.Forbidden:
-		return http.StatusForbidden
-	case fault.NotFound:
-		return http.StatusNotFound
-	case fault.NotModified:
-		return http.StatusNotModified
-	case fault.Conflict:
-		return http.StatusConflict
-	case fault.Gone:
-		return http.StatusGone
-	case fault.Unsupported:
-		return http.StatusNotImplemented
-	case fault.Unavailable, fault.Exhausted:
-		return http.StatusServiceUnavailable
-	case fault.DeadlineExceeded:
-		return http.StatusGatewayTimeout
-	case fault.NotAcceptable:
-		return http.StatusNotAcceptable
-	}
-	return http.StatusInternalServerError
+	return fault.Of(err).Status()
 }
 
 // guard keeps web pages out. Over plain TCP a page in a browser of the same

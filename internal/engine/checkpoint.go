@@ -20,6 +20,7 @@ import (
 	"github.com/cloudos-io/cloudos/internal/caller"
 	"github.com/cloudos-io/cloudos/internal/checkpoint"
 	"github.com/cloudos-io/cloudos/internal/container"
+	"github.com/cloudos-io/cloudos/internal/durable"
 	"github.com/cloudos-io/cloudos/internal/fault"
 	"github.com/cloudos-io/cloudos/internal/policy"
 	"github.com/cloudos-io/cloudos/internal/runtime"
@@ -309,7 +310,7 @@ func (d *draft) keep(final string) error {
 		return fault.New(fault.Internal, "cannot store the checkpoint: %w", err)
 	}
 	d.path = ""
-	if err := syncDir(filepath.Dir(final)); err != nil {
+	if err := durable.SyncDir(filepath.Dir(final)); err != nil {
 		return fault.New(fault.Internal, "cannot store the checkpoint: %w", err)
 	}
 	return nil
@@ -343,7 +344,7 @@ func syncTree(dir string) error {
 		if err != nil || !e.IsDir() && !e.Type().IsRegular() {
 			return err
 		}
-		return syncDir(p)
+		return durable.SyncDir(p) // a file is synced the same way
 	})
 }
 

@@ -20,6 +20,7 @@ import (
 	"github.com/cloudos-io/cloudos/api"
 	"github.com/cloudos-io/cloudos/internal/checkpoint"
 	"github.com/cloudos-io/cloudos/internal/container"
+	"github.com/cloudos-io/cloudos/internal/durable"
 	"github.com/cloudos-io/cloudos/internal/engine/archive"
 	"github.com/cloudos-io/cloudos/internal/fault"
 	"github.com/cloudos-io/cloudos/internal/image"
@@ -443,8 +444,8 @@ func (e *Engine) markMoving(id string, on bool) error {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return err
 	}
-	if err := syncDir(filepath.Dir(dir)); err != nil {
+	if err := durable.SyncDir(filepath.Dir(dir)); err != nil {
 		return err
 	}
-	return writeFile(path, []byte(time.Now().UTC().Format(time.RFC3339)+"\n"), 0o600, true)
+	return durable.WriteFile(path, []byte(time.Now().UTC().Format(time.RFC3339)+"\n"), 0o600, durable.Everything)
 }

@@ -4,7 +4,6 @@ import (
 	"context"
 	"crypto/rand"
 	"encoding/hex"
-	"errors"
 	"fmt"
 	"log/slog"
 	"net/netip"
@@ -23,6 +22,7 @@ import (
 
 	"github.com/cloudos-io/cloudos/api"
 	"github.com/cloudos-io/cloudos/internal/cdi"
+	"github.com/cloudos-io/cloudos/internal/durable"
 	"github.com/cloudos-io/cloudos/internal/event"
 	"github.com/cloudos-io/cloudos/internal/fault"
 	"github.com/cloudos-io/cloudos/internal/logs"
@@ -213,7 +213,7 @@ func identity(path string) (string, error) {
 	_, _ = rand.Read(r[:])
 	h := hex.EncodeToString(r[:])
 	id := h[:8] + "-" + h[8:12] + "-" + h[12:16] + "-" + h[16:20] + "-" + h[20:]
-	if err := writeFile(path, []byte(id), 0o600, true); err != nil {
+	if err := durable.WriteFile(path, []byte(id), 0o600, durable.Everything); err != nil {
 		return "", fmt.Errorf("cannot store the engine's id: %w", err)
 	}
 	return id, nil
@@ -358,35 +358,4 @@ func (d *deviceCache) get() ([]specs.LinuxDevice, error) {
 	}
 	d.list, d.at = l, time.Now()
 	return l, nil
-}
-
-// writeFile replaces path so that it is whole at any time; durable makes it
-// survive a power cut.
-func writeFile(path string, data []byte, mode os.FileMode, durable bool) error {
-	f, err := os.CreateTemp(filepath.Dir(path), ".tmp-*")
-	if err != nil {
-		return err
-	}
-	defer os.Remove(f.Name())
-	_, err = f.Write(data)
-	err = errors.Join(err, f.Chmod(mode))
-	if durable {
-		err = errors.Join(err, f.Sync())
-	}
-	if err = errors.Join(err, f.Close()); err != nil {
-		return err
-	}
-	if err := os.Rename(f.Name(), path); err != nil || !durable {
-		return err
-	}
-	return syncDir(filepath.Dir(path))
-}
-
-func syncDir(path string) error {
-	d, err := os.Open(path)
-	if err != nil {
-		return err
-	}
-	defer d.Close()
-	return d.Sync()
 }

@@ -11,6 +11,7 @@ import (
 	mcontainer "github.com/moby/moby/api/types/container"
 	"github.com/moby/moby/api/types/events"
 
+	"github.com/cloudos-io/cloudos/internal/durable"
 	"github.com/cloudos-io/cloudos/internal/fault"
 	"github.com/cloudos-io/cloudos/internal/runtime"
 )
@@ -78,7 +79,7 @@ func (e *Engine) noteExec(x *execution, proc runtime.Exec, t runtime.Task) bool 
 	n.Request.Env = nil
 	b, err := json.Marshal(n)
 	if err == nil {
-		err = writeFile(e.execFile(x), b, 0o600, false)
+		err = durable.WriteFile(e.execFile(x), b, 0o600, durable.Nothing)
 	}
 	if err != nil {
 		e.log.Warn("cannot note an exec; the next daemon will not know it", "exec", x.id, "cause", err)

@@ -17,6 +17,7 @@ import (
 
 	"github.com/cloudos-io/cloudos/internal/checkpoint"
 	"github.com/cloudos-io/cloudos/internal/container"
+	"github.com/cloudos-io/cloudos/internal/durable"
 	"github.com/cloudos-io/cloudos/internal/fault"
 	"github.com/cloudos-io/cloudos/internal/oci"
 )
@@ -55,20 +56,13 @@ func (e *Engine) PodContainerCheckpoint(ctx context.Context, id, location string
 	if err := d.files(ctx, r, m); err != nil {
 		return checkpointFailed(r, err)
 	}
-	out, err := os.CreateTemp(filepath.Dir(location), ".checkpoint-*")
+	kind := fault.Invalid // where it cannot be written to at all
+	err = durable.Replace(location, 0o600, durable.Everything, func(f *os.File) error {
+		kind = fault.Internal
+		return e.podArchive(f, r, d, m.Created)
+	})
 	if err != nil {
-		return checkpointFailed(r, fault.New(fault.Invalid, "cannot write to %s: %w", location, err))
-	}
-	defer os.Remove(out.Name())
-	err = e.podArchive(out, r, d, m.Created)
-	if err = errors.Join(err, out.Sync(), out.Close()); err == nil {
-		err = os.Rename(out.Name(), location)
-	}
-	if err == nil {
-		err = syncDir(filepath.Dir(location))
-	}
-	if err != nil {
-		return checkpointFailed(r, fault.New(fault.Internal, "cannot write %s: %w", location, err))
+		return checkpointFailed(r, fault.New(kind, "cannot write %s: %w", location, err))
 	}
 	return nil
 }

@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/cloudos-io/cloudos/internal/container"
+	"github.com/cloudos-io/cloudos/internal/durable"
 	"github.com/cloudos-io/cloudos/internal/fault"
 	"github.com/cloudos-io/cloudos/internal/oci"
 	"github.com/cloudos-io/cloudos/internal/runtime"
@@ -68,7 +69,7 @@ func (e *Engine) writePause(dir, program string) error {
 		return err
 	}
 	// A new file each time the engine starts: pods of a former one keep theirs.
-	if err := writeFile(program, b, 0o755, false); err != nil {
+	if err := durable.WriteFile(program, b, 0o755, durable.Nothing); err != nil {
 		return err
 	}
 	e.pods.paused = true

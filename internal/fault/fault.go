@@ -30,6 +30,30 @@ const (
 	NotAcceptable                // 406: cannot be had in the form asked for
 )
 
+// statuses are the HTTP statuses of the kinds.
+var statuses = [...]int{
+	Internal: 500, Invalid: 400, Unauthorized: 401, Forbidden: 403, NotFound: 404, NotModified: 304, Conflict: 409, Gone: 410,
+	Unsupported: 501, Unavailable: 503, Exhausted: 503, DeadlineExceeded: 504, NotAcceptable: 406,
+}
+
+// Status is the HTTP status of a kind; one that is unknown is 500.
+func (k Kind) Status() int {
+	if int(k) >= len(statuses) {
+		return statuses[Internal]
+	}
+	return statuses[k]
+}
+
+// FromStatus is the kind that another's HTTP status stands for; Internal if none does.
+func FromStatus(status int) Kind {
+	for k, s := range statuses {
+		if s == status {
+			return Kind(k)
+		}
+	}
+	return Internal
+}
+
 type fault struct {
 	kind Kind
 	msg  string

@@ -37,3 +37,17 @@ func TestExitCode(t *testing.T) {
 		t.Fatal("wrong codes")
 	}
 }
+
+func TestStatus(t *testing.T) {
+	for k, want := range map[Kind]int{
+		Internal: 500, Invalid: 400, Unauthorized: 401, Forbidden: 403, NotFound: 404, NotModified: 304, Conflict: 409, Gone: 410,
+		Unsupported: 501, Unavailable: 503, DeadlineExceeded: 504, NotAcceptable: 406,
+	} {
+		if k.Status() != want || FromStatus(want) != k {
+			t.Errorf("kind %d is %d, and %d is kind %d", k, k.Status(), want, FromStatus(want))
+		}
+	}
+	if Exhausted.Status() != 503 || (NotAcceptable+1).Status() != 500 || FromStatus(418) != Internal || FromStatus(0) != Internal {
+		t.Error("wrong at the edges")
+	}
+}

@@ -16,6 +16,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/cloudos-io/cloudos/internal/durable"
 	"github.com/cloudos-io/cloudos/internal/fault"
 	"github.com/cloudos-io/cloudos/internal/network/nft"
 )
@@ -83,7 +84,7 @@ func (c *consents) edit(fn func([]consent) []consent) error {
 	if err := writeRecord(c.dir, consentFile, struct {
 		Version int
 		Accepts []consent
-	}{recordVersion, after}, true); err != nil {
+	}{recordVersion, after}, durable.Everything); err != nil {
 		return err
 	}
 	c.list = after

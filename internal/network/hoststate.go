@@ -6,6 +6,7 @@ import (
 	"path/filepath"
 	"sync"
 
+	"github.com/cloudos-io/cloudos/internal/durable"
 	"github.com/cloudos-io/cloudos/internal/network/bridge"
 )
 
@@ -44,7 +45,7 @@ func (h *hostState) set(path, value string) error {
 	if _, known := h.Before[path]; !known {
 		// Remember first: killed in between, we would not know.
 		h.Before[path] = old
-		if err := writeRecord(h.dir, h.name, h.Before, false); err != nil {
+		if err := writeRecord(h.dir, h.name, h.Before, durable.Nothing); err != nil {
 			delete(h.Before, path)
 			return err
 		}

@@ -16,6 +16,7 @@ import (
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 
+	"github.com/cloudos-io/cloudos/internal/durable"
 	"github.com/cloudos-io/cloudos/internal/fault"
 	"github.com/cloudos-io/cloudos/internal/network/bridge"
 	"github.com/cloudos-io/cloudos/internal/plugin"
@@ -384,7 +385,7 @@ func (m *Manager) oweFarewell(n *netw, e *endpoint) error {
 	if err := os.MkdirAll(m.farewells(), 0o700); err != nil {
 		return fmt.Errorf("cannot make the directory of network records: %w", err)
 	}
-	return writeRecord(m.farewells(), e.ID+".json", farewell{n.rec.Driver, n.rec.ID, e.ID}, false)
+	return writeRecord(m.farewells(), e.ID+".json", farewell{n.rec.Driver, n.rec.ID, e.ID}, durable.Nothing)
 }
 
 // bid tells a driver that an endpoint is gone.

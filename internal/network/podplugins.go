@@ -14,6 +14,7 @@ import (
 	"strings"
 	"sync"
 
+	"github.com/cloudos-io/cloudos/internal/durable"
 	"github.com/cloudos-io/cloudos/internal/fault"
 	"github.com/cloudos-io/cloudos/internal/network/bridge"
 	"github.com/cloudos-io/cloudos/internal/network/cni"
@@ -229,7 +230,7 @@ func (p *PodPlugins) Configure(ctx context.Context, podCIDR string) error {
 		rs = append(rs, r.Masked())
 	}
 	// Kubernetes says it once: it must be known after a restart.
-	if err := writeRecord(p.disk, rangesFile, rs, true); err != nil {
+	if err := writeRecord(p.disk, rangesFile, rs, durable.Everything); err != nil {
 		return err
 	}
 	p.mu.Lock()

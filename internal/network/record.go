@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"github.com/moby/moby/api/types/network"
+
+	"github.com/cloudos-io/cloudos/internal/durable"
 )
 
 // recordVersion is the version of the records on disk that this build writes.
@@ -118,7 +120,7 @@ func newDisk(root, runRoot string) (disk, error) {
 }
 
 func (d disk) saveNetwork(r *netRecord) error {
-	return writeRecord(d.networks, r.ID+".json", r, true)
+	return writeRecord(d.networks, r.ID+".json", r, durable.Everything)
 }
 
 func (d disk) dropNetwork(id string) error {
@@ -127,83 +129,51 @@ func (d disk) dropNetwork(id string) error {
 
 // saveContainer writes the endpoints of a container where they belong.
 func (d disk) saveContainer(id string, eps []*endpoint) error {
-	durable, run := containerRecord{Version: recordVersion, ID: id}, containerRecord{Version: recordVersion, ID: id}
+	kept, run := containerRecord{Version: recordVersion, ID: id}, containerRecord{Version: recordVersion, ID: id}
 	for _, e := range eps {
 		if e.HasNS || e.Ephemeral {
 			run.Endpoints = append(run.Endpoints, e)
 		} else {
-			durable.Endpoints = append(durable.Endpoints, e)
+			kept.Endpoints = append(kept.Endpoints, e)
 		}
 	}
 	name := id + ".json"
 	if len(run.Endpoints) > 0 {
-		if err := writeRecord(d.running, name, run, false); err != nil {
+		if err := writeRecord(d.running, name, run, durable.Nothing); err != nil {
 			return err
 		}
 	} else if err := removeRecord(d.running, name, false); err != nil {
 		return err
 	}
-	if len(durable.Endpoints) > 0 {
-		return writeRecord(d.reserved, name, durable, true)
+	if len(kept.Endpoints) > 0 {
+		return writeRecord(d.reserved, name, kept, durable.Everything)
 	}
 	return removeRecord(d.reserved, name, true)
 }
 
-func writeRecord(dir, name string, v any, durable bool) (err error) {
+func writeRecord(dir, name string, v any, sync durable.Sync) error {
 	b, err := json.Marshal(v)
 	if err != nil {
 		return fmt.Errorf("cannot encode a network record: %w", err)
 	}
-	tmp := filepath.Join(dir, "."+name+".new")
-	defer func() {
-		if err != nil {
-			os.Remove(tmp)
-			err = fmt.Errorf("cannot write a network record: %w", err)
-		}
-	}()
-	f, err := os.OpenFile(tmp, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
-	if err != nil {
-		return err
-	}
-	if _, err = f.Write(b); err == nil && durable {
-		err = f.Sync()
-	}
-	if cerr := f.Close(); err == nil {
-		err = cerr
-	}
-	if err != nil {
-		return err
-	}
-	if err = os.Rename(tmp, filepath.Join(dir, name)); err != nil {
-		return err
-	}
-	if durable {
-		return syncDir(dir)
+	if err := durable.WriteFile(filepath.Join(dir, name), b, 0o600, sync); err != nil {
+		return fmt.Errorf("cannot write a network record: %w", err)
 	}
 	return nil
 }
 
-func removeRecord(dir, name string, durable bool) error {
+func removeRecord(dir, name string, last bool) error {
 	err := os.Remove(filepath.Join(dir, name))
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
-	if err == nil && durable {
-		err = syncDir(dir)
+	if err == nil && last {
+		err = durable.SyncDir(dir)
 	}
 	if err != nil {
 		return fmt.Errorf("cannot remove a network record: %w", err)
 	}
 	return nil
-}
-
-func syncDir(dir string) error {
-	f, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	return f.Sync()
 }
 
 // loadNetworks reads every network. One that cannot be read is named in the

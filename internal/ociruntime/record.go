@@ -14,6 +14,8 @@ import (
 	"github.com/opencontainers/cgroups"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
+
+	"github.com/cloudos-io/cloudos/internal/durable"
 )
 
 const (
@@ -193,13 +195,7 @@ func (c *container) saveAs(name string, rec any) error {
 	if err != nil {
 		return err
 	}
-	tmp := filepath.Join(c.dir, "."+name+".tmp")
-	err = os.WriteFile(tmp, b, 0o600)
-	if err == nil {
-		err = os.Rename(tmp, filepath.Join(c.dir, name))
-	}
-	if err != nil {
-		os.Remove(tmp)
+	if err := durable.WriteFile(filepath.Join(c.dir, name), b, 0o600, durable.Nothing); err != nil {
 		return fmt.Errorf("cannot save the container's state: %w", err)
 	}
 	return nil

@@ -19,6 +19,7 @@ import (
 	"os"
 	"path/filepath"
 
+	"github.com/cloudos-io/cloudos/internal/durable"
 	"github.com/cloudos-io/cloudos/internal/fault"
 	"github.com/cloudos-io/cloudos/internal/osimage/cpio"
 	"github.com/cloudos-io/cloudos/internal/osimage/kernel"
@@ -155,7 +156,7 @@ func finish(img *vmwire.Image, o Options, role, name, format string, write func(
 		return err
 	}
 	b = append(b, '\n')
-	if err := replace(filepath.Join(o.Output, vmwire.Manifest), func(f *os.File) error { _, err := f.Write(b); return err }); err != nil {
+	if err := durable.WriteFile(filepath.Join(o.Output, vmwire.Manifest), b, 0o644, durable.Content); err != nil {
 		return err
 	}
 	return sealImage(o, b)
@@ -181,7 +182,7 @@ func commandLine(arch string) string {
 // writeFile writes one file of an image and notes it.
 func writeFile(img *vmwire.Image, dir, role, name, format string, write func(*os.File) error) error {
 	p := filepath.Join(dir, name)
-	if err := replace(p, write); err != nil {
+	if err := durable.Replace(p, 0o644, durable.Content, write); err != nil {
 		return fmt.Errorf("cannot write %s: %w", p, err)
 	}
 	f, err := os.Open(p)
@@ -196,29 +197,6 @@ func writeFile(img *vmwire.Image, dir, role, name, format string, write func(*os
 	}
 	img.Files[role] = vmwire.File{Name: name, Size: n, SHA256: hex.EncodeToString(h.Sum(nil)), Format: format}
 	return nil
-}
-
-// replace writes a file beside its place and moves it there when it is whole.
-func replace(p string, write func(*os.File) error) error {
-	f, err := os.CreateTemp(filepath.Dir(p), "."+filepath.Base(p)+"-")
-	if err != nil {
-		return err
-	}
-	defer os.Remove(f.Name())
-	err = write(f)
-	if err == nil {
-		err = f.Chmod(0o644)
-	}
-	if err == nil {
-		err = f.Sync()
-	}
-	if cerr := f.Close(); err == nil {
-		err = cerr
-	}
-	if err != nil {
-		return err
-	}
-	return os.Rename(f.Name(), p)
 }
 
 // index returns the index of modules.

@@ -12,6 +12,7 @@ import (
 
 	"github.com/klauspost/compress/zstd"
 
+	"github.com/cloudos-io/cloudos/internal/durable"
 	"github.com/cloudos-io/cloudos/internal/fault"
 	"github.com/cloudos-io/cloudos/internal/gpt"
 	"github.com/cloudos-io/cloudos/internal/osimage/cpio"
@@ -232,7 +233,7 @@ func buildDisk(ctx context.Context, o Options) (*vmwire.Image, error) {
 	if o.DiskFormat != "qcow2" {
 		return img, finish(img, o, "disk", "disk.raw", "raw", write)
 	}
-	if err := replace(raw, write); err != nil {
+	if err := durable.Replace(raw, 0o644, durable.Content, write); err != nil {
 		return nil, err
 	}
 	defer os.Remove(raw)

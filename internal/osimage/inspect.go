@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/cloudos-io/cloudos/internal/durable"
 	"github.com/cloudos-io/cloudos/internal/fault"
 	"github.com/cloudos-io/cloudos/internal/vmwire"
 )
@@ -50,7 +51,7 @@ func (s *system) contents(o Options) error {
 	if err != nil {
 		return err
 	}
-	return replace(filepath.Join(o.Output, contentsFile), func(f *os.File) error { _, err := f.Write(append(b, '\n')); return err })
+	return durable.WriteFile(filepath.Join(o.Output, contentsFile), append(b, '\n'), 0o644, durable.Content)
 }
 
 // Inspection is what Inspect found.

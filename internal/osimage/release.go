@@ -12,6 +12,7 @@ import (
 
 	"github.com/klauspost/compress/zstd"
 
+	"github.com/cloudos-io/cloudos/internal/durable"
 	"github.com/cloudos-io/cloudos/internal/fault"
 	"github.com/cloudos-io/cloudos/internal/gpt"
 	"github.com/cloudos-io/cloudos/internal/osimage/fat"
@@ -197,7 +198,7 @@ func sealImage(o Options, description []byte) error {
 	if err != nil {
 		return err
 	}
-	return replace(filepath.Join(o.Output, sealFile), func(f *os.File) error { _, err := f.Write(sealed); return err })
+	return durable.WriteFile(filepath.Join(o.Output, sealFile), sealed, 0o644, durable.Content)
 }
 
 // Verify checks an image's folder, or a release's archive, against the keys, and returns the id

@@ -15,6 +15,7 @@ import (
 	"path/filepath"
 	"time"
 
+	"github.com/cloudos-io/cloudos/internal/durable"
 	"github.com/cloudos-io/cloudos/internal/fault"
 	"github.com/cloudos-io/cloudos/internal/osimage/kernel"
 	"github.com/cloudos-io/cloudos/internal/osimage/ovmf"
@@ -147,7 +148,7 @@ func EnrollOVMF(from, to string, cert *x509.Certificate) error {
 	if b, err = ovmf.Enroll(b, cert); err != nil {
 		return fmt.Errorf("cannot use %s: %w", from, err)
 	}
-	return replace(to, func(f *os.File) error { _, err := f.Write(b); return err })
+	return durable.WriteFile(to, b, 0o644, durable.Content)
 }
 
 // stubs are what starts a kernel inside a unified image, of the package systemd-boot-efi.

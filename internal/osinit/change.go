@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/cloudos-io/cloudos/api/system"
+	"github.com/cloudos-io/cloudos/internal/durable"
 	"github.com/cloudos-io/cloudos/internal/fault"
 	"github.com/cloudos-io/cloudos/internal/osinit/data"
 	"github.com/cloudos-io/cloudos/internal/osinit/upgrade"
@@ -259,7 +260,7 @@ func keep(change *system.Change) error {
 	if err != nil {
 		return err
 	}
-	return save(changeFile, append(b, '\n'))
+	return durable.WriteFile(changeFile, append(b, '\n'), 0o600, durable.Everything)
 }
 
 // last reads it.

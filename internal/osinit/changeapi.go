@@ -117,7 +117,7 @@ func (l *lines) fail(err error) error {
 	if !l.begun {
 		return err
 	}
-	l.send(system.Progress{Error: err.Error(), Status: guest.Code(err)})
+	l.send(system.Progress{Error: err.Error(), Status: fault.Of(err).Status()})
 	return nil
 }
 

@@ -140,7 +140,7 @@ func (m *machine) serveDebugShell(ctx context.Context, c config.DebugShell) {
 			answer, err := handle(r)
 			status := http.StatusOK
 			if err != nil {
-				status, answer = refusal(err), vmwire.Problem{Message: err.Error()}
+				status, answer = fault.Of(err).Status(), vmwire.Problem{Message: err.Error()}
 			}
 			w.Header().Set("Content-Type", "application/json")
 			w.WriteHeader(status)
@@ -156,21 +156,6 @@ func (m *machine) serveDebugShell(ctx context.Context, c config.DebugShell) {
 		}
 	}()
 	m.gate.Run(ctx)
-}
-
-// refusal is the status of an answer that is an error.
-func refusal(err error) int {
-	switch fault.Of(err) {
-	case fault.Invalid:
-		return http.StatusBadRequest
-	case fault.Forbidden:
-		return http.StatusForbidden
-	case fault.NotFound:
-		return http.StatusNotFound
-	case fault.Conflict:
-		return http.StatusConflict
-	}
-	return http.StatusInternalServerError
 }
 
 // callerName is who asked the engine.

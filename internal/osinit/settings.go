@@ -11,6 +11,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/cloudos-io/cloudos/internal/durable"
 	"github.com/cloudos-io/cloudos/internal/fault"
 	"github.com/cloudos-io/cloudos/internal/osinit/config"
 	"github.com/cloudos-io/cloudos/internal/osinit/source"
@@ -294,34 +295,7 @@ func (m *machine) SetConfig(b []byte) error {
 	if kind != "disk" {
 		return fault.New(fault.Conflict, "cannot keep the configuration: this machine has no data disk")
 	}
-	return save(configFile, b)
-}
-
-// save replaces a file, durably.
-func save(p string, b []byte) error {
-	f, err := os.OpenFile(p+".new", os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
-	if err != nil {
-		return err
-	}
-	_, err = f.Write(b)
-	if err == nil {
-		err = f.Sync()
-	}
-	if cerr := f.Close(); err == nil {
-		err = cerr
-	}
-	if err == nil {
-		err = os.Rename(p+".new", p)
-	}
-	if err != nil {
-		return err
-	}
-	d, err := os.Open(filepath.Dir(p))
-	if err != nil {
-		return err
-	}
-	defer d.Close()
-	return d.Sync()
+	return durable.WriteFile(configFile, b, 0o600, durable.Everything)
 }
 
 // screen is what the console shows.

@@ -19,6 +19,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/cloudos-io/cloudos/internal/durable"
 	"github.com/cloudos-io/cloudos/internal/fault"
 )
 
@@ -238,11 +239,10 @@ func save(path string, h holder) error {
 	if err != nil {
 		return err
 	}
-	tmp := path + ".new"
-	if err := os.WriteFile(tmp, data, 0o600); err != nil {
+	if err := durable.WriteFile(path, data, 0o600, durable.Nothing); err != nil {
 		return fmt.Errorf("cannot record the holder of the namespaces: %w", err)
 	}
-	return os.Rename(tmp, path)
+	return nil
 }
 
 func bootID() string {

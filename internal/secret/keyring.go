@@ -14,6 +14,7 @@ import (
 	"golang.org/x/crypto/chacha20poly1305"
 	"golang.org/x/crypto/scrypt"
 
+	"github.com/cloudos-io/cloudos/internal/durable"
 	"github.com/cloudos-io/cloudos/internal/fault"
 )
 
@@ -216,7 +217,7 @@ func (s *Store) keep(k *keyring, passphrase string) error {
 		err = nil
 	}
 	if err == nil {
-		err = syncDir(filepath.Dir(s.c.KeyFile))
+		err = durable.SyncDir(filepath.Dir(s.c.KeyFile))
 	}
 	if err != nil {
 		return fail(err)

@@ -32,6 +32,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/cloudos-io/cloudos/api"
+	"github.com/cloudos-io/cloudos/internal/durable"
 	"github.com/cloudos-io/cloudos/internal/fault"
 )
 
@@ -123,7 +124,7 @@ func New(c Config) (*Store, error) {
 		return nil, fault.New(fault.Internal, "cannot read the secrets: %w", err)
 	}
 	for _, f := range list {
-		if strings.HasPrefix(f.Name(), ".tmp-") {
+		if durable.IsTemporary(f.Name()) || strings.HasPrefix(f.Name(), ".tmp-") { // the latter by an older engine
 			_ = os.Remove(filepath.Join(c.Dir, f.Name()))
 			continue
 		}
@@ -297,28 +298,7 @@ func (s *Store) write(path string, b []byte) error {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return err
 	}
-	f, err := os.CreateTemp(dir, ".tmp-*") // made 0600
-	if err != nil {
-		return err
-	}
-	defer os.Remove(f.Name())
-	_, err = f.Write(b)
-	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
-		return err
-	}
-	if err := os.Rename(f.Name(), path); err != nil {
-		return err
-	}
-	return syncDir(dir)
-}
-
-func syncDir(dir string) error {
-	d, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	defer d.Close()
-	return d.Sync()
+	return durable.WriteFile(path, b, 0o600, durable.Everything)
 }
 
 func (s *Store) byName(k api.SecretKind, name string) *record {
@@ -419,7 +399,7 @@ func (s *Store) Remove(k api.SecretKind, ref string) error {
 	}
 	err = os.Remove(filepath.Join(s.c.Dir, r.ID+".secret"))
 	if err == nil || errors.Is(err, os.ErrNotExist) {
-		err = syncDir(s.c.Dir)
+		err = durable.SyncDir(s.c.Dir)
 	}
 	if err != nil {
 		return fault.New(fault.Internal, "cannot remove %s %s: %w", k, r.Name, err)

@@ -12,7 +12,6 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -29,6 +28,7 @@ import (
 	"github.com/opencontainers/go-digest"
 
 	"github.com/cloudos-io/cloudos/api"
+	"github.com/cloudos-io/cloudos/internal/durable"
 	"github.com/cloudos-io/cloudos/internal/fault"
 	"github.com/cloudos-io/cloudos/internal/image"
 	"github.com/cloudos-io/cloudos/internal/policy"
@@ -292,16 +292,7 @@ func (v *Verifier) keep(d digest.Digest, s api.Signatures) error {
 	if err := os.MkdirAll(v.cfg.Dir, 0o700); err != nil {
 		return fmt.Errorf("cannot keep signatures: %w", err)
 	}
-	f, err := os.CreateTemp(v.cfg.Dir, ".new-")
-	if err != nil {
-		return fmt.Errorf("cannot keep signatures: %w", err)
-	}
-	_, err = f.Write(b)
-	if err = errors.Join(err, f.Sync(), f.Close()); err == nil {
-		err = os.Rename(f.Name(), v.file(d))
-	}
-	if err != nil {
-		_ = os.Remove(f.Name())
+	if err := durable.WriteFile(v.file(d), b, 0o600, durable.Content); err != nil {
 		return fmt.Errorf("cannot keep signatures: %w", err)
 	}
 	v.trim()

@@ -7,7 +7,8 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"runtime"
+
+	"github.com/cloudos-io/cloudos/internal/durable"
 )
 
 // WriteJSON replaces the file whole or not at all, durably.
@@ -24,38 +25,7 @@ func WriteJSON(path string, v any) (err error) {
 	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
 		return err
 	}
-	t, err := os.CreateTemp(filepath.Dir(path), ".new-*")
-	if err != nil {
-		return err
-	}
-	defer os.Remove(t.Name())
-	_, err = t.Write(append(raw, '\n'))
-	if err == nil {
-		err = t.Sync()
-	}
-	if cerr := t.Close(); err == nil {
-		err = cerr
-	}
-	if err == nil {
-		err = os.Rename(t.Name(), path)
-	}
-	if err != nil {
-		return err
-	}
-	return SyncDir(filepath.Dir(path))
-}
-
-// SyncDir makes a folder's entries durable.
-func SyncDir(dir string) error {
-	if runtime.GOOS == "windows" {
-		return nil // folders cannot be opened for it there
-	}
-	d, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	defer d.Close()
-	return d.Sync()
+	return durable.WriteFile(path, append(raw, '\n'), 0o600, durable.Everything)
 }
 
 // ReadJSON reads what WriteJSON wrote; false if there is none.

@@ -20,11 +20,6 @@ import (
 // computer nobody answers at its socket, and it says so.
 type hostShell struct{ socket string }
 
-// kinds are what the first process's answers mean.
-var kinds = map[int]fault.Kind{
-	http.StatusBadRequest: fault.Invalid, http.StatusForbidden: fault.Forbidden, http.StatusNotFound: fault.NotFound, http.StatusConflict: fault.Conflict,
-}
-
 func (h hostShell) ask(ctx context.Context, method, path string, body, answer any) error {
 	if _, err := os.Stat(h.socket); errors.Is(err, os.ErrNotExist) {
 		return fault.New(fault.Unsupported, "this computer does not run CloudOS: it has no debug shell")
@@ -60,11 +55,10 @@ func (h hostShell) ask(ctx context.Context, method, path string, body, answer an
 			Message string `json:"message"`
 		}
 		_ = json.Unmarshal(b, &p)
-		kind, ok := kinds[res.StatusCode]
-		if !ok || p.Message == "" {
+		if p.Message == "" {
 			return fault.New(fault.Internal, "the machine answers %s about its debug shell", res.Status)
 		}
-		return fault.New(kind, "%s", p.Message)
+		return fault.New(fault.FromStatus(res.StatusCode), "%s", p.Message)
 	}
 	if answer == nil {
 		return nil

@@ -25,10 +25,11 @@ var arrows = map[string][]string{
 	"cmd/servind":        {"internal/wire", "internal/config", "internal/daemon", "internal/dockerapi", "internal/image", "internal/network/dhcp", "internal/rootless", "internal/runtime", "internal/shim", "internal/criu", "api"},
 	"cmd/servin-hello":   {},
 	"internal/fault":     {},
+	"internal/durable":   {},                                                              // ADR 53: it replaces files
 	"internal/container": {"internal/fault", "internal/volume", "internal/caller", "api"}, // ADR 8, 28
 	"internal/event":     {"internal/fault"},
 	"internal/store":     {"internal/fault"},
-	"internal/logs":      {"internal/fault"},
+	"internal/logs":      {"internal/durable", "internal/fault"},
 	"internal/alert":     {"internal/fault", "api"}, // ADR 31
 	"internal/tracing":   {"internal/fault"},        // ADR 31
 	"internal/config":    {"internal/fault", "api"},
@@ -43,18 +44,18 @@ var arrows = map[string][]string{
 	"internal/plugin":    {"internal/fault"},
 	"internal/quota":     {},
 	"internal/signal":    {"internal/fault"},
-	"internal/secret":    {"internal/fault", "api"}, // ADR 27
+	"internal/secret":    {"internal/durable", "internal/fault", "api"}, // ADR 27
 	"internal/caller":    {},
-	"internal/policy":    {"internal/fault", "internal/caller", "api"},                                        // ADR 28
-	"internal/signature": {"internal/fault", "internal/image", "internal/policy", "api"},                      // ADR 35
-	"internal/audit":     {"internal/fault", "internal/caller", "api"},                                        // ADR 29
-	"internal/volume":    {"internal/fault", "internal/snapshot", "internal/plugin", "internal/quota"},        // ADR 26
-	"internal/network":   {"internal/fault", "internal/plugin"},                                               // ADR 33
-	"internal/image":     {"internal/fault", "internal/signal", "internal/snapshot", "internal/hello", "api"}, // ADR 35
+	"internal/policy":    {"internal/fault", "internal/caller", "api"},                                                            // ADR 28
+	"internal/signature": {"internal/durable", "internal/fault", "internal/image", "internal/policy", "api"},                      // ADR 35
+	"internal/audit":     {"internal/fault", "internal/caller", "api"},                                                            // ADR 29
+	"internal/volume":    {"internal/fault", "internal/snapshot", "internal/plugin", "internal/quota"},                            // ADR 26
+	"internal/network":   {"internal/durable", "internal/fault", "internal/plugin"},                                               // ADR 33
+	"internal/image":     {"internal/durable", "internal/fault", "internal/signal", "internal/snapshot", "internal/hello", "api"}, // ADR 35
 	"internal/hello":     {},
 	"internal/shim":      {"internal/fault", "internal/plan"},
-	"internal/runtime":   {"internal/fault", "internal/shim", "internal/plan", "internal/seccomp", "internal/snapshot", "internal/apparmor", "internal/criu"}, // ADR 36
-	"internal/engine": {"internal/fault", "internal/signal", "internal/container", "internal/event", "internal/oci", "internal/image", "internal/snapshot",
+	"internal/runtime":   {"internal/durable", "internal/fault", "internal/shim", "internal/plan", "internal/seccomp", "internal/snapshot", "internal/apparmor", "internal/criu"}, // ADR 36
+	"internal/engine": {"internal/durable", "internal/fault", "internal/signal", "internal/container", "internal/event", "internal/oci", "internal/image", "internal/snapshot",
 		"internal/network", "internal/volume", "internal/runtime", "internal/store", "internal/logs", "internal/idmap", "internal/cdi",
 		"internal/doctor", "internal/apparmor", "internal/config", "internal/caller", "internal/policy", "api", "internal/namespace",
 		"internal/checkpoint"}, // ADR 36
@@ -62,9 +63,9 @@ var arrows = map[string][]string{
 	"internal/build":     {"internal/fault", "internal/image", "internal/network"},                                                           // ADR 18
 	"internal/criapi":    {"internal/audit", "internal/caller", "internal/fault", "internal/image", "internal/engine", "internal/container"}, // ADR 10
 	"internal/namespace": {"internal/fault"},                                                                                                 // ADR 10
-	"internal/cli":       {"client", "internal/filesync", "api"},
+	"internal/cli":       {"internal/durable", "client", "internal/filesync", "api"},
 	"internal/nri":       {"internal/fault", "internal/container", "internal/engine"}, // ADR 14
-	"internal/rootless":  {"internal/fault", "internal/idmap", "internal/snapshot"},
+	"internal/rootless":  {"internal/durable", "internal/fault", "internal/idmap", "internal/snapshot"},
 	"cmd/servin-compose": {"internal/compose", "internal/cli", "api"},            // ADR 21
 	"internal/compose":   {"internal/cli", "internal/filesync", "client", "api"}, // ADR 21
 	"servintest":         {"client", "api"},                                      // ADR 23
@@ -72,8 +73,8 @@ var arrows = map[string][]string{
 
 	// the image, ADR 38
 	"internal/vmwire":      {},
-	"internal/osimage":     {"internal/fault", "internal/vmwire", "internal/osinit/config", "internal/slots", "internal/gpt", "internal/release"},                                                   // ADR 43
-	"internal/osinit":      {"internal/fault", "internal/vmwire", "internal/config", "internal/slots", "internal/gpt", "internal/release", "api/system", "api/debugshell", "internal/daemon/await"}, // ADR 43, 47, 48
+	"internal/osimage":     {"internal/durable", "internal/fault", "internal/vmwire", "internal/osinit/config", "internal/slots", "internal/gpt", "internal/release"},                                                   // ADR 43
+	"internal/osinit":      {"internal/durable", "internal/fault", "internal/vmwire", "internal/config", "internal/slots", "internal/gpt", "internal/release", "api/system", "api/debugshell", "internal/daemon/await"}, // ADR 43, 47, 48
 	"internal/slots":       {"internal/fault", "internal/gpt"},
 	"internal/release":     {"internal/fault"}, // ADR 43
 	"internal/gpt":         {},
@@ -83,8 +84,8 @@ var arrows = map[string][]string{
 	"cmd/cloudos-init":     {"internal/osinit"},
 	"cmd/cloudos-seal":     {"internal/osinit/tpm", "internal/osinit/seal"},
 
-	"cmd/servin-vmd": {"internal/vm", "internal/release", "api"},                       // ADR 41, 50
-	"internal/vm":    {"internal/fault", "internal/vmwire", "internal/release", "api"}, // ADR 41, 50
+	"cmd/servin-vmd": {"internal/vm", "internal/release", "api"},                                           // ADR 41, 50
+	"internal/vm":    {"internal/durable", "internal/fault", "internal/vmwire", "internal/release", "api"}, // ADR 41, 50
 
 	// checkpoints, ADR 36
 	"internal/criu":       {},
@@ -92,7 +93,7 @@ var arrows = map[string][]string{
 
 	// the OCI command line, ADR 15
 	"cmd/servin-runtime":  {"internal/ociruntime"},
-	"internal/ociruntime": {"internal/plan", "internal/seccomp", "internal/shim", "internal/runtime", "internal/criu"}, // ADR 36
+	"internal/ociruntime": {"internal/durable", "internal/plan", "internal/seccomp", "internal/shim", "internal/runtime", "internal/criu"}, // ADR 36
 }
 
 // composition roots may import everything below internal/.

@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"net"
 	"net/http"
-	"os"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -20,6 +19,8 @@ import (
 	"github.com/moby/moby/api/types/build"
 	"go.opentelemetry.io/otel"
 	"go.opentelemetry.io/otel/propagation"
+
+	"github.com/cloudos-io/cloudos/internal/durable"
 )
 
 func (s *Server) routes() http.Handler {
@@ -285,9 +286,5 @@ func (s *Server) writeUsage(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	tmp := filepath.Join(s.set.Root, "usage.json.tmp")
-	if err := os.WriteFile(tmp, b, 0o600); err != nil {
-		return err
-	}
-	return os.Rename(tmp, filepath.Join(s.set.Root, "usage.json"))
+	return durable.WriteFile(filepath.Join(s.set.Root, "usage.json"), b, 0o600, durable.Nothing)
 }

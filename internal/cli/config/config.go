@@ -13,6 +13,8 @@ import (
 	"path/filepath"
 	"runtime"
 	"strings"
+
+	"github.com/cloudos-io/cloudos/internal/durable"
 )
 
 // Dir is the configuration directory of the environment.
@@ -134,34 +136,10 @@ func WriteFile(path string, b []byte, mode fs.FileMode) error {
 	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
 		return err
 	}
-	t, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+"-*")
-	if err != nil {
-		return err
-	}
-	defer os.Remove(t.Name())
-	_, err = t.Write(b)
-	if err == nil {
-		err = t.Chmod(mode)
-		if runtime.GOOS == "windows" {
-			err = nil
-		}
-	}
-	if err == nil {
-		err = t.Sync()
-	}
-	if cerr := t.Close(); err == nil {
-		err = cerr
-	}
-	if err == nil {
-		err = os.Rename(t.Name(), path)
-	}
-	if err != nil {
+	if err := durable.WriteFile(path, b, mode, durable.Content); err != nil {
 		return fmt.Errorf("cannot write %s: %w", path, err)
 	}
-	if d, err := os.Open(filepath.Dir(path)); err == nil {
-		d.Sync()
-		d.Close()
-	}
+	_ = durable.SyncDir(filepath.Dir(path)) // as far as it can be had
 	return nil
 }
 

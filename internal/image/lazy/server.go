@@ -24,6 +24,7 @@ import (
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
 
+	"github.com/cloudos-io/cloudos/internal/durable"
 	"github.com/cloudos-io/cloudos/internal/fault"
 )
 
@@ -449,7 +450,7 @@ func (s *server) load(ctx context.Context, l *loaded, r *request) error {
 			_, err = openTable(r.Blob, l.table)
 		}
 		if err == nil {
-			err = writeFile(path, l.table)
+			err = durable.WriteFile(path, l.table, 0o600, durable.Content)
 		}
 	}
 	l.blob = b
@@ -574,17 +575,4 @@ func (s *server) mount(r *request) error {
 	s.changed()
 	debug.FreeOSMemory() // the table's text
 	return nil
-}
-
-func writeFile(path string, p []byte) error {
-	tmp := path + ".tmp"
-	f, err := os.OpenFile(tmp, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
-	if err != nil {
-		return err
-	}
-	_, err = f.Write(p)
-	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
-		return err
-	}
-	return os.Rename(tmp, path)
 }

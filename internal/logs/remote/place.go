@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"time"
 
+	"github.com/cloudos-io/cloudos/internal/durable"
 	"github.com/cloudos-io/cloudos/internal/logs"
 )
 
@@ -84,16 +85,7 @@ func writeSource(dir string, src Source) error {
 	if old, err := os.ReadFile(path); err == nil && string(old) == string(b) {
 		return nil
 	}
-	f, err := os.CreateTemp(dir, ".source-*")
-	if err != nil {
-		return fmt.Errorf("cannot store a log's source: %w", err)
-	}
-	defer os.Remove(f.Name())
-	_, err = f.Write(b)
-	if err = errors.Join(err, f.Close()); err == nil {
-		err = os.Rename(f.Name(), path)
-	}
-	if err != nil {
+	if err := durable.WriteFile(path, b, 0o600, durable.Nothing); err != nil {
 		return fmt.Errorf("cannot store a log's source: %w", err)
 	}
 	return nil

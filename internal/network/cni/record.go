@@ -14,6 +14,7 @@ import (
 	"github.com/containernetworking/cni/libcni"
 	"golang.org/x/sys/unix"
 
+	"github.com/cloudos-io/cloudos/internal/durable"
 	"github.com/cloudos-io/cloudos/internal/fault"
 )
 
@@ -127,13 +128,7 @@ func (d disk) write(r *record) error {
 func (d disk) writeResult(r *record) error { return d.replace(r.base()+".result", r.Result) }
 
 func (d disk) replace(name string, b []byte) error {
-	tmp := filepath.Join(d.dir, "."+name+".new")
-	err := os.WriteFile(tmp, b, 0o600)
-	if err == nil {
-		err = os.Rename(tmp, filepath.Join(d.dir, name))
-	}
-	if err != nil {
-		_ = os.Remove(tmp)
+	if err := durable.WriteFile(filepath.Join(d.dir, name), b, 0o600, durable.Nothing); err != nil {
 		return fmt.Errorf("cannot write a CNI record: %w", err)
 	}
 	return nil

@@ -85,7 +85,7 @@ func NewControl(m Machine, streams func() int) *Control {
 			answer, err := r.handle(w, req)
 			switch {
 			case err != nil:
-				write(w, code(err), vmwire.Problem{Message: err.Error()})
+				write(w, fault.Of(err).Status(), vmwire.Problem{Message: err.Error()})
 			case answer != nil:
 				write(w, http.StatusOK, answer)
 			}
@@ -93,24 +93,6 @@ func NewControl(m Machine, streams func() int) *Control {
 	}
 	c.server = &http.Server{Handler: mux, ReadHeaderTimeout: 30 * time.Second, MaxHeaderBytes: 16 << 10}
 	return c
-}
-
-func code(err error) int {
-	switch fault.Of(err) {
-	case fault.Invalid:
-		return http.StatusBadRequest
-	case fault.NotFound:
-		return http.StatusNotFound
-	case fault.Conflict:
-		return http.StatusConflict
-	case fault.Forbidden:
-		return http.StatusForbidden
-	case fault.Unsupported:
-		return http.StatusNotImplemented
-	case fault.Unavailable, fault.Exhausted:
-		return http.StatusServiceUnavailable
-	}
-	return http.StatusInternalServerError
 }
 
 func write(w http.ResponseWriter, status int, v any) {

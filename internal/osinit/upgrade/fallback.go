@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 
+	"github.com/cloudos-io/cloudos/internal/durable"
 	"github.com/cloudos-io/cloudos/internal/slots"
 )
 
@@ -113,7 +114,7 @@ func copyFile(from, to string) error {
 			err = w.Sync()
 		}
 		if err == nil {
-			err = syncDir(filepath.Dir(to))
+			err = durable.SyncDir(filepath.Dir(to))
 		}
 		if err != nil {
 			return err

@@ -17,6 +17,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/cloudos-io/cloudos/internal/durable"
 	"github.com/cloudos-io/cloudos/internal/fault"
 	"github.com/cloudos-io/cloudos/internal/osinit/data"
 	"github.com/cloudos-io/cloudos/internal/release"
@@ -217,7 +218,7 @@ func empty(folder string) error {
 	if err := os.Remove(filepath.Join(folder, sealedFile)); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return err
 	}
-	if err := syncDir(folder); err != nil {
+	if err := durable.SyncDir(folder); err != nil {
 		return err
 	}
 	list, err := os.ReadDir(folder)
@@ -229,7 +230,7 @@ func empty(folder string) error {
 			return err
 		}
 	}
-	return syncDir(folder)
+	return durable.SyncDir(folder)
 }
 
 func (t *Target) room(dir string, m *release.Manifest) error {
@@ -315,7 +316,7 @@ func (t *Target) parts(ctx context.Context, m *release.Manifest, parts Parts, fo
 	if err := dev.Sync(); err != nil {
 		return fmt.Errorf("cannot write the slot: %w", err)
 	}
-	return syncDir(folder)
+	return durable.SyncDir(folder)
 }
 
 // readBack reads everything from the disk again.
@@ -404,16 +405,7 @@ func write(name string, b []byte) error {
 		err = cerr
 	}
 	if err == nil {
-		err = syncDir(filepath.Dir(name))
+		err = durable.SyncDir(filepath.Dir(name))
 	}
 	return err
-}
-
-func syncDir(dir string) error {
-	d, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	defer d.Close()
-	return d.Sync()
 }

@@ -20,6 +20,8 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/cloudos-io/cloudos/internal/durable"
 )
 
 // Config is the network part of the machine's configuration.
@@ -470,11 +472,10 @@ func (n *Net) writeResolv() error {
 	if s := names(search); len(s) > 0 {
 		fmt.Fprintf(&b, "search %s\n", strings.Join(s, " "))
 	}
-	tmp := n.resolv + ".new"
-	if err := os.WriteFile(tmp, b.Bytes(), 0o644); err != nil {
+	if err := durable.WriteFile(n.resolv, b.Bytes(), 0o644, durable.Nothing); err != nil {
 		return fmt.Errorf("cannot write the name servers: %w", err)
 	}
-	return os.Rename(tmp, n.resolv)
+	return nil
 }
 
 // names keeps what can be a domain's name: DHCP may say anything.

@@ -296,14 +296,6 @@ func readState(dir string) (state, error) {
 	return st, nil
 }
 
-func writeFile(path string, b []byte) error {
-	tmp := path + ".tmp"
-	if err := os.WriteFile(tmp, b, 0o600); err != nil {
-		return err
-	}
-	return os.Rename(tmp, path)
-}
-
 // Restore implements runtime.Driver.
 func (d *Driver) Restore(ctx context.Context, id string) (contract.Task, error) {
 	if !validID(id) {

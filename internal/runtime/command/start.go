@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"time"
 
+	"github.com/cloudos-io/cloudos/internal/durable"
 	"github.com/cloudos-io/cloudos/internal/fault"
 	contract "github.com/cloudos-io/cloudos/internal/runtime"
 	"github.com/cloudos-io/cloudos/internal/shim"
@@ -98,7 +99,7 @@ func (t *task) bundle(req *contract.StartRequest) error {
 	if err != nil {
 		return err
 	}
-	return writeFile(filepath.Join(t.dir, "config.json"), b)
+	return durable.WriteFile(filepath.Join(t.dir, "config.json"), b, 0o600, durable.Nothing)
 }
 
 func (t *task) start(ctx context.Context, req *contract.StartRequest) error {
@@ -246,7 +247,7 @@ func (t *task) save() error {
 		Version: stateVersion, ID: t.id, PID: t.Pid(), Cgroup: t.group.Path(), Terminal: t.terminal, OwnPID: t.ownPID, UIDs: t.uids, Created: time.Now(),
 	})
 	if err == nil {
-		err = writeFile(filepath.Join(t.dir, "state.json"), b)
+		err = durable.WriteFile(filepath.Join(t.dir, "state.json"), b, 0o600, durable.Nothing)
 	}
 	if err != nil {
 		return fault.New(fault.Internal, "cannot write the container's state: %w", err)

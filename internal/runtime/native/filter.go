@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"sync"
 
+	"github.com/cloudos-io/cloudos/internal/durable"
 	"github.com/cloudos-io/cloudos/internal/fault"
 	"github.com/cloudos-io/cloudos/internal/plan"
 	"github.com/cloudos-io/cloudos/internal/seccomp"
@@ -155,19 +156,7 @@ func (c *filterCache) store(key string, p *seccomp.Program) error {
 	b = append(b, p.Filter...)
 	err := os.MkdirAll(c.dir, 0o700)
 	if err == nil {
-		var f *os.File
-		if f, err = os.CreateTemp(c.dir, ".new-"); err == nil {
-			_, err = f.Write(b)
-			if cerr := f.Close(); err == nil {
-				err = cerr
-			}
-			if err == nil {
-				err = os.Rename(f.Name(), filepath.Join(c.dir, key))
-			}
-			if err != nil {
-				os.Remove(f.Name())
-			}
-		}
+		err = durable.WriteFile(filepath.Join(c.dir, key), b, 0o600, durable.Nothing)
 	}
 	if err != nil {
 		return fault.New(fault.Internal, "cannot keep a seccomp filter: %w", err)

@@ -80,25 +80,9 @@ func open(ctx context.Context, c *http.Client, method, path string, in any) (*ht
 		if json.Unmarshal(raw, &p) != nil || p.Message == "" {
 			p.Message = resp.Status
 		}
-		return nil, fault.As(kindOf(resp.StatusCode), errors.New(bounded(p.Message)))
+		return nil, fault.As(fault.FromStatus(resp.StatusCode), errors.New(bounded(p.Message)))
 	}
 	return resp, nil
-}
-
-func kindOf(status int) fault.Kind {
-	switch status {
-	case 400:
-		return fault.Invalid
-	case 404:
-		return fault.NotFound
-	case 409:
-		return fault.Conflict
-	case 501:
-		return fault.Unsupported
-	case 503:
-		return fault.Unavailable
-	}
-	return fault.Internal
 }
 
 // bounded makes a text of the guest fit to be shown.

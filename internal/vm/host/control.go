@@ -103,7 +103,7 @@ func (h *Host) operation(do func(ctx context.Context, r *http.Request) error) ht
 			case err := <-done:
 				last := api.VMProgress{Done: err == nil, Seconds: time.Since(begin).Seconds()}
 				if err != nil {
-					last.Error, last.Status = err.Error(), statusOf(err)
+					last.Error, last.Status = err.Error(), fault.Of(err).Status()
 				}
 				enc.Encode(last)
 				return

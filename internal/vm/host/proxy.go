@@ -151,26 +151,8 @@ func (t guestTransport) RoundTrip(r *http.Request) (*http.Response, error) {
 // answerError answers as the engine does.
 func answerError(w http.ResponseWriter, err error) {
 	w.Header().Set("Content-Type", "application/json")
-	w.WriteHeader(statusOf(err))
+	w.WriteHeader(fault.Of(err).Status())
 	json.NewEncoder(w).Encode(map[string]string{"message": err.Error()})
-}
-
-func statusOf(err error) int {
-	switch fault.Of(err) {
-	case fault.Invalid:
-		return 400
-	case fault.NotFound:
-		return 404
-	case fault.Conflict:
-		return 409
-	case fault.Unsupported:
-		return 501
-	case fault.Unavailable, fault.Exhausted:
-		return 503
-	case fault.DeadlineExceeded:
-		return 504
-	}
-	return 500
 }
 
 // readBody reads a request's body whole.

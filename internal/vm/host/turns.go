@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/cloudos-io/cloudos/api"
+	"github.com/cloudos-io/cloudos/internal/durable"
 	"github.com/cloudos-io/cloudos/internal/vm"
 	"github.com/cloudos-io/cloudos/internal/vmwire"
 )
@@ -453,5 +454,5 @@ func (h *Host) reset(ctx context.Context) error {
 	h.mu.Lock()
 	h.took = 0
 	h.mu.Unlock()
-	return vm.SyncDir(h.cfg.Place.State)
+	return durable.SyncDir(h.cfg.Place.State)
 }
