@@ -113,6 +113,10 @@ func (m *machine) run(ctx context.Context) (reboot bool) {
 		m.cmdline["data"] = "none"
 	}
 	dataErr := m.mountData(ctx)
+	var closed <-chan error
+	if dataErr == nil { // else a person may yet open them: the registers are to be as they were
+		closed = m.closeRegisters(ctx)
+	}
 	m.mark("data")
 	doc, err := m.configure(ctx)
 	if err == nil && dataErr == nil && m.cmdline["menu"] != "" && doc.Install == nil {
@@ -128,6 +132,9 @@ func (m *machine) run(ctx context.Context) (reboot bool) {
 		m.problem(err)
 	} else {
 		parts.Go(func() { changes.serve(ctx, l) })
+	}
+	if closed != nil {
+		err = errors.Join(err, <-closed)
 	}
 	engineCtx, stopEngine := context.WithCancel(ctx)
 	engineDone := make(chan struct{})

@@ -52,6 +52,9 @@ func (m *machine) configure(ctx context.Context) (*config.Document, error) {
 			return new(config.Document), fault.New(fault.Invalid, "cannot use the configuration (from %s): %w", f.Source, err)
 		}
 	}
+	if err := m.believe(f, doc); err != nil {
+		return new(config.Document), err
+	}
 	m.mu.Lock()
 	m.document = f.Document
 	m.host = doc.Hostname

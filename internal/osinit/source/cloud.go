@@ -90,7 +90,7 @@ func (p *Places) ask(ctx context.Context, c *provider) (Found, error) {
 		}
 	}
 	if doc, ok := document(user); ok {
-		f.Source, f.Document = c.name, doc
+		f.Source, f.Document, f.Outside = c.name, doc, true
 	} else if len(user) > 0 {
 		p.Log("what the cloud has as user data is no document of this system: it is left alone")
 	}

@@ -25,6 +25,9 @@ type Found struct {
 	// Source is cmdline, disk, nocloud, aws, gcp, azure, digitalocean or image.
 	Source   string
 	Document []byte
+	// Outside says that nothing measured or signed the document: who has the machine in hand, or
+	// the network that it is on, can give another.
+	Outside bool
 	// Hostname is what the cloud calls the machine; it stands behind the document's.
 	Hostname string
 }
@@ -59,7 +62,8 @@ func (p *Places) Find(ctx context.Context) (Found, error) {
 		if err != nil {
 			return Found{Source: "cmdline"}, fmt.Errorf("cannot read the configuration that the command line names: %w", err)
 		}
-		return Found{Source: "cmdline", Document: b}, nil
+		// The command line is measured; what an address answers with is as good as who it is shown to be.
+		return Found{Source: "cmdline", Document: b, Outside: strings.HasPrefix(p.CommandLine, "http:")}, nil
 	}
 	if p.Disk != "" {
 		b, err := os.ReadFile(p.Disk)
@@ -78,7 +82,7 @@ func (p *Places) Find(ctx context.Context) (Found, error) {
 		}
 		hostname = metaHostname(meta)
 		if doc, ok := document(user); ok {
-			return Found{Source: "nocloud", Document: doc, Hostname: hostname}, nil
+			return Found{Source: "nocloud", Document: doc, Outside: true, Hostname: hostname}, nil
 		}
 		if len(user) > 0 {
 			p.Log("what the volume cidata has as user data is no document of this system: it is left alone")

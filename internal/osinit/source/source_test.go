@@ -93,6 +93,11 @@ func TestFind(t *testing.T) {
 			if (err != nil) != c.fail || f.Source != c.source || f.Hostname != c.host || (len(f.Document) > 0) != c.document {
 				t.Fatalf("%+v, %v", f, err)
 			}
+			// The command line, the disk and the image are measured, or sealed to what is.
+			inside := f.Source == "disk" || f.Source == "image" || f.Source == "cmdline" && !strings.HasPrefix(c.p.CommandLine, "http:")
+			if f.Outside != (c.document && !inside) {
+				t.Fatalf("from %s: outside %v", f.Source, f.Outside)
+			}
 		})
 	}
 }
