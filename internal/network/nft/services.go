@@ -90,7 +90,10 @@ func (s *Services) set(f family, list []Service) error {
 		case 1:
 			w.rule(pick, vip, []expr.Any{&expr.Immediate{Register: unix.NFT_REG_1, Data: to[0].AsSlice()}}, dnat)
 		default:
-			m := &nftables.Set{Table: tab, Anonymous: true, Constant: true, IsMap: true, KeyType: nftables.TypeInteger, DataType: f.addrType}
+			// With an id of this transaction: those that the library gives out are of a
+			// counter that connections share without a lock. The kernel completes the name.
+			id++
+			m := &nftables.Set{Table: tab, Name: "__map%d", ID: id, Anonymous: true, Constant: true, IsMap: true, KeyType: nftables.TypeInteger, DataType: f.addrType}
 			elems := make([]nftables.SetElement, len(to))
 			for i, a := range to {
 				elems[i] = nftables.SetElement{Key: binary.NativeEndian.AppendUint32(nil, uint32(i)), Val: a.AsSlice()}
