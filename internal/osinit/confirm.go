@@ -121,6 +121,9 @@ func (c *changes) note(change *system.Change, outcome, reason string) {
 
 func (c *changes) fellBack(tried, running string) {
 	reason := "it was started several times and never came up"
+	if c.owners() {
+		reason = "it was started once and never came up, or the firmware did not start it"
+	}
 	if change := last(); change != nil && change.Slot == tried {
 		if change.Outcome == system.Pending {
 			c.note(change, system.RolledBack, reason)
