@@ -29,6 +29,7 @@ import (
 	"google.golang.org/grpc"
 
 	"github.com/cloudos-io/cloudos/internal/build/contract"
+	"github.com/cloudos-io/cloudos/internal/caller"
 	"github.com/cloudos-io/cloudos/internal/fault"
 	"github.com/cloudos-io/cloudos/internal/image"
 	"github.com/cloudos-io/cloudos/internal/network"
@@ -41,6 +42,15 @@ type Networks interface {
 	Inspect(ctx context.Context, nameOrID string) (mnetwork.Inspect, error)
 }
 
+// Rules decide which images builds may use.
+type Rules interface {
+	// Active tells whether there is any rule.
+	Active() bool
+	// AdmitBase asks about an image for who builds. Before a registry was asked the
+	// digests are ""; more tells that they must be judged, too.
+	AdmitBase(ctx context.Context, who caller.Caller, ref, target, manifest string) (more bool, err error)
+}
+
 // Config of a Builder.
 type Config struct {
 	// Program is the path of servin-buildd; "" looks beside this program and then
@@ -48,6 +58,7 @@ type Config struct {
 	Program  string
 	Images   *image.Service
 	Networks Networks // nil is none
+	Rules    Rules    // nil is none
 	Settings contract.Settings
 	// Idle is how long a builder without requests stays; 0 is a minute.
 	Idle   time.Duration
@@ -66,6 +77,8 @@ type Builder struct {
 	users  int
 	idle   *time.Timer
 	closed bool
+
+	callers callers
 }
 
 // New makes a Builder; nothing is started yet.
@@ -121,6 +134,9 @@ func (b *Builder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	defer done()
+	token, forget := b.callers.add(caller.From(r.Context()))
+	defer forget()
+	r.Header.Set(contract.CallerHeader, token)
 	b.proxy.ServeHTTP(w, r)
 }
 
@@ -373,7 +389,7 @@ func (b *Builder) start() (_ *child, err error) {
 		return nil, fmt.Errorf("cannot start %s: %w", prog, err)
 	}
 	c := &child{cmd: cmd, gone: make(chan struct{})}
-	srv := &services{cfg: b.cfg, log: b.log, pid: cmd.Process.Pid, nets: map[string]struct{}{}}
+	srv := &services{cfg: b.cfg, callers: &b.callers, log: b.log, pid: cmd.Process.Pid, nets: map[string]struct{}{}}
 	gs := srv.server()
 	served := make(chan struct{})
 	go func() {

@@ -39,6 +39,8 @@ type services struct {
 	log *slog.Logger
 	pid int
 
+	callers *callers
+
 	mu   sync.Mutex
 	nets map[string]struct{} // attached
 }
@@ -127,8 +129,10 @@ func (s *services) Alias(ctx context.Context, r contract.AliasRequest) error {
 // Adopt makes a built image ready to run from the builder's own snapshots. Where
 // that cannot be, its layers are unpacked.
 func (s *services) Adopt(ctx context.Context, r contract.AdoptRequest) error {
-	if ok, err := s.cfg.Images.Bound(ctx, r.Image); err != nil || ok {
+	if ok, err := s.cfg.Images.Bound(ctx, r.Image); err != nil {
 		return err
+	} else if ok {
+		return s.cfg.Images.Built(ctx, r.Image)
 	}
 	for _, layers := range r.Results {
 		var chains, snaps []string
@@ -139,7 +143,10 @@ func (s *services) Adopt(ctx context.Context, r contract.AdoptRequest) error {
 			s.log.Debug("layers that were built are unpacked again", "cause", err)
 		}
 	}
-	return s.cfg.Images.Ready(ctx, r.Image)
+	if err := s.cfg.Images.Ready(ctx, r.Image); err != nil {
+		return err
+	}
+	return s.cfg.Images.Built(ctx, r.Image)
 }
 
 // Chains names the layer chains that images have.

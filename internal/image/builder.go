@@ -291,6 +291,20 @@ func (s *Service) Ready(ctx context.Context, ref string) error {
 	return s.bind(s.ctx(ctx), v)
 }
 
+// Built tells that an image was built, be it one that was here before.
+func (s *Service) Built(ctx context.Context, ref string) error {
+	f, err := s.find(ctx, ref)
+	if err != nil {
+		return err
+	}
+	v, err := s.pick(ctx, ref, f, "")
+	if err != nil {
+		return err
+	}
+	s.emit("create", v.id, v.id.String())
+	return nil
+}
+
 // ImageChains names all chains, of every length, that images have.
 func (s *Service) ImageChains(ctx context.Context) ([]string, error) {
 	es, err := s.entries(ctx)

@@ -167,6 +167,12 @@ func (n *NetworkChoice) check(names []string, b *breach) {
 }
 
 func (im *Images) check(ctx context.Context, c Container, v Verifier, b *breach) {
+	im.named(c, b)
+	im.signed(ctx, c, v, b)
+}
+
+// named judges an image by its names.
+func (im *Images) named(c Container, b *breach) {
 	if im == nil {
 		return
 	}
@@ -192,7 +198,6 @@ func (im *Images) check(ctx context.Context, c Container, v Verifier, b *breach)
 			}
 		}
 	}
-	im.signed(ctx, c, v, b)
 }
 
 // signed asks for the signatures that a rule wants.

@@ -253,6 +253,20 @@ func (s *Set) Pull(ctx context.Context, c Container) []Violation {
 	return s.state.Load().doc.each(c, func(r *Rule, b *breach) { r.Images.signed(ctx, c, s.c.Verifier, b) })
 }
 
+// Base says what building on an image would break: all that rules say of images.
+// Before its digest is known signatures are not asked for.
+func (s *Set) Base(ctx context.Context, c Container) []Violation {
+	if !s.Active() {
+		return nil
+	}
+	return s.state.Load().doc.each(c, func(r *Rule, b *breach) {
+		r.Images.named(c, b)
+		if c.Digest != "" {
+			r.Images.signed(ctx, c, s.c.Verifier, b)
+		}
+	})
+}
+
 // Exec says what a command would break.
 func (s *Set) Exec(_ context.Context, x Exec) []Violation {
 	if !s.Active() {

@@ -18,7 +18,7 @@ import (
 )
 
 // newBuilder makes the keeper of servin-buildd.
-func newBuilder(c *config.Config, inside rootless.State, instance, armor string, images *image.Service, networks *network.Manager, log *slog.Logger) *build.Builder {
+func newBuilder(c *config.Config, inside rootless.State, instance, armor string, images *image.Service, networks *network.Manager, rules build.Rules, log *slog.Logger) *build.Builder {
 	var disk int64
 	var st unix.Statfs_t
 	if unix.Statfs(c.Root, &st) == nil {
@@ -34,7 +34,7 @@ func newBuilder(c *config.Config, inside rootless.State, instance, armor string,
 	}
 	set.Budget, set.MinFree = c.Build.Budget(disk)
 	return build.New(build.Config{
-		Program: c.Build.Program, Images: images, Networks: networks, Settings: set, Idle: time.Duration(c.Build.Idle), Logger: log,
+		Program: c.Build.Program, Images: images, Networks: networks, Rules: rules, Settings: set, Idle: time.Duration(c.Build.Idle), Logger: log,
 	})
 }
 

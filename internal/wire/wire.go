@@ -320,7 +320,7 @@ func New(ctx context.Context, c *config.Config, inside rootless.State, log *slog
 			Version: api.Version, Logger: log,
 		})
 	}
-	builder := newBuilder(c, inside, instance, profile, images, networks, log)
+	builder := newBuilder(c, inside, instance, profile, images, networks, admitted, log)
 	s.part("builder", builder.Run)
 	var alerts dockerapi.Alerts
 	if c.Alerts != "" {

@@ -60,7 +60,7 @@ var arrows = map[string][]string{
 		"internal/doctor", "internal/apparmor", "internal/config", "internal/caller", "internal/policy", "api", "internal/namespace",
 		"internal/checkpoint"}, // ADR 36
 	"internal/dockerapi": {"internal/caller", "internal/audit", "internal/policy", "internal/fault", "internal/image", "internal/engine", "api"},
-	"internal/build":     {"internal/fault", "internal/image", "internal/network"},                                                           // ADR 18
+	"internal/build":     {"internal/caller", "internal/fault", "internal/image", "internal/network"},                                        // ADR 18, 52
 	"internal/criapi":    {"internal/audit", "internal/caller", "internal/fault", "internal/image", "internal/engine", "internal/container"}, // ADR 10
 	"internal/namespace": {"internal/fault"},                                                                                                 // ADR 10
 	"internal/cli":       {"internal/durable", "client", "internal/filesync", "api"},

@@ -49,8 +49,17 @@ RUN false
 		t.Errorf("labels: %s", got)
 	}
 
+	contains(t, r.out, "Step 1/9 : FROM bb AS first\n ---> ", "Step 2/9 : ARG WHO=nobody\n ---> ", "Step 3/9 : ENV GREETING=hello\n ---> ",
+		"Step 4/9 : RUN echo \"$GREETING $WHO\" > /greeting && echo to-stdout && echo to-stderr >&2\n ---> Running in ",
+		"\x1b[91mto-stderr\n\x1b[0m", " ---> Removed intermediate container ", "Step 5/9 : COPY . /all/\n ---> ", "Step 6/9 : FROM first AS second\n ---> ",
+		"Step 8/9 : CMD [\"cat\", \"/greeting\"]\n ---> ", "Step 9/9 : LABEL from=outside\n ---> ")
+
 	// Again: from the cache, and quiet.
-	contains(t, e.classic("-t", "c1", "--target", "second", "--build-arg", "WHO=you", ctx).out, "---> Using cache")
+	r = e.classic("-t", "c1", "--target", "second", "--build-arg", "WHO=you", "--build-arg", "NOBODYS=1", "--label", "from=outside", ctx)
+	if n := strings.Count(r.out, " ---> Using cache\n"); n != 7 {
+		t.Errorf("%d steps came from the cache: %s", n, r)
+	}
+	contains(t, r.out, "[Warning] One or more build-args [NOBODYS] were not consumed\n")
 	if r := e.classic("-q", "--target", "second", "--build-arg", "WHO=you", "--label", "from=outside", ctx); strings.TrimSpace(r.out) != id {
 		t.Errorf("quiet: %s, want %s", r, id)
 	}
@@ -63,7 +72,18 @@ RUN false
 	if r.code != 1 {
 		t.Errorf("a failed step: %s", r)
 	}
-	contains(t, r.all(), "The command '/bin/sh -c false' returned a non-zero code: 1")
+	contains(t, r.all(), "Step 10/10 : RUN false\n ---> Running in ", "The command '/bin/sh -c false' returned a non-zero code: 1")
+	for dockerfile, want := range map[string]string{
+		"FROM bb\nADD nothere /x\n":                                  "ADD failed: file not found in build context or excluded by .dockerignore: stat nothere: file does not exist",
+		"FROM bb\nCOPY --from=0 a /a\n":                              "invalid from flag value 0: refers to current build stage",
+		"FROM bb\nCOPY --from=nosuch.invalid/x a /a\n":               "invalid from flag value nosuch.invalid/x: ",
+		"FROM scratch\n":                                             "No image was generated. Is your Dockerfile empty?",
+		"FROM bb\nSHELL [\"sh\", \"-exc\"]\nRUN exit 3  &  exit 4\n": "The command 'sh -exc exit 3  &  exit 4' returned a non-zero code: 4",
+		"RUN true\n": "no build stage in current context",
+		"":           "the Dockerfile (Dockerfile) cannot be empty",
+	} {
+		contains(t, e.classic(e.context(map[string]string{"Dockerfile": dockerfile})).all(), want)
+	}
 	if r := e.classic("-f", filepath.Join(ctx, "nosuch"), ctx); r.code != 1 {
 		t.Errorf("no Dockerfile: %s", r)
 	}

@@ -17,6 +17,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/containerd/v2/core/images"
 	"github.com/moby/buildkit/client"
 	"github.com/moby/buildkit/control"
@@ -24,6 +25,7 @@ import (
 	gateway "github.com/moby/buildkit/frontend/gateway/pb"
 	"github.com/moby/buildkit/identity"
 	"github.com/moby/buildkit/session"
+	"github.com/opencontainers/go-digest"
 	"github.com/tonistiigi/fsutil"
 
 	"github.com/cloudos-io/cloudos/buildd/internal/upload"
@@ -37,8 +39,15 @@ type Config struct {
 	// Dial connects to the control API in this process.
 	Dial    func(context.Context, string) (net.Conn, error)
 	Images  images.Store
+	Content content.InfoProvider
+	Callers Callers
 	Scratch string // a directory for spooled contexts
 	Logger  *slog.Logger
+}
+
+// Callers are told whose the sessions are that builds have here.
+type Callers interface {
+	Set(session, caller string) (forget func())
 }
 
 // Builder answers /build.
@@ -161,26 +170,49 @@ func (b *Builder) Build(w http.ResponseWriter, r *http.Request) {
 		}
 	}
 	out := newOutput(w)
+	var sc *script
+	if tree != nil && o.version == 1 {
+		var no refused
+		switch sc, err = scriptOf(tree, o); {
+		case errors.As(err, &no) && no.late:
+			out.fail(no, "")
+			return
+		case err != nil:
+			fail(w, http.StatusBadRequest, err)
+			return
+		}
+	}
 	if o.version == 2 {
 		b.traced(ctx, c, o, tree, out)
 		return
 	}
-	b.inWords(ctx, c, o, tree, out)
+	b.inWords(ctx, c, o, tree, sc, out)
 }
 
 // inWords builds for clients that show lines.
-func (b *Builder) inWords(ctx context.Context, c *client.Client, o *options, tree *upload.Tree, out *output) {
+func (b *Builder) inWords(ctx context.Context, c *client.Client, o *options, tree *upload.Tree, sc *script, out *output) {
+	began := time.Now()
 	so := client.SolveOpt{
 		Ref: identity.NewID(), Frontend: "dockerfile.v0", FrontendAttrs: o.attrs, CacheImports: o.cacheFrom, AllowedEntitlements: o.entitlements,
 		Exports: []client.ExportEntry{{Type: "moby", Attrs: map[string]string{"name": o.names()}}},
-		Session: []session.Attachable{o.auth()}, SharedKey: o.sharedKey(tree),
+		Session: []session.Attachable{o.auth()},
 	}
 	if tree != nil {
 		so.LocalMounts = map[string]fsutil.FS{"context": tree, "dockerfile": tree}
 	}
+	own, err := session.NewSession(ctx, o.sharedKey(tree))
+	if err != nil {
+		out.fail(err, "")
+		return
+	}
+	so.SharedSession = own
+	defer b.cfg.Callers.Set(own.ID(), o.caller)()
 	ch := make(chan *client.SolveStatus)
 	told := make(chan struct{})
-	n := narrator{out: out, quiet: o.quiet}
+	var n voice = &narrator{out: out, quiet: o.quiet}
+	if sc != nil {
+		n = newTeller(out, o.quiet, sc, tree)
+	}
 	go func() {
 		defer close(told)
 		for s := range ch {
@@ -193,13 +225,14 @@ func (b *Builder) inWords(ctx context.Context, c *client.Client, o *options, tre
 		if ctx.Err() != nil {
 			err = ctx.Err()
 		}
-		out.fail(err, n.failed)
+		out.fail(err, n.explain(err))
 		return
 	}
 	id := res.ExporterResponse[exptypes.ExporterImageConfigDigestKey]
 	if id == "" {
 		id = res.ExporterResponse[exptypes.ExporterImageDigestKey]
 	}
+	n.end(id, b.older(ctx, id, began))
 	if o.quiet {
 		out.stream(id + "\n")
 		return
@@ -209,6 +242,39 @@ func (b *Builder) inWords(ctx context.Context, c *client.Client, o *options, tre
 	for _, t := range o.tags {
 		out.stream("Successfully tagged " + t.familiar + "\n")
 	}
+}
+
+// voice tells people of a build.
+type voice interface {
+	tell(*client.SolveStatus)
+	// explain says why the build ended, and tells what led there.
+	explain(error) string
+	// end tells that an image was made; known, that it had been there before.
+	end(id string, known bool)
+}
+
+// scriptOf reads the Dockerfile of a context; nil is one that cannot be told of.
+func scriptOf(tree *upload.Tree, o *options) (*script, error) {
+	f, err := tree.Open(o.attrs["filename"])
+	if err != nil {
+		return nil, nil // BuildKit says what of it
+	}
+	defer f.Close()
+	dt, err := io.ReadAll(io.LimitReader(f, maxDockerfile+1))
+	if err != nil || len(dt) > maxDockerfile {
+		return nil, err
+	}
+	return readScript(o.attrs["filename"], dt, o)
+}
+
+// older tells whether the engine had an image before a time.
+func (b *Builder) older(ctx context.Context, id string, began time.Time) bool {
+	d, err := digest.Parse(id)
+	if err != nil {
+		return false
+	}
+	i, err := b.cfg.Content.Info(ctx, d)
+	return err == nil && i.CreatedAt.Before(began)
 }
 
 // isExit tells whether a step ended the build by its exit code.

@@ -23,6 +23,7 @@ import (
 	"github.com/moby/buildkit/util/entitlements"
 
 	"github.com/cloudos-io/cloudos/buildd/internal/upload"
+	"github.com/cloudos-io/cloudos/internal/build/contract"
 )
 
 // options is a request to build, understood.
@@ -30,10 +31,13 @@ type options struct {
 	version      int
 	id           string // of the build, to cancel it
 	session      string
+	caller       string // the engine's name for who asks
 	remote       string
 	quiet        bool
 	tags         []tag
 	attrs        map[string]string // of the Dockerfile frontend
+	args         []string          // names of the build arguments
+	labels       map[string]string
 	cacheFrom    []client.CacheOptionsEntry
 	entitlements []string
 	outputs      []client.ExportEntry
@@ -67,7 +71,7 @@ const maxJSON = 1 << 20
 func parse(r *http.Request) (*options, error) {
 	q := r.URL.Query()
 	o := &options{
-		version: 1, id: q.Get("buildid"), session: q.Get("session"), remote: q.Get("remote"), quiet: truth(q.Get("q")),
+		version: 1, id: q.Get("buildid"), session: q.Get("session"), caller: r.Header.Get(contract.CallerHeader), remote: q.Get("remote"), quiet: truth(q.Get("q")),
 		attrs: map[string]string{},
 	}
 	switch v := q.Get("version"); v {
@@ -154,6 +158,7 @@ func parseMaps(q url.Values, o *options) error {
 		return err
 	}
 	for k, v := range args {
+		o.args = append(o.args, k)
 		if v != nil {
 			o.attrs["build-arg:"+k] = *v
 		}
@@ -162,6 +167,7 @@ func parseMaps(q url.Values, o *options) error {
 	if err := decode(q, "labels", &labels); err != nil {
 		return err
 	}
+	o.labels = labels
 	for k, v := range labels {
 		o.attrs["label:"+k] = v
 	}

@@ -49,12 +49,11 @@ func (o *output) aux(id string, v any) {
 	o.line(m)
 }
 
-// fail ends the stream with an error. Step is the instruction that failed, "" if
-// it is not known.
-func (o *output) fail(err error, step string) {
-	msg := err.Error()
-	if cmd, ok := strings.CutPrefix(step, "RUN "); ok && isExit(err) {
-		msg = fmt.Sprintf("The command '%s' returned a non-zero code: %d", commandOf(cmd), exitCode(err))
+// fail ends the stream with an error; text says it in better words than its own.
+func (o *output) fail(err error, text string) {
+	msg := text
+	if msg == "" {
+		msg = err.Error()
 	}
 	if errors.Is(err, context.Canceled) {
 		msg = "build cancelled"
@@ -78,7 +77,8 @@ func commandOf(run string) string {
 	return "/bin/sh -c " + run
 }
 
-// narrator tells the status of a build in the classic builder's words.
+// narrator tells of a build whose Dockerfile is not known here, by BuildKit's own
+// names of the steps.
 type narrator struct {
 	out   *output
 	quiet bool
@@ -132,6 +132,15 @@ func (n *narrator) tell(s *client.SolveStatus) {
 	for _, w := range s.Warnings {
 		n.say("[Warning] " + string(w.Short) + "\n")
 	}
+}
+
+func (n *narrator) end(string, bool) {}
+
+func (n *narrator) explain(err error) string {
+	if cmd, ok := strings.CutPrefix(n.failed, "RUN "); ok && isExit(err) {
+		return fmt.Sprintf("The command '%s' returned a non-zero code: %d", commandOf(cmd), exitCode(err))
+	}
+	return strings.TrimPrefix(err.Error(), "failed to solve: ")
 }
 
 func (n *narrator) say(s string) {

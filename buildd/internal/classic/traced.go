@@ -33,6 +33,7 @@ func (b *Builder) traced(ctx context.Context, c *client.Client, o *options, tree
 			return
 		}
 		defer own.Close()
+		defer b.cfg.Callers.Set(own.ID(), o.caller)()
 		sess = own.ID()
 	} else if sess == "" {
 		out.fail(errors.New("no session given for the build"), "")

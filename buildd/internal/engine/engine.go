@@ -43,6 +43,7 @@ type Engine struct {
 	Snapshots snapshots.Snapshotter
 	Leases    leases.Manager
 	Images    images.Store
+	Callers   Callers
 	// Gone is closed when the engine is.
 	Gone <-chan struct{}
 }

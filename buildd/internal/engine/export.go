@@ -28,13 +28,16 @@ type Worker struct {
 	*base.Worker
 	engine contract.Engine
 	md     *metadata.Store
+	admit  admitter
 }
 
 var _ worker.Worker = (*Worker)(nil)
 
 // NewWorker wraps w.
 func (e *Engine) NewWorker(w *base.Worker, md *metadata.Store) *Worker {
-	return &Worker{Worker: w, engine: e.Client, md: md}
+	a := admitter{engine: e.Client, callers: &e.Callers, content: w.ContentStore()}
+	w.SourceManager.Register(guarded{w.ImageSource, a})
+	return &Worker{Worker: w, engine: e.Client, md: md, admit: a}
 }
 
 // Exporter finds an exporter by name.

@@ -7,6 +7,10 @@ import (
 	controlapi "github.com/moby/buildkit/api/services/control"
 	gatewaypb "github.com/moby/buildkit/frontend/gateway/pb"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/peer"
+
+	"github.com/cloudos-io/cloudos/buildd/internal/engine"
 )
 
 // addHosts is the Dockerfile frontend's option for --add-host.
@@ -23,6 +27,23 @@ func hostGateway(addr string) grpc.UnaryServerInterceptor {
 			withGateway(r.FrontendOpt, addr)
 		}
 		return next(ctx, req)
+	}
+}
+
+// ownSessions notes whose the sessions are that come over the control API, until
+// they end.
+func ownSessions(callers *engine.Callers) grpc.StreamServerInterceptor {
+	return func(srv any, ss grpc.ServerStream, info *grpc.StreamServerInfo, next grpc.StreamHandler) error {
+		if info.FullMethod == controlapi.Control_Session_FullMethodName {
+			p, _ := peer.FromContext(ss.Context())
+			md, _ := metadata.FromIncomingContext(ss.Context())
+			if ids := md.Get(sessionHeader); p != nil && len(ids) == 1 {
+				if who, ok := p.Addr.(callerAddr); ok {
+					defer callers.Set(ids[0], string(who))()
+				}
+			}
+		}
+		return next(srv, ss)
 	}
 }
 

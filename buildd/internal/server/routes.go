@@ -20,6 +20,7 @@ import (
 	"go.opentelemetry.io/otel"
 	"go.opentelemetry.io/otel/propagation"
 
+	"github.com/cloudos-io/cloudos/internal/build/contract"
 	"github.com/cloudos-io/cloudos/internal/durable"
 )
 
@@ -64,7 +65,7 @@ func (s *Server) serveGRPC(w http.ResponseWriter, r *http.Request) {
 		_ = conn.Close()
 		return
 	}
-	c := &bufferedConn{Conn: conn, r: buf.Reader, closed: make(chan struct{})}
+	c := &bufferedConn{Conn: conn, r: buf.Reader, closed: make(chan struct{}), caller: r.Header.Get(contract.CallerHeader)}
 	if err := s.hijacked.put(c); err != nil {
 		_ = conn.Close()
 		return
@@ -77,7 +78,16 @@ type bufferedConn struct {
 	net.Conn
 	r      *bufio.Reader
 	closed chan struct{}
+	caller string // the engine's name for who is at the other end
 }
+
+// callerAddr is the address of a connection: who is there.
+type callerAddr string
+
+func (callerAddr) Network() string  { return "caller" }
+func (a callerAddr) String() string { return "caller" }
+
+func (c *bufferedConn) RemoteAddr() net.Addr { return callerAddr(c.caller) }
 
 func (c *bufferedConn) Read(p []byte) (int, error) { return c.r.Read(p) }
 
@@ -90,7 +100,11 @@ func (c *bufferedConn) Close() error {
 	return c.Conn.Close()
 }
 
+// sessionHeader names a session, in requests and in gRPC's metadata.
+const sessionHeader = "X-Docker-Expose-Session-Uuid"
+
 func (s *Server) serveSession(w http.ResponseWriter, r *http.Request) {
+	defer s.callers.Set(r.Header.Get(sessionHeader), r.Header.Get(contract.CallerHeader))()
 	if err := s.sessions.HandleHTTPRequest(r.Context(), w, r); err != nil && r.Context().Err() == nil {
 		s.log.Debug("a session ended", "cause", err)
 		fail(w, http.StatusBadRequest, err)

@@ -68,11 +68,12 @@ type Server struct {
 	grpc     *grpc.Server
 	hijacked *queue
 	classic  *classic.Builder
+	callers  *engine.Callers
 }
 
 // New puts a builder together.
 func New(ctx context.Context, e *engine.Engine, set contract.Settings, log *slog.Logger) (*Server, error) {
-	s := &Server{set: set, log: log, hijacked: newQueue()}
+	s := &Server{set: set, log: log, hijacked: newQueue(), callers: &e.Callers}
 	var err error
 	if s.sessions, err = session.NewManager(); err != nil {
 		return nil, err
@@ -133,13 +134,13 @@ func New(ctx context.Context, e *engine.Engine, set contract.Settings, log *slog
 	s.grpc = grpc.NewServer(
 		grpc.StatsHandler(otelgrpc.NewServerHandler()),
 		grpc.ChainUnaryInterceptor(grpcerrors.UnaryServerInterceptor, hostGateway(set.Gateway)),
-		grpc.StreamInterceptor(grpcerrors.StreamServerInterceptor),
+		grpc.ChainStreamInterceptor(grpcerrors.StreamServerInterceptor, ownSessions(&e.Callers)),
 		grpc.MaxRecvMsgSize(maxMessage),
 	)
 	s.control.Register(s.grpc)
 	s.classic = classic.New(classic.Config{
-		Control: s.control, Sessions: s.sessions, Dial: s.hijacked.dial, Images: e.Images,
-		Scratch: filepath.Join(set.Root, "scratch"), Logger: log,
+		Control: s.control, Sessions: s.sessions, Dial: s.hijacked.dial, Images: e.Images, Content: base.ContentStore(),
+		Callers: &e.Callers, Scratch: filepath.Join(set.Root, "scratch"), Logger: log,
 	})
 	return s, nil
 }

@@ -34,6 +34,10 @@ const (
 // VersionHeader carries the API version that a client asked for.
 const VersionHeader = "Servin-Api-Version"
 
+// CallerHeader is on each request that is handed on: a name for who asked, good for
+// as long as the request lasts.
+const CallerHeader = "Servin-Build-Caller"
+
 // Settings is all that a builder needs to know. It has no secrets.
 type Settings struct {
 	// Root keeps the build cache's records, RunRoot what a reboot may take.
@@ -99,12 +103,26 @@ type AttachResponse struct{ Nameservers []string }
 // ReleaseRequest gives a network back.
 type ReleaseRequest struct{ ID string }
 
+// AdmitRequest asks whether a build may use an image that is not its own: a base,
+// one to copy from, a frontend. Callers are those that build. Target and Manifest
+// are digests of what the reference names and of what would be used of it; they are
+// "" as long as no registry was asked.
+type AdmitRequest struct {
+	Callers               []string
+	Ref, Target, Manifest string
+}
+
+// AdmitResponse tells with More that the question is to be asked again once the
+// digests are known.
+type AdmitResponse struct{ More bool }
+
 // Engine is what servind does for a builder.
 type Engine interface {
 	Settings(ctx context.Context) (Settings, error)
 	Layer(ctx context.Context, r LayerRequest) error
 	Alias(ctx context.Context, r AliasRequest) error
 	Adopt(ctx context.Context, r AdoptRequest) error
+	Admit(ctx context.Context, r AdmitRequest) (AdmitResponse, error)
 	// Chains names the layer chains that images have.
 	Chains(ctx context.Context) ([]string, error)
 	Collect(ctx context.Context) error
@@ -123,6 +141,7 @@ func Register(s grpc.ServiceRegistrar, e Engine) {
 		method("Layer", func(ctx context.Context, e Engine, r LayerRequest) (none, error) { return none{}, e.Layer(ctx, r) }),
 		method("Alias", func(ctx context.Context, e Engine, r AliasRequest) (none, error) { return none{}, e.Alias(ctx, r) }),
 		method("Adopt", func(ctx context.Context, e Engine, r AdoptRequest) (none, error) { return none{}, e.Adopt(ctx, r) }),
+		method("Admit", func(ctx context.Context, e Engine, r AdmitRequest) (AdmitResponse, error) { return e.Admit(ctx, r) }),
 		method("Chains", func(ctx context.Context, e Engine, _ none) ([]string, error) { return e.Chains(ctx) }),
 		method("Collect", func(ctx context.Context, e Engine, _ none) (none, error) { return none{}, e.Collect(ctx) }),
 		method("Attach", func(ctx context.Context, e Engine, r AttachRequest) (AttachResponse, error) { return e.Attach(ctx, r) }),
@@ -191,6 +210,11 @@ func (c Client) Alias(ctx context.Context, r AliasRequest) error {
 func (c Client) Adopt(ctx context.Context, r AdoptRequest) error {
 	_, err := call[none](ctx, c, "Adopt", r)
 	return err
+}
+
+// Admit asks whether an image may be used.
+func (c Client) Admit(ctx context.Context, r AdmitRequest) (AdmitResponse, error) {
+	return call[AdmitResponse](ctx, c, "Admit", r)
 }
 
 // Chains asks which layer chains images have.
