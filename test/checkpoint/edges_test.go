@@ -209,6 +209,8 @@ func TestMigrateBroken(t *testing.T) {
 	a.eventually("it counts", func() bool { return a.count("box") > 5 })
 	once := func(what string, n int) {
 		t.Helper()
+		// Who interrupts need not wait for the processes to go on.
+		a.eventually(what+": nothing is held", func() bool { return a.status("box") != "paused" })
 		here, there := a.status("box"), b.status("box")
 		switch {
 		case here == "running" && there == "":
@@ -230,23 +232,23 @@ func TestMigrateBroken(t *testing.T) {
 		}
 		return cmd
 	}
-	for _, after := range []time.Duration{500, 1500, 3000} {
+	for _, after := range []time.Duration{500 * time.Millisecond, 1500 * time.Millisecond, 3 * time.Second} {
 		n := a.count("box")
 		cmd := migrate()
-		time.Sleep(after * time.Millisecond)
+		time.Sleep(after)
 		_ = cmd.Process.Signal(os.Interrupt)
 		_ = cmd.Wait()
 		once("interrupted after "+after.String(), n)
 		n = a.count("box")
 		cmd = migrate()
-		time.Sleep(after * time.Millisecond)
+		time.Sleep(after)
 		a.Kill()
 		_ = cmd.Wait()
 		a.Boot()
 		once("source killed after "+after.String(), n)
 		n = a.count("box")
 		cmd = migrate()
-		time.Sleep(after * time.Millisecond)
+		time.Sleep(after)
 		b.Kill()
 		_ = cmd.Wait()
 		b.Boot()
