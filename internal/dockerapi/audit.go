@@ -75,6 +75,7 @@ func reads(c *compiled) bool {
 var shownQueries = []string{
 	"name", "force", "v", "link", "signal", "t", "h", "w", "tag", "repo", "fromImage", "fromSrc", "platform", "container", "condition", "path",
 	"replace", "devices", "pause", "all", "since", "until", "containers", "noprune",
+	"url", "unsigned", "downgrade", "reboot", "networkmode",
 }
 
 // told is what the query says, as far as it may be shown.
@@ -88,7 +89,7 @@ func (r *request) told() map[string]string {
 		if v == "" {
 			continue
 		}
-		if k == "fromSrc" { // an address may hold a password
+		if k == "fromSrc" || k == "url" { // an address may hold a password
 			if _, rest, ok := strings.Cut(v, "://"); ok {
 				v = rest[strings.LastIndexByte(rest, '@')+1:]
 			}

@@ -117,6 +117,8 @@ type System interface {
 	Shutdown(ctx context.Context, containers bool) error
 	// RemovalInUse tells which containers use an image id (for image removal).
 	ImageInUse(id string) map[string]bool
+	// MayActAsHost refuses callers whom a policy denies what makes them root of the host.
+	MayActAsHost(ctx context.Context) error
 	// PoolDrained waits for the teardown backlog (bench and tests).
 	PoolDrained(ctx context.Context, full bool) error
 	Metrics(ctx context.Context, w io.Writer) error

@@ -29,7 +29,13 @@ type Builds interface {
 // apiVersionHeader tells the builder the version that a client asked for.
 const apiVersionHeader = "Servin-Api-Version"
 
-type buildsAPI struct{ b Builds }
+// confinedHeader tells it why a client may not have steps with the host's privileges or network.
+const confinedHeader = "Servin-Confined"
+
+type buildsAPI struct {
+	b   Builds
+	sys System
+}
 
 func (a buildsAPI) there() bool { return a.b != nil && a.b.Installed() }
 
@@ -88,6 +94,10 @@ func (a buildsAPI) hand(w *response, r *request, path string) error {
 	req.URL.Path, req.URL.RawPath = path, ""
 	req.RequestURI = strings.TrimSuffix(path+"?"+req.URL.RawQuery, "?")
 	req.Header.Set(apiVersionHeader, r.version.String())
+	req.Header.Del(confinedHeader)
+	if err := a.sys.MayActAsHost(r.Context()); err != nil {
+		req.Header.Set(confinedHeader, url.QueryEscape(err.Error()))
+	}
 	a.b.ServeHTTP(w, req)
 	return nil
 }

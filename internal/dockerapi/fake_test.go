@@ -33,9 +33,10 @@ import (
 // fake is a backend that records calls and answers what a test gave it. It is
 // for decoding and encoding alone; nothing about containers is tested with it.
 type fake struct {
-	mu    sync.Mutex
-	calls []string
-	err   error // what every method returns
+	mu     sync.Mutex
+	calls  []string
+	err    error // what every method returns
+	mayNot error // what a policy says to what is the host's
 
 	terminal bool
 	attached func() Attached
@@ -305,7 +306,8 @@ func (f *fake) Prune(_ context.Context, o api.PruneRequest) (api.PruneReport, er
 func (f *fake) Shutdown(_ context.Context, containers bool) error {
 	return f.call("shutdown containers=%t", containers)
 }
-func (f *fake) ImageInUse(string) map[string]bool { return map[string]bool{"c0ffee": true} }
+func (f *fake) ImageInUse(string) map[string]bool  { return map[string]bool{"c0ffee": true} }
+func (f *fake) MayActAsHost(context.Context) error { return f.mayNot }
 func (f *fake) PoolDrained(_ context.Context, full bool) error {
 	return f.call("drained full=%t", full)
 }

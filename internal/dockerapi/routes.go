@@ -15,10 +15,10 @@ func routes(c Config) []route {
 	pol, adt := policyAPI{c.Policy}, auditAPI{c.Audit}
 	sec, cnf := secretsAPI{c.Secrets, api.KindSecret}, secretsAPI{c.Secrets, api.KindConfig}
 	sys := systemAPI{c.System, c.Builds}
-	bld := buildsAPI{c.Builds}
+	bld := buildsAPI{c.Builds, c.System}
 	own := servinAPI{c.Containers, c.System, c.Version, c.Problems, c.Builds}
 	alerts, dbg := alertAPI{c.Alerts}, debugShellAPI{c.DebugShell}
-	system := osAPI{c.OS}
+	system := osAPI{c.OS, c.System}
 	lse := leaseAPI{c.Containers, c.Networks, c.Volumes, c.Logger, leaseGrace, &leases{n: map[string]int{}}}
 
 	return []route{

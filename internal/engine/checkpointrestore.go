@@ -24,7 +24,6 @@ import (
 	"github.com/cloudos-io/cloudos/internal/engine/archive"
 	"github.com/cloudos-io/cloudos/internal/fault"
 	"github.com/cloudos-io/cloudos/internal/image"
-	"github.com/cloudos-io/cloudos/internal/policy"
 	"github.com/cloudos-io/cloudos/internal/runtime"
 	"github.com/cloudos-io/cloudos/internal/snapshot"
 )
@@ -54,25 +53,11 @@ func (e *Engine) fromCheckpoint(ctx context.Context, r *container.Record, o Star
 // wrote down: they can be in any state, so it is the question of a privileged
 // container's creation.
 func (e *Engine) mayBringIn(ctx context.Context, cfg *mcontainer.Config, hc *mcontainer.HostConfig) error {
-	if !e.policed() {
-		return nil
-	}
-	plain, err := e.policyContainer(ctx, cfg, hc, image.Resolved{}, nil)
-	if err != nil {
-		return err
-	}
 	h := *hc
 	h.Privileged = true
-	privileged := plain
-	privileged.HostConfig = &h
 	// The container itself is judged when it is made: what counts here is what
 	// privileges add.
-	known := map[string]bool{}
-	for _, v := range e.cfg.Policy.Create(ctx, plain) {
-		known[fmt.Sprintf("%+v", v)] = true
-	}
-	more := slices.DeleteFunc(e.cfg.Policy.Create(ctx, privileged), func(v policy.Violation) bool { return known[fmt.Sprintf("%+v", v)] })
-	if err := policy.Refuse(more); err != nil {
+	if err := e.mayAdd(ctx, cfg, hc, &h); err != nil {
 		return fault.New(fault.Of(err), "cannot bring in processes of a checkpoint from elsewhere, which takes the right to run privileged containers: %w", err)
 	}
 	return nil

@@ -3,6 +3,7 @@ package engine
 import (
 	"context"
 	"errors"
+	"fmt"
 	"maps"
 	"os"
 	"path/filepath"
@@ -213,4 +214,32 @@ func (e *Engine) PolicyTest(ctx context.Context, req CreateRequest) ([]policy.Vi
 		return nil, err
 	}
 	return e.cfg.Policy.Create(ctx, c), nil
+}
+
+// mayAdd asks about what more adds to a container that is judged elsewhere.
+func (e *Engine) mayAdd(ctx context.Context, cfg *mcontainer.Config, hc, more *mcontainer.HostConfig) error {
+	if !e.policed() {
+		return nil
+	}
+	plain, err := e.policyContainer(ctx, cfg, hc, image.Resolved{}, nil)
+	if err != nil {
+		return err
+	}
+	known := map[string]bool{}
+	for _, v := range e.cfg.Policy.Create(ctx, plain) {
+		known[fmt.Sprintf("%+v", v)] = true
+	}
+	with := plain
+	with.HostConfig, with.Networks = more, networkNames(more, nil)
+	return policy.Refuse(slices.DeleteFunc(e.cfg.Policy.Create(ctx, with), func(v policy.Violation) bool { return known[fmt.Sprintf("%+v", v)] }))
+}
+
+// MayActAsHost asks whether who calls may do what makes him root of this host by another way than
+// a container: it is the question of a privileged container in the host's network.
+func (s *SystemService) MayActAsHost(ctx context.Context) error {
+	err := s.e.mayAdd(ctx, &mcontainer.Config{}, &mcontainer.HostConfig{}, &mcontainer.HostConfig{Privileged: true, NetworkMode: network.NetworkHost})
+	if err != nil {
+		return fault.New(fault.Of(err), "this takes the right to run privileged containers in the host's network: %w", err)
+	}
+	return nil
 }

@@ -13,6 +13,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/url"
 	"os"
 	"sync"
 	"time"
@@ -29,6 +30,7 @@ import (
 	"github.com/tonistiigi/fsutil"
 
 	"github.com/cloudos-io/cloudos/buildd/internal/upload"
+	"github.com/cloudos-io/cloudos/internal/build/contract"
 	"go.opentelemetry.io/otel"
 )
 
@@ -125,6 +127,13 @@ func (b *Builder) Build(w http.ResponseWriter, r *http.Request) {
 	o, err := parse(r)
 	if err != nil {
 		fail(w, http.StatusBadRequest, err)
+		return
+	}
+	if why := r.Header.Get(contract.ConfinedHeader); why != "" && len(o.entitlements) > 0 {
+		if text, err := url.QueryUnescape(why); err == nil {
+			why = text
+		}
+		fail(w, http.StatusForbidden, fmt.Errorf("cannot build with %v: %s", o.entitlements, why))
 		return
 	}
 	ctx, cancel := context.WithCancel(r.Context())

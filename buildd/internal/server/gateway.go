@@ -38,8 +38,8 @@ func ownSessions(callers *engine.Callers) grpc.StreamServerInterceptor {
 			p, _ := peer.FromContext(ss.Context())
 			md, _ := metadata.FromIncomingContext(ss.Context())
 			if ids := md.Get(sessionHeader); p != nil && len(ids) == 1 {
-				if who, ok := p.Addr.(callerAddr); ok {
-					defer callers.Set(ids[0], string(who))()
+				if who, ok := p.Addr.(peerAddr); ok {
+					defer callers.Set(ids[0], who.caller)()
 				}
 			}
 		}

@@ -65,7 +65,7 @@ func (s *Server) serveGRPC(w http.ResponseWriter, r *http.Request) {
 		_ = conn.Close()
 		return
 	}
-	c := &bufferedConn{Conn: conn, r: buf.Reader, closed: make(chan struct{}), caller: r.Header.Get(contract.CallerHeader)}
+	c := &bufferedConn{Conn: conn, r: buf.Reader, closed: make(chan struct{}), client: peerAddr{r.Header.Get(contract.CallerHeader), r.Header.Get(contract.ConfinedHeader)}}
 	if err := s.hijacked.put(c); err != nil {
 		_ = conn.Close()
 		return
@@ -78,16 +78,20 @@ type bufferedConn struct {
 	net.Conn
 	r      *bufio.Reader
 	closed chan struct{}
-	caller string // the engine's name for who is at the other end
+	client peerAddr
 }
 
-// callerAddr is the address of a connection: who is there.
-type callerAddr string
+// peerAddr is the address of a connection: who is there.
+type peerAddr struct {
+	// caller is the engine's name for him, confined why his steps may not have what is the
+	// host's, or empty.
+	caller, confined string
+}
 
-func (callerAddr) Network() string  { return "caller" }
-func (a callerAddr) String() string { return "caller" }
+func (peerAddr) Network() string { return "caller" }
+func (peerAddr) String() string  { return "caller" }
 
-func (c *bufferedConn) RemoteAddr() net.Addr { return callerAddr(c.caller) }
+func (c *bufferedConn) RemoteAddr() net.Addr { return c.client }
 
 func (c *bufferedConn) Read(p []byte) (int, error) { return c.r.Read(p) }
 

@@ -133,7 +133,7 @@ func New(ctx context.Context, e *engine.Engine, set contract.Settings, log *slog
 	}
 	s.grpc = grpc.NewServer(
 		grpc.StatsHandler(otelgrpc.NewServerHandler()),
-		grpc.ChainUnaryInterceptor(grpcerrors.UnaryServerInterceptor, hostGateway(set.Gateway)),
+		grpc.ChainUnaryInterceptor(grpcerrors.UnaryServerInterceptor, hostGateway(set.Gateway), confine),
 		grpc.ChainStreamInterceptor(grpcerrors.StreamServerInterceptor, ownSessions(&e.Callers)),
 		grpc.MaxRecvMsgSize(maxMessage),
 	)

@@ -38,6 +38,10 @@ const VersionHeader = "Servin-Api-Version"
 // as long as the request lasts.
 const CallerHeader = "Servin-Build-Caller"
 
+// ConfinedHeader says, escaped as in a query, why a client's build steps may have neither the
+// host's privileges nor its network. The engine sets it, and removes a client's.
+const ConfinedHeader = "Servin-Confined"
+
 // Settings is all that a builder needs to know. It has no secrets.
 type Settings struct {
 	// Root keeps the build cache's records, RunRoot what a reboot may take.
