@@ -205,6 +205,9 @@ func (b *Builder) inWords(ctx context.Context, c *client.Client, o *options, tre
 		Ref: identity.NewID(), Frontend: "dockerfile.v0", FrontendAttrs: o.attrs, CacheImports: o.cacheFrom, AllowedEntitlements: o.entitlements,
 		Exports: []client.ExportEntry{{Type: "moby", Attrs: map[string]string{"name": o.names()}}},
 		Session: []session.Attachable{o.auth()},
+		// Who builds so has no way to ask for the history of builds, and it costs as much
+		// as the rest of a build from the cache.
+		Internal: true,
 	}
 	if tree != nil {
 		so.LocalMounts = map[string]fsutil.FS{"context": tree, "dockerfile": tree}

@@ -16,7 +16,6 @@ import (
 	"github.com/containerd/containerd/v2/core/content"
 	contentproxy "github.com/containerd/containerd/v2/core/content/proxy"
 	"github.com/containerd/containerd/v2/core/images"
-	"github.com/containerd/containerd/v2/core/leases"
 	leaseproxy "github.com/containerd/containerd/v2/core/leases/proxy"
 	"github.com/containerd/containerd/v2/core/snapshots"
 	snapshotproxy "github.com/containerd/containerd/v2/core/snapshots/proxy"
@@ -41,7 +40,7 @@ type Engine struct {
 	contract.Client
 	Content   content.Store
 	Snapshots snapshots.Snapshotter
-	Leases    leases.Manager
+	Leases    *leisurely
 	Images    images.Store
 	Callers   Callers
 	// Gone is closed when the engine is.
@@ -78,13 +77,16 @@ func Dial() (*Engine, error) {
 	}
 	return &Engine{
 		Client:    contract.Client{Conn: cc},
-		Content:   ahead{contentproxy.NewContentStore(contentapi.NewContentClient(cc))},
+		Content:   ahead{&recent{Store: contentproxy.NewContentStore(contentapi.NewContentClient(cc))}},
 		Snapshots: snapshotproxy.NewSnapshotter(snapshotsapi.NewSnapshotsClient(cc), contract.Snapshotter),
-		Leases:    leaseproxy.NewLeaseManager(leasesapi.NewLeasesClient(cc)),
+		Leases:    newLeisurely(leaseproxy.NewLeaseManager(leasesapi.NewLeasesClient(cc))),
 		Images:    imageStore{imagesapi.NewImagesClient(cc)},
 		Gone:      gone,
 	}, nil
 }
+
+// Wait waits for what is done in the background.
+func (e *Engine) Wait() { e.Leases.wg.Wait() }
 
 // watchedConn tells when the other end is gone.
 type watchedConn struct {

@@ -69,11 +69,12 @@ type Server struct {
 	hijacked *queue
 	classic  *classic.Builder
 	callers  *engine.Callers
+	engine   *engine.Engine
 }
 
 // New puts a builder together.
 func New(ctx context.Context, e *engine.Engine, set contract.Settings, log *slog.Logger) (*Server, error) {
-	s := &Server{set: set, log: log, hijacked: newQueue(), callers: &e.Callers}
+	s := &Server{set: set, log: log, hijacked: newQueue(), callers: &e.Callers, engine: e}
 	var err error
 	if s.sessions, err = session.NewManager(); err != nil {
 		return nil, err
@@ -95,7 +96,7 @@ func New(ctx context.Context, e *engine.Engine, set contract.Settings, log *slog
 	if err != nil {
 		return nil, fmt.Errorf("cannot open the cache's index: %w", err)
 	}
-	history, err := boltutil.SafeOpen(filepath.Join(set.Root, "history.db"), 0o600, &bolt.Options{FreelistType: bolt.FreelistMapType})
+	history, err := boltutil.SafeOpen(filepath.Join(set.Root, "history.db"), 0o600, &bolt.Options{FreelistType: bolt.FreelistMapType, NoSync: true})
 	if err != nil {
 		return nil, fmt.Errorf("cannot open the builds' history: %w", err)
 	}
@@ -185,6 +186,9 @@ func newWorker(ctx context.Context, e *engine.Engine, set contract.Settings) (*b
 	if err != nil {
 		return nil, nil, fmt.Errorf("cannot open the cache's records: %w", err)
 	}
+	if db, ok := md.DB().(*bolt.DB); ok {
+		db.NoSync = true // see settle
+	}
 	id, err := base.ID(set.Root)
 	if err != nil {
 		return nil, nil, err
@@ -251,10 +255,37 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 	if e := s.control.Close(); e != nil {
 		s.log.Warn("cannot close the cache", "cause", e)
 	}
+	s.engine.Wait()
 	if err == nil || errors.Is(err, http.ErrServerClosed) {
+		if e := settle(s.set.Root); e != nil {
+			s.log.Warn("the build cache may be thrown away when the machine stops", "cause", e)
+			return err
+		}
 		_ = os.Remove(filepath.Join(s.set.Root, "boot"))
 	}
 	return err
+}
+
+// settle brings the cache's records to the disk. While a builder runs they need not
+// be there: if the machine stops then, the mark that a builder ran has the next one
+// begin without a cache.
+func settle(root string) error {
+	dbs, err := filepath.Glob(filepath.Join(root, "*.db"))
+	if err != nil {
+		return err
+	}
+	for _, p := range dbs {
+		f, err := os.Open(p)
+		if err != nil {
+			return fmt.Errorf("cannot bring the cache's records to the disk: %w", err)
+		}
+		err = f.Sync()
+		_ = f.Close()
+		if err != nil {
+			return fmt.Errorf("cannot bring the cache's records to the disk: %w", err)
+		}
+	}
+	return nil
 }
 
 // queue is a listener for connections that were hijacked.
