@@ -134,7 +134,11 @@ func (m *machine) run(ctx context.Context) (reboot bool) {
 		parts.Go(func() { changes.serve(ctx, l) })
 	}
 	if closed != nil {
-		err = errors.Join(err, <-closed)
+		if cerr := <-closed; cerr != nil && m.encrypted() {
+			err = errors.Join(err, cerr)
+		} else if cerr != nil { // a chip that fails keeps nobody's key that we know of
+			m.problem(cerr)
+		}
 	}
 	engineCtx, stopEngine := context.WithCancel(ctx)
 	engineDone := make(chan struct{})

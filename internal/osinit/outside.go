@@ -72,6 +72,13 @@ func believe(note string, f source.Found, shown bool, knows func() bool) error {
 // is not among them: loosen seals to it while the system runs.
 var closing = []int{4, 8, 9, 11}
 
+// encrypted tells whether the data that were found are.
+func (m *machine) encrypted() bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.trust.Encrypted
+}
+
 // closeRegisters has the TPM give out nothing until the next start, whichever disk was found:
 // somebody could have put in one of his own, with a configuration that opens a shell, to
 // ask the TPM for the key of the disk that belongs here.
