@@ -182,6 +182,7 @@ func (d *duplex) pump(ctx context.Context, a Attached, mux bool, keys []byte, ex
 		d.gone.Store(true)
 		closeStreams()
 		_ = d.conn.SetReadDeadline(time.Unix(1, 0))
+		_ = d.conn.SetWriteDeadline(time.Now().Add(linger)) // for a client that reads nothing
 	})
 	defer stop()
 
