@@ -36,7 +36,8 @@ const (
 	maxDepth   = 256
 	maxPath    = 4096
 	maxLink    = 4096
-	maxTail    = 64 << 20 // behind the tar's end
+	maxText    = 256 << 20 // of all names and links together: they are kept in memory, and a few packed bytes can stand for many
+	maxTail    = 64 << 20  // behind the tar's end
 	// keepFree is how much of the disk an upload leaves alone.
 	keepFree = 512 << 20
 	// checkEvery is how many bytes are written between looks at the disk.
@@ -45,10 +46,10 @@ const (
 
 // Tree is an uploaded context. It implements fsutil.FS.
 type Tree struct {
-	spool *os.File
-	root  *node
-	count int
-	size  int64
+	spool       *os.File
+	root        *node
+	count, text int // entries, and bytes of their names and links
+	size        int64
 	// sum is of the files' names and contents, in the order that they came in.
 	sum hash.Hash
 }
@@ -229,6 +230,8 @@ func split(name string) ([]string, error) {
 	return out, nil
 }
 
+var errText = fmt.Errorf("its names and links take more than %d bytes", maxText)
+
 // put hangs n into the tree. Directories that were not named are made; anything
 // else in the way is replaced, as by unpacking a later entry over an earlier one.
 func (t *Tree) put(names []string, n *node) error {
@@ -247,12 +250,18 @@ func (t *Tree) put(names []string, n *node) error {
 				return fmt.Errorf("it has more than %d entries", maxEntries)
 			}
 			next = &node{mode: fs.ModeDir | 0o755, mtime: n.mtime, name: name, path: path.Join(at.path, name), children: map[string]*node{}}
+			if t.text += len(next.path); t.text > maxText {
+				return errText
+			}
 			at.children[name] = next
 		}
 		at = next
 	}
 	n.name = names[len(names)-1]
 	n.path = path.Join(at.path, n.name)
+	if t.text += len(n.path) + len(n.link); t.text > maxText {
+		return errText
+	}
 	if old := at.children[n.name]; old != nil && old.mode.IsDir() && n.mode.IsDir() {
 		n.children = old.children
 	}

@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -262,4 +263,24 @@ func FuzzRead(f *testing.F) {
 // before is fsutil's order: by path elements.
 func before(a, b string) bool {
 	return a == "" || slices.Compare(strings.Split(a, "/"), strings.Split(b, "/")) < 0
+}
+
+// TestLongNames refuses an archive of few packed bytes whose names would fill the memory.
+func TestLongNames(t *testing.T) {
+	r, w := io.Pipe()
+	defer r.Close()
+	go func() {
+		z := gzip.NewWriter(w)
+		tw := tar.NewWriter(z)
+		deep := strings.Repeat("/"+strings.Repeat("d", 250), 15)
+		for i := range 1 << 17 {
+			if tw.WriteHeader(&tar.Header{Name: strconv.Itoa(i) + deep + "/f", Typeflag: tar.TypeSymlink, Linkname: "x"}) != nil {
+				return // refused
+			}
+		}
+		w.CloseWithError(errors.Join(tw.Close(), z.Close()))
+	}()
+	if _, err := Read(t.Context(), r, t.TempDir()); err == nil || !strings.Contains(err.Error(), "names and links") {
+		t.Errorf("%v", err)
+	}
 }
