@@ -115,7 +115,7 @@ func Serve(ctx context.Context, c Config) error {
 		}()
 	}
 	notifyReady()
-	go trim(ctx)
+	go settle(ctx)
 	return dockerapi.Serve(ctx, ls, c.Handler)
 }
 
@@ -142,16 +142,32 @@ const (
 	gcPercent   = 50
 	memoryLimit = 192 << 20 // soft: beyond it collections get frequent
 	trimEvery   = 10 * time.Second
+	startFor    = 5 * time.Second // after the first listener is open
 )
 
-// TuneMemory sets them; the environment (GOGC, GOMEMLIMIT) wins.
+// TuneMemory sets the limit; the environment (GOGC, GOMEMLIMIT) wins. Nothing is collected
+// until settle: what a start allocates mostly stays, and half a dozen collections of a small
+// heap were a good part of a start's work.
 func TuneMemory() {
 	if os.Getenv("GOGC") == "" {
-		debug.SetGCPercent(gcPercent)
+		debug.SetGCPercent(-1)
 	}
 	if os.Getenv("GOMEMLIMIT") == "" {
 		debug.SetMemoryLimit(memoryLimit)
 	}
+}
+
+// settle ends the start: when the first requests have had their time, collections begin.
+func settle(ctx context.Context) {
+	select {
+	case <-ctx.Done():
+		return
+	case <-time.After(startFor):
+	}
+	if os.Getenv("GOGC") == "" {
+		debug.SetGCPercent(gcPercent)
+	}
+	trim(ctx)
 }
 
 // trim gives memory back to the system once a burst of work is over: when the
@@ -160,7 +176,9 @@ func trim(ctx context.Context) {
 	t := time.NewTicker(trimEvery)
 	defer t.Stop()
 	var ms runtime.MemStats
-	var last, trimmed uint64
+	var trimmed uint64
+	runtime.ReadMemStats(&ms)
+	last := ms.TotalAlloc // what the start took makes no period a busy one
 	for {
 		select {
 		case <-ctx.Done():

@@ -59,7 +59,8 @@ func Main(version string) {
 
 // run brings the machine up and returns when it is down again.
 func (m *machine) run(ctx context.Context) (reboot bool) {
-	debug.SetGCPercent(50)
+	// Nothing is collected until the engine answers (settle): it would only hold up the start.
+	debug.SetGCPercent(-1)
 	debug.SetMemoryLimit(64 << 20)
 	m.early()
 	m.mark("init")

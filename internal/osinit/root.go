@@ -7,6 +7,7 @@ import (
 	"math"
 	"os"
 	"path/filepath"
+	"runtime/debug"
 	"strconv"
 	"strings"
 	"time"
@@ -250,7 +251,7 @@ func (m *machine) later() {
 	}
 }
 
-// minFree is how many kibibytes the kernel keeps free for itself: twice what it would by itself
+// minFree is how many kibibytes the kernel keeps free for itself: what it would by itself
 // without huge pages, for which it keeps many times as much.
 func minFree() uint64 {
 	var s unix.Sysinfo_t
@@ -258,7 +259,7 @@ func minFree() uint64 {
 		return 16 << 10
 	}
 	kib := float64(s.Totalram) * float64(s.Unit) / 1024
-	return uint64(min(max(2*math.Sqrt(16*kib), 4<<10), 64<<10))
+	return uint64(min(max(math.Sqrt(16*kib), 4<<10), 64<<10))
 }
 
 // mountData mounts what is kept at /var. Where that fails it is memory, and the
@@ -369,6 +370,7 @@ func (m *machine) settle(ctx context.Context) {
 		return
 	case <-time.After(20 * time.Second):
 	}
+	debug.SetGCPercent(50)
 	m.sparing()
 	if m.cmdline["root"] == "" {
 		// A virtual machine has all that it started for: the first commands go first.
@@ -390,6 +392,7 @@ func (m *machine) settle(ctx context.Context) {
 		m.log.Printf("%v", err)
 	}
 	m.come.notify()
+	debug.FreeOSMemory() // what the start left
 }
 
 // sparing makes the kernel keep less memory to itself. Not at once: a start is quicker
