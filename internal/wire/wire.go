@@ -197,7 +197,7 @@ func New(ctx context.Context, c *config.Config, inside rootless.State, log *slog
 
 	// What starts them.
 	driver, err := native.New(native.Config{
-		Root: c.Root, RunRoot: c.RunRoot, Instance: instance, CgroupDriver: c.CgroupDriver, PoolSize: *c.Pool, Logger: log,
+		Root: c.Root, RunRoot: c.RunRoot, Instance: instance, CgroupDriver: c.CgroupDriver, PoolSize: *c.Pool, ParkAfter: s.recovered, Logger: log,
 		Rootless: inside.Active, CgroupBase: inside.CgroupBase,
 		PrepareLink: func(ctx context.Context, netns *os.File) (any, error) { return networks.PrepareLink(ctx, netns) },
 		DropLink: func(ctx context.Context, link any) error {

@@ -43,6 +43,9 @@ type Config struct {
 	Unified bool
 	// PoolSize is how many sandboxes of each kind are kept parked; 0 is none.
 	PoolSize int
+	// ParkAfter holds the first parking back until it is closed: an engine that starts
+	// has better to do. Nil is at once.
+	ParkAfter <-chan struct{}
 	// PrepareLink makes a link in a parked sandbox's network namespace, DropLink
 	// removes one that was never used. Without them "bridge" is not parked.
 	PrepareLink func(ctx context.Context, netns *os.File) (any, error)
@@ -244,6 +247,12 @@ func (d *Driver) Run(ctx context.Context) error {
 		defer close(done)
 		d.tear.run(ctx)
 	}()
+	if d.cfg.ParkAfter != nil {
+		select {
+		case <-d.cfg.ParkAfter:
+		case <-ctx.Done():
+		}
+	}
 	d.pool.run(ctx)
 	<-done
 	return nil
