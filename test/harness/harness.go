@@ -15,6 +15,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"syscall"
 	"testing"
 	"time"
@@ -26,6 +27,15 @@ const (
 	stopLimit = 30 * time.Second
 	logShown  = 8000 // bytes of the daemon's log, from its end
 )
+
+// Slow is by how much a wait may be longer than elsewhere: emulated machines say so
+// with SERVIN_TEST_SLOW.
+func Slow() time.Duration {
+	if f, err := strconv.Atoi(os.Getenv("SERVIN_TEST_SLOW")); err == nil && f > 1 {
+		return time.Duration(f)
+	}
+	return 1
+}
 
 // Long reports whether the long campaigns were asked for (make test-long).
 func Long() bool { return os.Getenv("SERVIN_LONG") != "" }
@@ -74,7 +84,7 @@ func Programs(t *testing.T, names ...string) string {
 // Eventually polls until ok holds.
 func Eventually(t *testing.T, what string, limit time.Duration, ok func() bool) {
 	t.Helper()
-	for deadline := time.Now().Add(limit); !ok(); time.Sleep(10 * time.Millisecond) {
+	for deadline := time.Now().Add(Slow() * limit); !ok(); time.Sleep(10 * time.Millisecond) {
 		if time.Now().After(deadline) {
 			t.Fatalf("%s: not within %s", what, limit)
 		}
@@ -168,7 +178,7 @@ func (d *Daemon) Boot() {
 	if ready == nil {
 		ready = d.Ping
 	}
-	for deadline := time.Now().Add(bootLimit); ; {
+	for deadline := time.Now().Add(Slow() * bootLimit); ; {
 		err := ready()
 		if err == nil {
 			return
@@ -234,7 +244,7 @@ func (d *Daemon) Close() {
 	}
 	select {
 	case <-d.Exited:
-	case <-time.After(stopLimit):
+	case <-time.After(Slow() * stopLimit):
 		d.T.Errorf("the daemon did not end after shutdown")
 		d.Kill()
 	}

@@ -41,6 +41,8 @@ import (
 	"github.com/google/go-containerregistry/pkg/registry"
 	"github.com/rogpeppe/go-internal/testscript"
 	"golang.org/x/sys/unix"
+
+	"github.com/cloudos-io/cloudos/test/harness"
 )
 
 func TestScripts(t *testing.T) {
@@ -109,7 +111,7 @@ func (d *daemon) start() error {
 	}
 	d.done = make(chan struct{})
 	go func(cmd *exec.Cmd, done chan struct{}) { cmd.Wait(); close(done) }(d.cmd, d.done)
-	for deadline := time.Now().Add(slowly(20 * time.Second)); time.Now().Before(deadline); time.Sleep(5 * time.Millisecond) {
+	for deadline := time.Now().Add(harness.Slow() * 20 * time.Second); time.Now().Before(deadline); time.Sleep(5 * time.Millisecond) {
 		select {
 		case <-d.done:
 			return fmt.Errorf("the daemon ended:\n%s", d.log())
@@ -317,15 +319,7 @@ func engineCmd(ts *testscript.TestScript, neg bool, args []string) {
 }
 
 // keyPause is the time between two typed lines: for what they start to be there.
-func keyPause() time.Duration { return slowly(400 * time.Millisecond) }
-
-// slowly is a time on the machine that this is: an emulated one has a factor.
-func slowly(d time.Duration) time.Duration {
-	if f, err := strconv.Atoi(os.Getenv("SERVIN_TEST_SLOW")); err == nil && f > 1 {
-		d *= time.Duration(f)
-	}
-	return d
-}
+func keyPause() time.Duration { return harness.Slow() * 400 * time.Millisecond }
 
 func onTTY(ts *testscript.TestScript, neg bool, args []string) {
 	var keys []string
@@ -356,7 +350,7 @@ func onTTY(ts *testscript.TestScript, neg bool, args []string) {
 		k = strings.NewReplacer("^C\n", "\x03", "^D\n", "\x04", "^P^Q\n", "\x10\x11").Replace(k)
 		io.WriteString(f, k)
 	}
-	timer := time.AfterFunc(slowly(time.Minute), func() { cmd.Process.Kill() })
+	timer := time.AfterFunc(harness.Slow() * time.Minute, func() { cmd.Process.Kill() })
 	err = cmd.Wait()
 	timer.Stop()
 	<-read
@@ -370,7 +364,7 @@ func onTTY(ts *testscript.TestScript, neg bool, args []string) {
 // awaitRaw returns once the terminal is the container's: keys typed before are
 // this side's line editing's. What never takes it over gets them in the end.
 func awaitRaw(f *os.File) {
-	for deadline := time.Now().Add(slowly(20 * time.Second)); time.Now().Before(deadline); time.Sleep(10 * time.Millisecond) {
+	for deadline := time.Now().Add(harness.Slow() * 20 * time.Second); time.Now().Before(deadline); time.Sleep(10 * time.Millisecond) {
 		if tio, err := unix.IoctlGetTermios(int(f.Fd()), unix.TCGETS); err == nil && tio.Lflag&unix.ICANON == 0 {
 			return
 		}
