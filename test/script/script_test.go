@@ -350,7 +350,7 @@ func onTTY(ts *testscript.TestScript, neg bool, args []string) {
 		k = strings.NewReplacer("^C\n", "\x03", "^D\n", "\x04", "^P^Q\n", "\x10\x11").Replace(k)
 		io.WriteString(f, k)
 	}
-	timer := time.AfterFunc(harness.Slow() * time.Minute, func() { cmd.Process.Kill() })
+	timer := time.AfterFunc(harness.Slow()*time.Minute, func() { cmd.Process.Kill() })
 	err = cmd.Wait()
 	timer.Stop()
 	<-read
