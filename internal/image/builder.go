@@ -275,13 +275,18 @@ func (s *Service) Bound(ctx context.Context, ref string) (bool, error) {
 	return err == nil, asFault(err)
 }
 
-// Ready makes the variant of an image that suits this host best ready to run.
-func (s *Service) Ready(ctx context.Context, ref string) error {
+// best looks up the variant of an image that suits this host best.
+func (s *Service) best(ctx context.Context, ref string) (*variant, error) {
 	f, err := s.find(ctx, ref)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	v, err := s.pick(ctx, ref, f, "")
+	return s.pick(ctx, ref, f, "")
+}
+
+// Ready makes the variant of an image that suits this host best ready to run.
+func (s *Service) Ready(ctx context.Context, ref string) error {
+	v, err := s.best(ctx, ref)
 	if err != nil {
 		return err
 	}
@@ -293,11 +298,7 @@ func (s *Service) Ready(ctx context.Context, ref string) error {
 
 // Built tells that an image was built, be it one that was here before.
 func (s *Service) Built(ctx context.Context, ref string) error {
-	f, err := s.find(ctx, ref)
-	if err != nil {
-		return err
-	}
-	v, err := s.pick(ctx, ref, f, "")
+	v, err := s.best(ctx, ref)
 	if err != nil {
 		return err
 	}
