@@ -118,6 +118,7 @@ func TestParseErrors(t *testing.T) {
 		"image pull":     "at least 1 argument",
 		"--nope ps":      "unknown flag: --nope",
 		"pss":            "did you mean 'prog ps'?",
+		"imgae":          "did you mean 'prog image'?",
 		"vols zzz":       `"zzz" is not a command of prog vols`,
 		"zzzzzz":         `"zzzzzz" is not a command of prog`,
 	} {
