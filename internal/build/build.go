@@ -128,7 +128,7 @@ func (b *Builder) program() (string, error) {
 // ServeHTTP hands a request on. The path is without a version; the header
 // contract.VersionHeader has that.
 func (b *Builder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	done, err := b.use()
+	c, done, err := b.use()
 	if err != nil {
 		b.failed(w, r, err)
 		return
@@ -137,7 +137,16 @@ func (b *Builder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	token, forget := b.callers.add(caller.From(r.Context()))
 	defer forget()
 	r.Header.Set(contract.CallerHeader, token)
-	b.proxy.ServeHTTP(w, r)
+	request, err := wholeRequest(r)
+	if request == nil && err == nil {
+		b.proxy.ServeHTTP(w, r)
+		return
+	}
+	if err != nil {
+		b.failed(w, r, err)
+		return
+	}
+	b.hand(w, r, c.handed, request)
 }
 
 func (b *Builder) failed(w http.ResponseWriter, r *http.Request, err error) {
@@ -155,11 +164,11 @@ func (b *Builder) failed(w http.ResponseWriter, r *http.Request, err error) {
 }
 
 // use makes sure of a builder until done is called.
-func (b *Builder) use() (done func(), err error) {
+func (b *Builder) use() (_ *child, done func(), err error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if b.closed {
-		return nil, fault.New(fault.Unavailable, "the engine is being stopped")
+		return nil, nil, fault.New(fault.Unavailable, "the engine is being stopped")
 	}
 	if c := b.child; c != nil && c.stopping {
 		b.mu.Unlock()
@@ -168,14 +177,14 @@ func (b *Builder) use() (done func(), err error) {
 	}
 	if b.child == nil || isClosed(b.child.gone) {
 		if b.child, err = b.start(); err != nil {
-			return nil, err
+			return nil, nil, err
 		}
 	}
 	b.users++
 	if b.idle != nil {
 		b.idle.Stop()
 	}
-	return sync.OnceFunc(func() {
+	return b.child, sync.OnceFunc(func() {
 		b.mu.Lock()
 		defer b.mu.Unlock()
 		b.users--
@@ -225,7 +234,7 @@ func (b *Builder) Usage(ctx context.Context) (build.DiskUsage, error) {
 	running := b.child != nil && !b.child.stopping && !isClosed(b.child.gone)
 	b.mu.Unlock()
 	if running {
-		done, err := b.use()
+		_, done, err := b.use()
 		if err != nil {
 			return du, err
 		}
@@ -266,7 +275,7 @@ func (b *Builder) Prune(ctx context.Context, query string) (build.CachePruneRepo
 	if !b.HasCache() {
 		return rep, nil
 	}
-	done, err := b.use()
+	_, done, err := b.use()
 	if err != nil {
 		return rep, err
 	}
@@ -318,6 +327,7 @@ func (b *Builder) sweep() {
 // child is a running servin-buildd.
 type child struct {
 	cmd      *exec.Cmd
+	handed   *net.UnixConn // takes clients' connections
 	gone     chan struct{}
 	stopping bool // guarded by Builder.mu
 }
@@ -379,16 +389,22 @@ func (b *Builder) start() (_ *child, err error) {
 		return nil, err
 	}
 	closers = append(closers, conn.Close)
+	handed, theirHanded, err := handPair()
+	if err != nil {
+		return nil, err
+	}
+	defer theirHanded.Close()
+	closers = append(closers, handed.Close)
 
 	cmd := exec.Command(prog, "serve")
 	cmd.Args[0] = "servin-buildd"
 	cmd.Stderr = os.Stderr
-	cmd.ExtraFiles = []*os.File{theirs, lf}
+	cmd.ExtraFiles = []*os.File{theirs, lf, theirHanded}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNS | syscall.CLONE_NEWPID, Setsid: true}
 	if err := cmd.Start(); err != nil {
 		return nil, fmt.Errorf("cannot start %s: %w", prog, err)
 	}
-	c := &child{cmd: cmd, gone: make(chan struct{})}
+	c := &child{cmd: cmd, handed: handed, gone: make(chan struct{})}
 	srv := &services{cfg: b.cfg, callers: &b.callers, log: b.log, pid: cmd.Process.Pid, nets: map[string]struct{}{}}
 	gs := srv.server()
 	served := make(chan struct{})
@@ -399,6 +415,7 @@ func (b *Builder) start() (_ *child, err error) {
 	go func() {
 		defer close(c.gone)
 		err := cmd.Wait()
+		_ = handed.Close()
 		gs.Stop()
 		<-served
 		srv.release()
@@ -434,9 +451,13 @@ func (b *Builder) prepareRoot() error {
 		if err := os.RemoveAll(root); err != nil {
 			return fmt.Errorf("cannot throw the build cache away: %w", err)
 		}
-		if err := b.cfg.Images.SweepBuilder(context.Background(), image.Namespace, contract.HistoryNamespace); err != nil {
+		if err := b.cfg.Images.SweepBuilder(context.Background(), image.Namespace); err != nil {
 			return fmt.Errorf("cannot throw the build cache away: %w", err)
 		}
+	}
+	// Builders kept their history with the engine once.
+	if err := b.cfg.Images.SweepBuilder(context.Background(), contract.HistoryNamespace); err != nil {
+		return fmt.Errorf("cannot remove an older builder's records: %w", err)
 	}
 	if err := os.MkdirAll(root, 0o711); err != nil {
 		return fmt.Errorf("cannot make the builder's directory: %w", err)

@@ -87,13 +87,13 @@ type inContext struct {
 
 func (s inContext) Context() context.Context { return s.ctx }
 
-// inNamespace lets a builder work in its two namespaces alone.
+// inNamespace lets a builder work in the engine's namespace alone.
 func inNamespace(ctx context.Context) (context.Context, error) {
 	ns, ok := namespaces.Namespace(ctx)
 	if !ok {
 		ns = image.Namespace
 	}
-	if ns != image.Namespace && ns != contract.HistoryNamespace {
+	if ns != image.Namespace {
 		return nil, status.Errorf(codes.PermissionDenied, "namespace %q is not for builders", ns)
 	}
 	return namespaces.WithNamespace(ctx, ns), nil

@@ -327,6 +327,7 @@ func (s *Service) ImageChains(ctx context.Context) ([]string, error) {
 // gone.
 func (s *Service) SweepBuilder(ctx context.Context, spaces ...string) error {
 	var errs []error
+	var gone bool
 	for _, ns := range spaces {
 		nctx := namespaces.WithNamespace(s.ctx(ctx), ns)
 		list, err := s.leases.List(nctx)
@@ -337,10 +338,13 @@ func (s *Service) SweepBuilder(ctx context.Context, spaces ...string) error {
 		for _, l := range list {
 			if l.Labels[buildLabel] != "" {
 				errs = append(errs, s.leases.Delete(nctx, l))
+				gone = true
 			}
 		}
 	}
-	s.markDirty()
+	if gone {
+		s.markDirty()
+	}
 	return errors.Join(errs...)
 }
 

@@ -73,9 +73,13 @@ func run(logger *slog.Logger) error {
 	if err != nil {
 		return err
 	}
+	handed, err := server.NewHanded()
+	if err != nil {
+		return err
+	}
 	s, err := server.New(ctx, e, set, logger)
 	if err != nil {
 		return err
 	}
-	return s.Serve(ctx, l)
+	return s.Serve(ctx, l, handed)
 }

@@ -53,6 +53,7 @@ import (
 
 	"github.com/cloudos-io/cloudos/buildd/internal/classic"
 	"github.com/cloudos-io/cloudos/buildd/internal/engine"
+	"github.com/cloudos-io/cloudos/buildd/internal/history"
 	"github.com/cloudos-io/cloudos/buildd/internal/netns"
 	"github.com/cloudos-io/cloudos/internal/build/contract"
 	"github.com/cloudos-io/cloudos/internal/image"
@@ -70,6 +71,7 @@ type Server struct {
 	classic  *classic.Builder
 	callers  *engine.Callers
 	engine   *engine.Engine
+	history  *history.Store
 }
 
 // New puts a builder together.
@@ -77,6 +79,9 @@ func New(ctx context.Context, e *engine.Engine, set contract.Settings, log *slog
 	s := &Server{set: set, log: log, hijacked: newQueue(), callers: &e.Callers, engine: e}
 	var err error
 	if s.sessions, err = session.NewManager(); err != nil {
+		return nil, err
+	}
+	if s.history, err = history.Open(set.Root, contract.HistoryNamespace); err != nil {
 		return nil, err
 	}
 	base, md, err := newWorker(ctx, e, set)
@@ -96,7 +101,7 @@ func New(ctx context.Context, e *engine.Engine, set contract.Settings, log *slog
 	if err != nil {
 		return nil, fmt.Errorf("cannot open the cache's index: %w", err)
 	}
-	history, err := boltutil.SafeOpen(filepath.Join(set.Root, "history.db"), 0o600, &bolt.Options{FreelistType: bolt.FreelistMapType, NoSync: true})
+	records, err := boltutil.SafeOpen(filepath.Join(set.Root, "history.db"), 0o600, &bolt.Options{FreelistType: bolt.FreelistMapType, NoSync: true})
 	if err != nil {
 		return nil, fmt.Errorf("cannot open the builds' history: %w", err)
 	}
@@ -120,13 +125,13 @@ func New(ctx context.Context, e *engine.Engine, set contract.Settings, log *slog
 		},
 		CacheManager: solver.NewCacheManager(ctx, "local", cache, worker.NewCacheResultStorage(wc)),
 		Entitlements: []string{string(entitlements.EntitlementNetworkHost), string(entitlements.EntitlementSecurityInsecure)},
-		HistoryDB:    history,
+		HistoryDB:    records,
 		CacheStore:   cache,
-		LeaseManager: base.LeaseManager(),
-		ContentStore: base.ContentStore(),
+		LeaseManager: leaseutil.WithNamespace(s.history.Leases(e.Leases), image.Namespace),
+		ContentStore: containerdsnapshot.NewContentStore(s.history.Content(e.Content), image.Namespace),
 		// A record goes when it is too old and too many: the number alone is to count.
 		HistoryConfig:  &config.HistoryConfig{MaxAge: config.Duration{Duration: time.Minute}, MaxEntries: &entries},
-		GarbageCollect: base.GarbageCollect,
+		GarbageCollect: s.history.Collect,
 		GracefulStop:   ctx.Done(),
 	})
 	if err != nil {
@@ -236,11 +241,13 @@ func policy(budget, minFree int64) []client.PruneInfo {
 }
 
 // Serve answers requests until ctx ends, then writes down what the cache takes.
-func (s *Server) Serve(ctx context.Context, l net.Listener) error {
+func (s *Server) Serve(ctx context.Context, listeners ...net.Listener) error {
 	go func() { _ = s.grpc.Serve(s.hijacked) }()
 	srv := &http.Server{Handler: s.routes(), ReadHeaderTimeout: 30 * time.Second, ErrorLog: slog.NewLogLogger(s.log.Handler(), slog.LevelDebug)}
-	ended := make(chan error, 1)
-	go func() { ended <- srv.Serve(l) }()
+	ended := make(chan error, len(listeners))
+	for _, l := range listeners {
+		go func() { ended <- srv.Serve(l) }()
+	}
 	var err error
 	select {
 	case err = <-ended:
@@ -254,6 +261,9 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 	}
 	if e := s.control.Close(); e != nil {
 		s.log.Warn("cannot close the cache", "cause", e)
+	}
+	if e := s.history.Close(); e != nil {
+		s.log.Warn("cannot close the builds' records", "cause", e)
 	}
 	s.engine.Wait()
 	if err == nil || errors.Is(err, http.ErrServerClosed) {

@@ -18,14 +18,20 @@ import (
 )
 
 // Descriptors that servin-buildd inherits: the socket to the engine's services,
-// and the listening socket for requests to itself.
+// the listening socket for requests to itself, and the socket over which it is
+// handed clients' connections.
 const (
 	FDEngine = 3
 	FDListen = 4
+	FDHanded = 5
 )
 
-// Snapshotter names the engine's snapshotter, and Namespaces are where a builder
-// may work: its objects, which it shares with the engine, and BuildKit's history.
+// MaxHanded is the size of a message on FDHanded: what was read from a connection,
+// with two descriptors: the connection, and one to be closed when that is done with.
+const MaxHanded = 64 << 10
+
+// Snapshotter names the engine's snapshotter. HistoryNamespace is where BuildKit has
+// its history, which the builder keeps itself.
 const (
 	Snapshotter      = "overlayfs"
 	HistoryNamespace = image.Namespace + "_history"
