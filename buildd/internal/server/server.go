@@ -240,23 +240,20 @@ func policy(budget, minFree int64) []client.PruneInfo {
 	}
 }
 
-// Serve answers requests of the engine's, and the one of each client's connection that
-// it hands over, until ctx ends, then writes down what the cache takes.
-func (s *Server) Serve(ctx context.Context, engine, handed net.Listener) error {
+// Serve answers requests until ctx ends, then writes down what the cache takes.
+func (s *Server) Serve(ctx context.Context, listeners ...net.Listener) error {
 	go func() { _ = s.grpc.Serve(s.hijacked) }()
-	srv, clients := s.server(s.routes()), s.server(s.upgrades())
-	// What a client sends behind its request was judged by nobody.
-	clients.SetKeepAlivesEnabled(false)
-	ended := make(chan error, 2)
-	go func() { ended <- srv.Serve(engine) }()
-	go func() { ended <- clients.Serve(handed) }()
+	srv := &http.Server{Handler: s.routes(), ReadHeaderTimeout: 30 * time.Second, ErrorLog: slog.NewLogLogger(s.log.Handler(), slog.LevelDebug)}
+	ended := make(chan error, len(listeners))
+	for _, l := range listeners {
+		go func() { ended <- srv.Serve(l) }()
+	}
 	var err error
 	select {
 	case err = <-ended:
 	case <-ctx.Done():
+		_ = srv.Close()
 	}
-	_ = srv.Close()
-	_ = clients.Close()
 	s.grpc.Stop()
 	s.collect()
 	if e := s.writeUsage(context.Background()); e != nil {
@@ -277,10 +274,6 @@ func (s *Server) Serve(ctx context.Context, engine, handed net.Listener) error {
 		_ = os.Remove(filepath.Join(s.set.Root, "boot"))
 	}
 	return err
-}
-
-func (s *Server) server(h http.Handler) *http.Server {
-	return &http.Server{Handler: h, ReadHeaderTimeout: 30 * time.Second, ErrorLog: slog.NewLogLogger(s.log.Handler(), slog.LevelDebug)}
 }
 
 // settle brings the cache's records to the disk. While a builder runs they need not
