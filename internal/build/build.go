@@ -90,6 +90,12 @@ func New(cfg Config) *Builder {
 	b.proxy = &httputil.ReverseProxy{
 		Rewrite: func(r *httputil.ProxyRequest) {
 			r.Out.URL.Scheme, r.Out.URL.Host, r.Out.Host = "http", "buildd", "buildd"
+			// A client that names them in its header Connection would take them away.
+			for _, h := range []string{contract.VersionHeader, contract.CallerHeader, contract.ConfinedHeader} {
+				if v := r.In.Header.Values(h); len(v) > 0 {
+					r.Out.Header[h] = v
+				}
+			}
 			// What the builder does is part of the request's trace.
 			otel.GetTextMapPropagator().Inject(r.In.Context(), propagation.HeaderCarrier(r.Out.Header))
 		},
@@ -174,6 +180,9 @@ func (b *Builder) use() (_ *child, done func(), err error) {
 		b.mu.Unlock()
 		<-c.gone
 		b.mu.Lock()
+		if b.closed { // meanwhile
+			return nil, nil, fault.New(fault.Unavailable, "the engine is being stopped")
+		}
 	}
 	if b.child == nil || isClosed(b.child.gone) {
 		if b.child, err = b.start(); err != nil {

@@ -21,10 +21,11 @@ import (
 // wholeRequest writes down a request that asks for another protocol, for a client's
 // connection to be given to the builder with it: thousands of small messages go over
 // such a connection, and each would wake this process twice. It is nil where the
-// connection must be copied instead: one of TLS, or a request with a body.
+// connection must be copied instead: one of TLS, or a request with a body, or one
+// that is answered, so that the next on its connection is the engine's again.
 func wholeRequest(r *http.Request) ([]byte, error) {
 	addr, _ := r.Context().Value(http.LocalAddrContextKey).(net.Addr)
-	if r.Header.Get("Upgrade") == "" || addr == nil || addr.Network() != "unix" || r.TLS != nil ||
+	if !contract.Upgrades(r.URL.Path) || r.Header.Get("Upgrade") == "" || addr == nil || addr.Network() != "unix" || r.TLS != nil ||
 		r.ContentLength != 0 || len(r.TransferEncoding) > 0 {
 		return nil, nil
 	}
@@ -62,7 +63,8 @@ func (b *Builder) hand(w http.ResponseWriter, r *http.Request, to *net.UnixConn,
 	early, _ := buf.Reader.Peek(buf.Reader.Buffered())
 	if err := send(to, append(request, early...), conn, theirs); err != nil {
 		b.log.Error("cannot hand a connection to the builder", "path", r.URL.Path, "cause", err)
-		_, _ = io.WriteString(conn, "HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+		const why = `{"message":"cannot build: the builder has just ended; try again"}`
+		_, _ = fmt.Fprintf(conn, "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s", len(why), why)
 		return
 	}
 	_ = theirs.Close()

@@ -15,6 +15,8 @@ import (
 	"github.com/containerd/containerd/v2/core/metadata"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/containerd/v2/plugins/content/local"
+	"github.com/moby/buildkit/util/db"
+	"github.com/moby/buildkit/util/db/boltutil"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	bolt "go.etcd.io/bbolt"
@@ -26,8 +28,8 @@ const sweepAfter = 64
 // Store is where it is kept, and the way to the engine's for everything else.
 type Store struct {
 	namespace string
-	bolt      *bolt.DB
-	db        *metadata.DB
+	bolt      db.DB
+	meta      *metadata.DB
 	leases    leases.Manager
 
 	mu    sync.Mutex
@@ -36,7 +38,8 @@ type Store struct {
 }
 
 // Open opens the store below root, for what is in the namespace. Like the other
-// records of the builder's its own reach the disk when the builder ends.
+// records of the builder's its own reach the disk when the builder ends. A damaged one
+// is set aside: without it there is still much to build.
 func Open(root, namespace string) (*Store, error) {
 	dir := filepath.Join(root, "records")
 	if err := os.MkdirAll(dir, 0o700); err != nil {
@@ -46,16 +49,16 @@ func Open(root, namespace string) (*Store, error) {
 	if err != nil {
 		return nil, fmt.Errorf("cannot open the builds' records: %w", err)
 	}
-	b, err := bolt.Open(filepath.Join(root, "records.db"), 0o600, &bolt.Options{FreelistType: bolt.FreelistMapType, NoStatistics: true, NoSync: true})
+	b, err := boltutil.SafeOpen(filepath.Join(root, "records.db"), 0o600, &bolt.Options{FreelistType: bolt.FreelistMapType, NoStatistics: true, NoSync: true})
 	if err != nil {
 		return nil, fmt.Errorf("cannot open the builds' records: %w", err)
 	}
-	db := metadata.NewDB(b, blobs, nil)
-	if err := db.Init(context.Background()); err != nil {
+	meta := metadata.NewDB(b, blobs, nil)
+	if err := meta.Init(context.Background()); err != nil {
 		_ = b.Close()
 		return nil, fmt.Errorf("cannot open the builds' records: %w", err)
 	}
-	return &Store{namespace: namespace, bolt: b, db: db, leases: metadata.NewLeaseManager(db)}, nil
+	return &Store{namespace: namespace, bolt: b, meta: meta, leases: metadata.NewLeaseManager(meta)}, nil
 }
 
 // Close removes what no record needs and closes the store.
@@ -70,7 +73,7 @@ func (s *Store) Close() error {
 
 // Collect removes what no record needs.
 func (s *Store) Collect(ctx context.Context) error {
-	if _, err := s.db.GarbageCollect(ctx); err != nil {
+	if _, err := s.meta.GarbageCollect(ctx); err != nil {
 		return fmt.Errorf("cannot remove old records of builds: %w", err)
 	}
 	return nil
@@ -93,7 +96,7 @@ func (s *Store) own(ctx context.Context) bool {
 
 // Content is the engine's content store but for the namespace.
 func (s *Store) Content(engine content.Store) content.Store {
-	return contents{s, engine, s.db.ContentStore()}
+	return contents{s, engine, s.meta.ContentStore()}
 }
 
 type contents struct {

@@ -5,6 +5,7 @@ import (
 	"context"
 	"fmt"
 	"io/fs"
+	"os"
 	"path/filepath"
 	"testing"
 
@@ -127,4 +128,22 @@ func blobs(t *testing.T, root string) (n int) {
 		t.Fatal(err)
 	}
 	return n
+}
+
+// TestDamagedRecords keeps a builder able to start when its records are not readable.
+func TestDamagedRecords(t *testing.T) {
+	ec, el := engine(t)
+	root := t.TempDir()
+	if err := os.WriteFile(filepath.Join(root, "records.db"), bytes.Repeat([]byte("torn"), 8192), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	s, err := Open(root, "ours_history")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ours := namespaces.WithNamespace(context.Background(), "ours_history")
+	put(ours, t, s.Content(ec), s.Leases(el), "l", []byte("a record"))
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
 }

@@ -35,6 +35,14 @@ func (s *Server) routes() http.Handler {
 	return traced(mux)
 }
 
+// upgrades are the routes of clients' connections that the engine hands over.
+func (s *Server) upgrades() http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc("POST /grpc", s.serveGRPC)
+	mux.HandleFunc("POST /session", s.serveSession)
+	return traced(mux)
+}
+
 // traced makes a request part of the trace that its headers name.
 func traced(h http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {

@@ -240,20 +240,23 @@ func policy(budget, minFree int64) []client.PruneInfo {
 	}
 }
 
-// Serve answers requests until ctx ends, then writes down what the cache takes.
-func (s *Server) Serve(ctx context.Context, listeners ...net.Listener) error {
+// Serve answers requests of the engine's, and the one of each client's connection that
+// it hands over, until ctx ends, then writes down what the cache takes.
+func (s *Server) Serve(ctx context.Context, engine, handed net.Listener) error {
 	go func() { _ = s.grpc.Serve(s.hijacked) }()
-	srv := &http.Server{Handler: s.routes(), ReadHeaderTimeout: 30 * time.Second, ErrorLog: slog.NewLogLogger(s.log.Handler(), slog.LevelDebug)}
-	ended := make(chan error, len(listeners))
-	for _, l := range listeners {
-		go func() { ended <- srv.Serve(l) }()
-	}
+	srv, clients := s.server(s.routes()), s.server(s.upgrades())
+	// What a client sends behind its request was judged by nobody.
+	clients.SetKeepAlivesEnabled(false)
+	ended := make(chan error, 2)
+	go func() { ended <- srv.Serve(engine) }()
+	go func() { ended <- clients.Serve(handed) }()
 	var err error
 	select {
 	case err = <-ended:
 	case <-ctx.Done():
-		_ = srv.Close()
 	}
+	_ = srv.Close()
+	_ = clients.Close()
 	s.grpc.Stop()
 	s.collect()
 	if e := s.writeUsage(context.Background()); e != nil {
@@ -274,6 +277,10 @@ func (s *Server) Serve(ctx context.Context, listeners ...net.Listener) error {
 		_ = os.Remove(filepath.Join(s.set.Root, "boot"))
 	}
 	return err
+}
+
+func (s *Server) server(h http.Handler) *http.Server {
+	return &http.Server{Handler: h, ReadHeaderTimeout: 30 * time.Second, ErrorLog: slog.NewLogLogger(s.log.Handler(), slog.LevelDebug)}
 }
 
 // settle brings the cache's records to the disk. While a builder runs they need not

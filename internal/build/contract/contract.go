@@ -30,6 +30,10 @@ const (
 // with two descriptors: the connection, and one to be closed when that is done with.
 const MaxHanded = 64 << 10
 
+// Upgrades tells of a path whether its connections are handed over: whoever is there
+// speaks another protocol from then on.
+func Upgrades(path string) bool { return path == "/session" || path == "/grpc" }
+
 // Snapshotter names the engine's snapshotter. HistoryNamespace is where BuildKit has
 // its history, which the builder keeps itself.
 const (
