@@ -57,9 +57,6 @@ func makeSystem(ctx context.Context, o Options, apt *kernel.Apt, kind kernel.Kin
 		return nil, err
 	}
 	o.Log("kernel %s from %s", k.Version, k.Package)
-	if o.Format == "vm" {
-		k.DropSignatures() // the host has verified the image, and its boot is not a secure one
-	}
 	initial, modules = modulesFor(o.Arch, kind, initial, modules)
 	s := &system{kind: kind, kernel: k}
 	if s.initialTree, err = initialRoot(o, k, initial); err != nil {
