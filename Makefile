@@ -20,7 +20,7 @@ deps: ## Install what building and running need (Debian packages; needs root)
 
 build: shim hello ## Build every program into bin/
 	@mkdir -p $(BIN)
-	$(GO) build -tags nri_no_wasm -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/ $(PROGRAMS:%=./cmd/%) # ADR 14
+	$(GO) build -tags nri_no_wasm,grpcnotrace -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/ $(PROGRAMS:%=./cmd/%) # ADR 14, 55
 	@scripts/toolbox-image $(BIN)/servin-toolbox.tar.gz
 	@$(MAKE) --no-print-directory buildd scan
 
@@ -29,12 +29,12 @@ build: shim hello ## Build every program into bin/
 BUILDKIT := v0.33.1
 buildd: ## Build the builder of images, servin-buildd
 	@mkdir -p $(BIN)
-	cd buildd && $(GO) build -mod=mod -trimpath -ldflags '$(LDFLAGS) -X github.com/moby/buildkit/version.Version=$(BUILDKIT)' -o ../$(BIN)/ ./cmd/...
+	cd buildd && $(GO) build -mod=mod -tags grpcnotrace -trimpath -ldflags '$(LDFLAGS) -X github.com/moby/buildkit/version.Version=$(BUILDKIT)' -o ../$(BIN)/ ./cmd/...
 
 # A Go module of its own, too: the libraries of syft, grype and Sigstore (ADR 34).
 scan: ## Build the scanner of images, servin-scan
 	@mkdir -p $(BIN)
-	cd scan && $(GO) build -mod=mod -trimpath -ldflags '$(LDFLAGS)' -o ../$(BIN)/ ./cmd/...
+	cd scan && $(GO) build -mod=mod -tags grpcnotrace -trimpath -ldflags '$(LDFLAGS)' -o ../$(BIN)/ ./cmd/...
 
 shim: ## Build the static C program that the engine embeds
 	@$(MAKE) --no-print-directory -C shim GOARCH=$(GOARCH)

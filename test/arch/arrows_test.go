@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"io"
+	"os"
 	"os/exec"
 	"path"
 	"strings"
@@ -198,6 +199,26 @@ func TestPackageNames(t *testing.T) {
 		}
 		if bad[path.Base(p.ImportPath)] {
 			t.Errorf("%s: the name says nothing", p.ImportPath)
+		}
+	}
+}
+
+// TestEngineKeepsNoMethods sees that the linker may leave out methods that nobody
+// calls (ADR 55).
+func TestEngineKeepsNoMethods(t *testing.T) {
+	cmd := exec.Command("go", "build", "-tags", "nri_no_wasm,grpcnotrace", "-trimpath", "-ldflags", "-dumpdep", "-o", os.DevNull, "./cmd/servind")
+	cmd.Dir = "../.."
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		t.Fatalf("%v: %s", err, out[:min(len(out), 2000)])
+	}
+	if !bytes.Contains(out, []byte("main.main -> ")) {
+		t.Fatal("the linker says nothing of what it keeps")
+	}
+	for line := range bytes.Lines(out) {
+		if l := bytes.TrimSpace(line); bytes.HasSuffix(l, []byte("<ReflectMethod>")) && bytes.Contains(l, []byte(" -> ")) {
+			t.Errorf("methods are called by names that are known only when the program runs: %s", l)
 		}
 	}
 }

@@ -1,19 +1,12 @@
 package driver
 
 import (
-	"bytes"
-	"encoding/json"
-	"errors"
-	"os"
 	"regexp"
 	"strings"
-	"text/template"
 	"time"
-	"unicode"
 )
 
-// Container is what a record may say about its container. The field and method
-// names are those that tag templates of Docker's users name.
+// Container is what a record may say about its container. Tags name what is in fields.
 type Container struct {
 	ContainerID         string
 	ContainerName       string // with its slash, as Docker has it
@@ -28,105 +21,6 @@ type Container struct {
 	DaemonName          string
 }
 
-const shortLen = 12
-
-func shorten(s string) string { return s[:min(len(s), shortLen)] }
-
-// ID is the short id.
-func (c Container) ID() string { return shorten(c.ContainerID) }
-
-// FullID is the id.
-func (c Container) FullID() string { return c.ContainerID }
-
-// Name is the name without its slash.
-func (c Container) Name() string { return strings.TrimPrefix(c.ContainerName, "/") }
-
-// ImageID is the image's short id.
-func (c Container) ImageID() string { return shorten(c.ContainerImageID) }
-
-// ImageFullID is the image's id.
-func (c Container) ImageFullID() string { return c.ContainerImageID }
-
-// ImageName is the image as it was asked for.
-func (c Container) ImageName() string { return c.ContainerImageName }
-
-// Hostname is the host's name.
-func (c Container) Hostname() (string, error) { return os.Hostname() }
-
-// Command is the process that runs.
-func (c Container) Command() string {
-	return strings.Join(append([]string{c.ContainerEntrypoint}, c.ContainerArgs...), " ")
-}
-
-// maxTag bounds what a template may produce.
-const maxTag = 4096
-
-var errTagLong = errors.New("the tag is longer than 4096 bytes")
-
-type bounded struct{ bytes.Buffer }
-
-func (b *bounded) Write(p []byte) (int, error) {
-	if b.Len()+len(p) > maxTag {
-		return 0, errTagLong
-	}
-	return b.Buffer.Write(p)
-}
-
-// Tag renders the option tag, or the given default where there is none.
-func (c Container) Tag(o map[string]string, otherwise string) (string, error) {
-	text := o["tag"]
-	if text == "" {
-		text = otherwise
-	}
-	if !strings.Contains(text, "{{") {
-		return text, nil
-	}
-	t, err := parseTag(text)
-	if err != nil {
-		return "", err
-	}
-	var b bounded
-	if err := t.Execute(&b, c); err != nil {
-		return "", invalid("invalid log tag: %w", err)
-	}
-	return b.String(), nil
-}
-
-func parseTag(text string) (*template.Template, error) {
-	t, err := template.New("log-tag").Funcs(template.FuncMap{
-		"json": func(v any) string {
-			b, _ := json.Marshal(v)
-			return string(b)
-		},
-		"split": strings.Split, "join": strings.Join, "lower": strings.ToLower, "upper": strings.ToUpper,
-		"title": func(s string) string {
-			if s == "" {
-				return s
-			}
-			r := []rune(s)
-			r[0] = unicode.ToTitle(r[0])
-			return string(r)
-		},
-		"truncate": func(s string, n int) string {
-			if n < 0 || len(s) <= n {
-				return s
-			}
-			return s[:n]
-		},
-		"pad": func(s string, before, after int) string {
-			if s == "" {
-				return s
-			}
-			sp := func(n int) string { return strings.Repeat(" ", min(max(n, 0), maxTag)) }
-			return sp(before) + s + sp(after)
-		},
-	}).Parse(text)
-	if err != nil {
-		return nil, invalid("invalid log tag: %w", err)
-	}
-	return t, nil
-}
-
 // checkAttrs finds what could never work.
 func checkAttrs(o map[string]string) error {
 	for _, k := range []string{"labels-regex", "env-regex"} {
@@ -135,8 +29,7 @@ func checkAttrs(o map[string]string) error {
 		}
 	}
 	if strings.Contains(o["tag"], "{{") {
-		_, err := parseTag(o["tag"])
-		return err
+		return checkTag(o["tag"])
 	}
 	return nil
 }

@@ -112,15 +112,37 @@ func TestTag(t *testing.T) {
 		`{{join (split "a.b" ".") "/"}}`:      "a/b",
 		`{{json .ContainerArgs}}`:             `["-c","x"]`,
 		`{{truncate .Name 2}}{{pad "x" 1 1}}`: "we x ",
+		`{{.Name | upper | printf "%s-%s" "a" | len}}{{/* why */}}`:                                  "5",
+		`{{.Name | printf "%s:%s" .ID}}`:                                                             "0123456789ab:web",
+		`{{if eq .Name "web" "db"}}yes{{else}}no{{end}}{{if not .LogPath}}!{{end}}`:                  "yes!",
+		`{{if eq .Name "api"}}a{{else if ne .ID ""}}b{{end}}`:                                        "b",
+		`{{with .ContainerLabels.team}}team {{.}} of {{$.Name}}{{else}}none{{end}}`:                  "team red of web",
+		`{{with (index .ContainerLabels "none")}}x{{else}}{{title "nobody"}}{{end}}`:                 "Nobody",
+		`{{len .ContainerEnv}} {{index .ContainerEnv 1}} {{.ContainerLabels.none}}{{print 1 "a" 2}}`: "3 B2=two 1a2",
+		`{{and .Name .LogPath}}{{or .LogPath .Name}}{{(split "a:b" ":")}}`:                           "web[a b]",
+		`{{- " x " -}} `: " x ",
 	} {
 		got, err := example.Tag(opts{"tag": text}, "{{.ID}}")
 		if err != nil || got != want {
 			t.Errorf("%q: got %q, %v, want %q", text, got, err, want)
 		}
 	}
-	for _, text := range []string{"{{.Nothing}}", `{{printf "%999999d" 1}}`, `{{define "x"}}{{template "x"}}{{end}}{{template "x"}}`, "{{"} {
+	for _, text := range []string{"{{.Nothing}}", `{{printf "%999999d" 1}}`, `{{define "x"}}{{template "x"}}{{end}}{{template "x"}}`, "{{",
+		`{{range .ContainerEnv}}{{.}}{{end}}`, `{{$x := .ID}}{{$x}}`, `{{.Name.Length}}`, `{{.Name 1}}`, `{{index .ContainerEnv 9}}`, `{{index .ContainerEnv "a"}}`,
+		`{{upper 1}}`, `{{join "a" "b"}}`, `{{nothing .}}`, `{{truncate 1 "a"}}`, `{{and}}`, `{{nil}}`, `{{1.5}}`, `{{len 1}}`, `{{printf 1}}`, `{{eq 1}}`} {
 		if got, err := example.Tag(opts{"tag": text}, ""); err == nil {
 			t.Errorf("%q gives %q", text, got)
+		}
+	}
+}
+
+func TestCheckTag(t *testing.T) {
+	for text, ok := range map[string]bool{
+		"{{.ID}}": true, `{{index .ContainerEnv 3}}`: true, `{{.ContainerLabels.none}}`: true,
+		"{{": false, "{{.Nothing}}": false, "{{nothing}}": false, "{{range .ContainerEnv}}{{end}}": false,
+	} {
+		if err := checkTag(text); (err == nil) != ok {
+			t.Errorf("%q: %v", text, err)
 		}
 	}
 }

@@ -16,6 +16,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"strings"
 	"syscall"
 	"time"
 
@@ -61,7 +62,7 @@ type Source struct {
 
 // NewSource renders what the options ask for of a container.
 func NewSource(name string, options map[string]string, c driver.Container) (Source, error) {
-	s := Source{Driver: name, Options: options, ID: c.ContainerID, Name: c.Name(), Image: c.ContainerImageName}
+	s := Source{Driver: name, Options: options, ID: c.ContainerID, Name: strings.TrimPrefix(c.ContainerName, "/"), Image: c.ContainerImageName}
 	var rename func(string) string
 	if name == driver.Journald {
 		rename = journalField
