@@ -2,6 +2,7 @@ package build
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -10,6 +11,7 @@ import (
 	"net/url"
 	"os"
 	"syscall"
+	"time"
 
 	"go.opentelemetry.io/otel"
 	"go.opentelemetry.io/otel/propagation"
@@ -45,7 +47,7 @@ func wholeRequest(r *http.Request) ([]byte, error) {
 }
 
 // hand gives a client's connection to the builder, with the request that was read
-// from it, and returns when the builder has done with it.
+// from it, and returns when the builder has done with it or the request's context ends.
 func (b *Builder) hand(w http.ResponseWriter, r *http.Request, to *net.UnixConn, request []byte) {
 	ends, theirs, err := os.Pipe()
 	if err != nil {
@@ -69,6 +71,8 @@ func (b *Builder) hand(w http.ResponseWriter, r *http.Request, to *net.UnixConn,
 	}
 	_ = theirs.Close()
 	_ = conn.Close()
+	// An engine that stops does not wait for a build to end by itself.
+	defer context.AfterFunc(r.Context(), func() { _ = ends.SetReadDeadline(time.Unix(1, 0)) })()
 	_, _ = io.Copy(io.Discard, ends) // nobody writes: it ends with the builder's end
 }
 
