@@ -5,11 +5,14 @@ package gpt
 
 import (
 	"bytes"
+	"crypto/rand"
 	"encoding/binary"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"hash/crc32"
 	"io"
+	"strings"
 	"unicode/utf16"
 )
 
@@ -34,18 +37,43 @@ var (
 	LinuxData = mustGUID("0FC63DAF-8483-4772-8E79-3D69D8477DE4")
 )
 
-func mustGUID(s string) (g GUID) {
-	var a uint32
-	var b, c, d uint16
-	var e uint64
-	if n, err := fmt.Sscanf(s, "%08X-%04X-%04X-%04X-%012X", &a, &b, &c, &d, &e); n != 5 || err != nil {
-		panic("gpt: " + s + " is no GUID")
+func mustGUID(s string) GUID {
+	g, err := ParseGUID(s)
+	if err != nil {
+		panic("gpt: " + err.Error())
 	}
-	binary.LittleEndian.PutUint32(g[0:], a)
-	binary.LittleEndian.PutUint16(g[4:], b)
-	binary.LittleEndian.PutUint16(g[6:], c)
-	binary.BigEndian.PutUint64(g[8:], uint64(d)<<48|e)
 	return g
+}
+
+// ParseGUID reads one as it is written: "21686148-6449-6e6f-744e-656564454649".
+func ParseGUID(s string) (GUID, error) {
+	var g GUID
+	b, err := hex.DecodeString(strings.ReplaceAll(s, "-", ""))
+	if err != nil || len(b) != len(g) {
+		return GUID{}, fmt.Errorf("%q is no GUID", s)
+	}
+	// The first three numbers are little-endian on the disk.
+	for i, from := range [16]int{3, 2, 1, 0, 5, 4, 7, 6, 8, 9, 10, 11, 12, 13, 14, 15} {
+		g[i] = b[from]
+	}
+	if g.String() != strings.ToLower(s) {
+		return GUID{}, fmt.Errorf("%q is no GUID", s)
+	}
+	return g, nil
+}
+
+// NewGUID makes one that nothing else has.
+func NewGUID() (g GUID) {
+	rand.Read(g[:])
+	g[7] = g[7]&0x0f | 0x40 // version 4, in the little-endian third number
+	g[8] = g[8]&0x3f | 0x80
+	return g
+}
+
+// String is how it is written.
+func (g GUID) String() string {
+	le := binary.LittleEndian
+	return fmt.Sprintf("%08x-%04x-%04x-%x-%x", le.Uint32(g[0:]), le.Uint16(g[4:]), le.Uint16(g[6:]), g[8:10], g[10:])
 }
 
 // Partition is one entry; First and Last are sectors, both part of it.

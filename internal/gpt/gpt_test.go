@@ -89,3 +89,17 @@ func FuzzRead(f *testing.F) {
 type writerAt []byte
 
 func (w writerAt) WriteAt(p []byte, at int64) (int, error) { return copy(w[at:], p), nil }
+
+func TestGUID(t *testing.T) {
+	if got := ESP.String(); got != "c12a7328-f81f-11d2-ba4b-00a0c93ec93b" {
+		t.Errorf("it is %s", got)
+	}
+	if g, err := ParseGUID("C12A7328-F81F-11d2-BA4B-00A0C93EC93B"); err != nil || g != ESP {
+		t.Errorf("it is %s, %v", g, err)
+	}
+	for _, bad := range []string{"", "c12a7328", "c12a7328f81f11d2ba4b00a0c93ec93b", "c12a7328-f81f-11d2-ba4b00a0c93ec93b-", "g12a7328-f81f-11d2-ba4b-00a0c93ec93b", ESP.String() + "00"} {
+		if g, err := ParseGUID(bad); err == nil {
+			t.Errorf("%q is %s", bad, g)
+		}
+	}
+}

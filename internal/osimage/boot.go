@@ -49,7 +49,7 @@ func fromPackage(ctx context.Context, apt *kernel.Apt, name, file string) ([]byt
 }
 
 // biosModules are the parts of GRUB that starting needs.
-var biosModules = []string{"biosdisk", "part_gpt", "fat", "iso9660", "linux", "normal", "configfile", "loadenv", "test", "echo", "minicmd", "reboot", "sleep", "search", "search_label"}
+var biosModules = []string{"biosdisk", "part_gpt", "fat", "iso9660", "linux", "normal", "configfile", "loadenv", "test", "echo", "minicmd", "probe", "reboot", "sleep", "search", "search_label"}
 
 // grubBIOS makes GRUB's image for BIOS: of the format i386-pc for disks, or
 // i386-pc-eltorito for ISO images. It also returns files of GRUB's folder that are asked for.

@@ -175,14 +175,15 @@ func bootPartition(ctx context.Context, o Options, apt *kernel.Apt, s *system) (
 	return t, nil
 }
 
-// BootScript is a slot's boot.cfg: words are added to the kernel's command line.
+// BootScript is a slot's boot.cfg: words are added to the kernel's command line. It says from which boot partition
+// the system was started, since another disk may have partitions of the same names.
 func BootScript(slot, arch, words string) string {
-	line := diskCommandLine(arch) + inVM(arch) + " cloudos.slot=" + slot + " cloudos.root=partlabel=" + slots.Partition(slot)
+	line := diskCommandLine(arch) + inVM(arch) + " cloudos.slot=" + slot + " cloudos.root=partlabel=" + slots.Partition(slot) + " cloudos.esp=$esp"
 	if words != "" {
 		line += " " + words
 	}
 	dir := "($root)/" + slots.Folder(slot)
-	return fmt.Sprintf("linux %s/kernel %s\ninitrd %s/initrd\n", dir, line, dir)
+	return fmt.Sprintf("set esp=\nprobe --set=esp --part-uuid $root\nlinux %s/kernel %s\ninitrd %s/initrd\n", dir, line, dir)
 }
 
 // efiTree holds Debian's signed boot loaders with a configuration.

@@ -36,7 +36,7 @@ var earlyModules = []string{"overlay", "bridge", "veth", "nf_tables", "nft_chain
 	"nft_fib", "nft_fib_ipv4", "nft_fib_ipv6", "nft_fib_inet", "nft_dup_ipv4", "nft_dup_ipv6", "virtio_console", "virtio_net"}
 
 // diskModules find the root on a cloud's disk.
-var diskModules = append([]string{"virtio_scsi", "sd_mod", "nvme", "hv_vmbus", "hv_storvsc", "xen_blkfront", "isofs", "dm_verity", "sha256_*"}, rootModules...)
+var diskModules = append([]string{"virtio_scsi", "sd_mod", "nvme", "hv_vmbus", "hv_storvsc", "xen_blkfront", "isofs", "dm_verity", "sha256_*", "efivarfs"}, rootModules...)
 
 // isoModules find the root on any machine's disk, stick or disc.
 var isoModules = append([]string{

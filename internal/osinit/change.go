@@ -15,7 +15,6 @@ import (
 	"github.com/cloudos-io/cloudos/api/system"
 	"github.com/cloudos-io/cloudos/internal/durable"
 	"github.com/cloudos-io/cloudos/internal/fault"
-	"github.com/cloudos-io/cloudos/internal/osinit/data"
 	"github.com/cloudos-io/cloudos/internal/osinit/upgrade"
 	"github.com/cloudos-io/cloudos/internal/release"
 	"github.com/cloudos-io/cloudos/internal/slots"
@@ -44,7 +43,7 @@ type changes struct {
 }
 
 func newChanges(m *machine) *changes {
-	return &changes{m: m, boot: &upgrade.Boot{Prepare: func() error {
+	return &changes{m: m, boot: &upgrade.Boot{Find: m.bootPartition, Prepare: func() error {
 		return m.modules.LoadAll("vfat", "nls_cp437", "nls_iso8859_1", "nls_ascii", "nls_utf8")
 	}}}
 }
@@ -84,12 +83,13 @@ func readText(p string) string {
 }
 
 // slotDevice is the partition of a slot, on the disk that the running one is on.
-func slotDevice(slot string) (string, error) {
-	dev, ok := data.Find("partlabel=" + slots.Partition(slot))
-	if !ok {
-		return "", fault.New(fault.NotFound, "there is no partition %s", slots.Partition(slot))
+func (c *changes) slotDevice(slot string) (string, error) {
+	d, err := c.m.startDisk(slots.Partition(c.m.cmdline["slot"]))
+	if err != nil {
+		return "", err
 	}
-	return dev.Path, nil
+	dev, err := d.Partition(slots.Partition(slot))
+	return dev.Path, err
 }
 
 // options of an upgrade.
@@ -120,7 +120,7 @@ func (c *changes) upgrade(ctx context.Context, r io.Reader, o options, progress 
 		return nil, err
 	}
 	slot := slots.Other(running)
-	root, err := slotDevice(slot)
+	root, err := c.slotDevice(slot)
 	if err != nil {
 		return nil, err
 	}
@@ -284,7 +284,7 @@ func (c *changes) rollback(ctx context.Context, force bool) (*system.Change, err
 	}
 	defer end()
 	slot := slots.Other(running)
-	root, err := slotDevice(slot)
+	root, err := c.slotDevice(slot)
 	if err != nil {
 		return nil, err
 	}

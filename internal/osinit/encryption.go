@@ -78,6 +78,9 @@ func (m *machine) openData(ctx context.Context, dev data.Device) (data.Device, e
 			return m.encrypt(ctx, dev, doc.Encryption)
 		}
 	}
+	if empty {
+		m.renewDisk()
+	}
 	if m.cmdline["encryption"] == "required" {
 		return dev, errors.New("the data are not encrypted, but the command line requires it (cloudos.encryption=required): give an empty disk and a configuration with encryption")
 	}
@@ -436,7 +439,10 @@ func (m *machine) Unlock(ctx context.Context, secret string) error {
 	if !locked {
 		return fault.New(fault.Conflict, "there are no encrypted data that are closed")
 	}
-	dev, ok := data.Find(spec)
+	dev, ok, err := m.dataDevice(spec)
+	if err != nil {
+		return err
+	}
 	if !ok {
 		return fault.New(fault.NotFound, "there is no data disk")
 	}

@@ -20,6 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/cloudos-io/cloudos/internal/fault"
+	"github.com/cloudos-io/cloudos/internal/gpt"
 	"github.com/cloudos-io/cloudos/internal/osinit/breakglass"
 	"github.com/cloudos-io/cloudos/internal/osinit/data"
 	"github.com/cloudos-io/cloudos/internal/osinit/guest"
@@ -75,6 +76,8 @@ type machine struct {
 	engineArgs []string
 	beside     sync.WaitGroup // loads modules from the initial file system
 	unpacked   *os.Root       // the initial file system
+	esp        gpt.GUID       // of the boot partition that the system was started from; zero is not known
+	home       data.Disk      // the disk that the root is on, if it has slots
 	prepared   *waitingEngine
 	netStop    context.CancelFunc
 	netDone    chan struct{}

@@ -9,8 +9,6 @@ import (
 	"strconv"
 	"strings"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/cloudos-io/cloudos/internal/fault"
 	"github.com/cloudos-io/cloudos/internal/gpt"
 	"github.com/cloudos-io/cloudos/internal/osinit/efiboot"
@@ -34,20 +32,12 @@ func (c *changes) withFirmware(fn func(v efiboot.Vars) error) error {
 	if err := c.m.modules.LoadAll("efivarfs"); err != nil {
 		return err
 	}
-	fs, err := unix.Fsopen("efivarfs", unix.FSOPEN_CLOEXEC)
+	at, err := efivars()
 	if err != nil {
-		return fmt.Errorf("cannot use the firmware's variables: %w", err)
+		return err
 	}
-	defer unix.Close(fs)
-	if err := unix.FsconfigCreate(fs); err != nil {
-		return fault.New(fault.Unsupported, "cannot use the firmware's variables: %w", err)
-	}
-	fd, err := unix.Fsmount(fs, unix.FSMOUNT_CLOEXEC, unix.MOUNT_ATTR_NODEV|unix.MOUNT_ATTR_NOSUID|unix.MOUNT_ATTR_NOEXEC)
-	if err != nil {
-		return fmt.Errorf("cannot mount the firmware's variables: %w", err)
-	}
-	defer unix.Close(fd)
-	return fn(efiboot.Vars{Dir: fmt.Sprintf("/proc/self/fd/%d", fd)})
+	defer at.Close()
+	return fn(efiboot.Vars{Dir: fmt.Sprintf("/proc/self/fd/%d", at.Fd())})
 }
 
 // loader is a slot's image as firmware knows it.

@@ -90,10 +90,13 @@ func (m *machine) findRoot(set *modules.Set) error {
 		}
 	}
 	var source string
+	if kind, _, _ := strings.Cut(spec, "="); kind == "verity" || kind == "partlabel" {
+		m.findESP(set)
+	}
 	if spec == "verity" {
 		source, err = m.slotOfRoot(set, check)
 	} else {
-		source, err = m.rootSource(set, spec)
+		source, err = m.rootSource(set, spec, check)
 	}
 	if err == nil && check.Blocks > 0 {
 		source, err = m.checkedRoot(set, check, source)
@@ -147,7 +150,7 @@ func (m *machine) findRoot(set *modules.Set) error {
 
 // rootSource finds the device with the root: a disk or partition, the file
 // cloudos/root.img on an ISO volume, or /root.img of the initial file system.
-func (m *machine) rootSource(set *modules.Set, spec string) (string, error) {
+func (m *machine) rootSource(set *modules.Set, spec string, check dm.Verity) (string, error) {
 	kind, name, _ := strings.Cut(spec, "=")
 	if kind == "initrd" {
 		if err := set.LoadAll("loop"); err != nil {
@@ -158,6 +161,9 @@ func (m *machine) rootSource(set *modules.Set, spec string) (string, error) {
 	find := func() (string, bool) {
 		if kind == "iso" {
 			return data.FindISO(name)
+		}
+		if kind == "partlabel" {
+			return m.rootOn(name, check)
 		}
 		dev, ok := data.Find(spec)
 		return dev.Path, ok
@@ -180,7 +186,12 @@ func (m *machine) rootSource(set *modules.Set, spec string) (string, error) {
 			return data.Loop("/medium/cloudos/root.img")
 		}
 		if time.Since(begin) > patience {
-			return "", fmt.Errorf("no disk with the root (%s) came within %v", spec, patience)
+			err := fmt.Errorf("no disk with the root (%s) came within %v", spec, patience)
+			if kind == "partlabel" {
+				_, why := m.startDisk(name)
+				err = errors.Join(err, why)
+			}
+			return "", err
 		}
 		// Drivers of what else there is: controllers bring disks, hubs bring sticks.
 		if err := set.Devices(); err != nil {
@@ -270,13 +281,14 @@ func (m *machine) mountData(ctx context.Context) error {
 	if spec == "" {
 		spec = "serial=" + vmwire.SerialData
 	}
-	dev, ok := data.Find(spec)
-	if !ok && spec != "none" {
+	dev, ok, err := m.dataDevice(spec)
+	if !ok && err == nil && spec != "none" {
 		time.Sleep(50 * time.Millisecond)
-		dev, ok = data.Find(spec)
+		dev, ok, err = m.dataDevice(spec)
 	}
-	if ok {
-		var err error
+	if err != nil {
+		failed = err
+	} else if ok {
 		if dev, err = m.openData(ctx, dev); err == nil {
 			err = dev.Mount("/var")
 		}

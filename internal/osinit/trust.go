@@ -3,13 +3,14 @@ package osinit
 import (
 	"crypto/sha256"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"os"
 	"time"
 
 	"golang.org/x/sys/unix"
 
-	"github.com/cloudos-io/cloudos/internal/osinit/data"
+	"github.com/cloudos-io/cloudos/internal/gpt"
 	"github.com/cloudos-io/cloudos/internal/osinit/dm"
 	"github.com/cloudos-io/cloudos/internal/osinit/modules"
 	"github.com/cloudos-io/cloudos/internal/slots"
@@ -79,21 +80,23 @@ func (m *machine) slotOfRoot(set *modules.Set, v dm.Verity) (string, error) {
 	for {
 		found := 0
 		for _, slot := range []string{"a", "b"} {
-			dev, ok := data.Find("partlabel=" + slots.Partition(slot))
+			path, ok := m.rootOn(slots.Partition(slot), v)
 			if !ok {
 				continue
 			}
 			found++
-			if hasRoot(dev.Path, v) {
+			if hasRoot(path, v) {
 				m.cmdline["slot"] = slot
-				return dev.Path, nil
+				return path, nil
 			}
 		}
-		if found == 2 {
+		late := time.Since(begin) > patience
+		if found == 2 && (late || m.esp != (gpt.GUID{})) { // else another disk may come
 			return "", fmt.Errorf("neither slot has the root that belongs to this kernel (%s)", v.Hash)
 		}
-		if time.Since(begin) > patience {
-			return "", fmt.Errorf("no disk with the root came within %v", patience)
+		if late {
+			_, err := m.startDisk(slots.Partition("a"))
+			return "", errors.Join(fmt.Errorf("no disk with the root came within %v", patience), err)
 		}
 		if err := set.Devices(); err != nil {
 			m.log.Printf("%v", err)

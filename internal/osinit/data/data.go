@@ -28,28 +28,22 @@ type Device struct {
 	crypt *dm.Crypt // where Path is one that is made of an encrypted one
 }
 
-// Find returns the block device with a serial number, or the partition with that
-// name: "serial=cloudos-data", "partlabel=cloudos-data". ok is false while there is none.
+// Find returns the block device with a serial number or a name: "serial=cloudos-data",
+// "name=vdb". ok is false while there is none.
 func Find(spec string) (Device, bool) {
 	kind, want, _ := strings.Cut(spec, "=")
-	disks, err := os.ReadDir("/sys/class/block")
+	disks, err := os.ReadDir(classBlock)
 	if err != nil {
 		return Device{}, false
 	}
 	for _, d := range disks {
-		dir := filepath.Join("/sys/class/block", d.Name())
+		dir := filepath.Join(classBlock, d.Name())
 		var got string
 		switch kind {
 		case "serial":
 			got = read(filepath.Join(dir, "serial"))
 			if got == "" {
 				got = read(filepath.Join(dir, "device/serial"))
-			}
-		case "partlabel":
-			for _, line := range strings.Split(read(filepath.Join(dir, "uevent")), "\n") {
-				if v, ok := strings.CutPrefix(line, "PARTNAME="); ok {
-					got = v
-				}
 			}
 		case "name":
 			got = d.Name()

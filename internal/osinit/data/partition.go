@@ -21,7 +21,7 @@ func (d Device) GrowPartition() error {
 		return d.growEncrypted()
 	}
 	name := filepath.Base(d.Path)
-	dir := filepath.Join("/sys/class/block", name)
+	dir := filepath.Join(classBlock, name)
 	if _, err := os.Stat(filepath.Join(dir, "partition")); err != nil {
 		return nil
 	}
@@ -75,7 +75,7 @@ func (d Device) GrowPartition() error {
 
 // FindISO returns the device with an ISO volume of that name.
 func FindISO(label string) (string, bool) {
-	disks, err := os.ReadDir("/sys/class/block")
+	disks, err := os.ReadDir(classBlock)
 	if err != nil {
 		return "", false
 	}

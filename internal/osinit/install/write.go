@@ -67,11 +67,8 @@ func (j *Job) write(ctx context.Context, id gpt.GUID) error {
 	if j.Manifest.Part(release.ESP) == nil {
 		return fault.New(fault.Invalid, "the release has no boot loaders")
 	}
-	table, _ := slots.Layout(id, func(name string) (g gpt.GUID) {
-		sum := sha256.Sum256(append(id[:], name...))
-		copy(g[:], sum[:])
-		return g
-	})
+	// Nothing but this disk has these partitions: by the boot partition's identity a system knows its disk.
+	table, _ := slots.Layout(id, func(string) gpt.GUID { return gpt.NewGUID() })
 	sectors := j.Disk.Size / gpt.Sector
 	table.Grow(slots.DataPartition, sectors)
 	f, err := j.claim(sectors)

@@ -28,8 +28,9 @@ const sealedFile = slots.SealedFile
 
 // Boot is the boot partition. It is mounted while it is used, and not otherwise.
 type Boot struct {
-	// Device is the partition; empty is the one with the label esp.
+	// Device is the partition; where it is empty, Find says which.
 	Device string
+	Find   func() (string, error)
 	// Prepare loads what mounting needs.
 	Prepare func() error
 
@@ -47,11 +48,7 @@ func (b *Boot) device() (string, error) {
 	if b.Device != "" {
 		return b.Device, nil
 	}
-	dev, ok := data.Find("partlabel=esp")
-	if !ok {
-		return "", fault.New(fault.Unsupported, "this machine has no boot partition: it does not run from a disk with slots")
-	}
-	return dev.Path, nil
+	return b.Find()
 }
 
 func (b *Boot) with(write bool, fn func(dir string) error) error {
