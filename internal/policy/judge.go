@@ -113,13 +113,16 @@ func (d *Document) exec(x Exec) []Violation {
 	return d.each(x.Container, func(r *Rule, b *breach) {
 		e := r.Exec
 		if e == nil {
-			return
+			e = &ExecRule{}
 		}
 		if e.Allowed == "deny" {
 			b.add("to execute commands in running containers", "")
 		}
-		if e.Privileged == "deny" && x.Privileged {
+		// A privileged command has all capabilities, which the container could not ask for.
+		if x.Privileged && (e.Privileged == "deny" || r.Privileged == "deny") {
 			b.add("privileged commands", "leave --privileged out")
+		} else if x.Privileged {
+			r.Capabilities.check("capability", []string{"*"}, b)
 		}
 		user := x.User
 		if user == "" {

@@ -146,6 +146,27 @@ func TestCreate(t *testing.T) {
 	}
 }
 
+func TestExec(t *testing.T) {
+	for rule, want := range map[string]struct{ plain, privileged bool }{ // what is refused
+		"exec: {allowed: deny}":                     {true, true},
+		"exec: {privileged: deny}":                  {false, true},
+		"exec: {users: {nonRoot: true}}":            {true, true},
+		"privileged: deny":                          {false, true},
+		"capabilities: {allow: [NET_BIND_SERVICE]}": {false, true},
+		"capabilities: {deny: [SYS_ADMIN]}":         {false, true},
+		"capabilities: {allow: ['*']}":              {false, false},
+		"networks: {allow: []}":                     {false, false},
+	} {
+		d := parse(t, "- name: r\n  "+rule)
+		for privileged, bad := range map[bool]bool{false: want.plain, true: want.privileged} {
+			x := Exec{Container: Container{Image: "alpine", Config: &container.Config{}, HostConfig: &container.HostConfig{}}, Privileged: privileged}
+			if v := d.exec(x); (len(v) > 0) != bad {
+				t.Errorf("%s, privileged %t: %v", rule, privileged, v)
+			}
+		}
+	}
+}
+
 type verifier struct{ err error }
 
 func (v verifier) Verify(_ context.Context, _, _ string, s []Signer) error {
