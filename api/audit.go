@@ -49,6 +49,10 @@ type AuditWho struct {
 // AuditGenesis is the Prev of the first record.
 var AuditGenesis = strings.Repeat("0", 64)
 
+// AuditCut is an attribute of a record "start": what of the log before it was missing
+// although it had been noted.
+const AuditCut = "cut"
+
 const auditHash = `,"hash":"`
 
 // Seal writes the record as a line whose hash covers everything before it on the
@@ -151,6 +155,9 @@ func (v *AuditVerifier) Line(line []byte) {
 			}
 			v.hashes[r.Seq] = r.Hash
 		}
+	}
+	if cut := r.Attrs[AuditCut]; r.Event == "start" && cut != "" {
+		v.problem("before record %d: %s", r.Seq, cut)
 	}
 	if r.Event == "drop" {
 		if _, err := fmt.Sscan(r.Attrs["through"], &v.through); err != nil {

@@ -127,6 +127,9 @@ func Open(c Config) (*Log, error) {
 		l.log = slog.New(slog.DiscardHandler)
 	}
 	attrs, err := l.open()
+	if err == nil {
+		err = l.compare(attrs)
+	}
 	if err != nil {
 		return nil, fault.New(fault.Of(err), "cannot open the audit log: %w", err)
 	}
@@ -221,6 +224,43 @@ func (l *Log) open() (attrs map[string]string, err error) {
 	return attrs, nil
 }
 
+// compare holds the end of the chain against the note of it: from here on the note is
+// of what follows, so what is missing is said in the chain itself.
+func (l *Log) compare(attrs map[string]string) error {
+	h, ok := l.readHead()
+	switch {
+	case !ok && l.seq == 0: // a new log, whose note must not be missing after a power cut
+		l.headMu.Lock()
+		defer l.headMu.Unlock()
+		if _, err := l.head.WriteAt(noted(0, l.prev), 0); err != nil {
+			return err
+		}
+		return errors.Join(l.head.Sync(), syncDir(l.c.Dir))
+	case !ok:
+		attrs[api.AuditCut] = "the note of the log's head was missing or changed"
+	case h.Seq > l.seq:
+		attrs[api.AuditCut] = fmt.Sprintf("records %d to %d, which had been noted, were missing: the end of the log was cut off, or the machine stopped before it was on the disk", l.seq+1, h.Seq)
+	case h.Seq > 0 && h.Seq == l.seq && h.Hash != l.prev:
+		attrs[api.AuditCut] = fmt.Sprintf("record %d was not the one that had been noted: the log was rewritten", h.Seq)
+	default:
+		return nil
+	}
+	l.log.Error("the audit log is not as it was left", "cause", attrs[api.AuditCut])
+	return nil
+}
+
+// noted is the note of the log's head.
+func noted(seq uint64, hash string) []byte { return fmt.Appendf(nil, "%020d %s\n", seq, hash) }
+
+func syncDir(dir string) error {
+	d, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	return d.Sync()
+}
+
 func (l *Log) continueFrom(name string, attrs map[string]string) error {
 	b, err := os.ReadFile(filepath.Join(l.c.Dir, name))
 	if err != nil {
@@ -260,12 +300,7 @@ func (l *Log) begin() error {
 	if err != nil {
 		return err
 	}
-	d, err := os.Open(l.c.Dir)
-	if err == nil {
-		err = d.Sync()
-		d.Close()
-	}
-	if err != nil {
+	if err := syncDir(l.c.Dir); err != nil {
 		f.Close()
 		return err
 	}
@@ -382,9 +417,9 @@ func (l *Log) append(group []*line) error {
 	}
 	l.size += int64(n)
 	l.seq, l.prev = seq, prev
-	// Not synced: it may lag behind after a crash, it is never ahead.
+	// Not synced: it may lag behind after a crash. Ahead it can be after a power cut only.
 	l.headMu.Lock()
-	_, err = l.head.WriteAt(fmt.Appendf(nil, "%020d %s\n", seq, prev), 0)
+	_, err = l.head.WriteAt(noted(seq, prev), 0)
 	l.headMu.Unlock()
 	if err != nil {
 		l.log.Warn("cannot note the head of the audit log", "cause", err)

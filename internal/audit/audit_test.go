@@ -171,7 +171,12 @@ func TestTampering(t *testing.T) {
 		if rep := v.End(); len(rep.Problems) == 0 {
 			t.Errorf("%s: nothing shows: %+v", what, rep)
 		}
+		// Nor is it forgotten when an engine starts on that and writes on.
+		stillShows(t, what, names[0], change(), head)
 	}
+	stillShows(t, "the note removed", names[0], good, nil)
+	stillShows(t, "cut, and the note removed", names[0], bytes.Join(all[:len(all)-1], nil), nil)
+	stillShows(t, "everything but the note removed", "", nil, head)
 	// An engine that starts on a changed log goes on, and still says so.
 	if err := errors.Join(os.WriteFile(names[0], append(bytes.Clone(good), "hello\n"...), 0o600), os.WriteFile(dir+"/"+headFile, head, 0o600)); err != nil {
 		t.Fatal(err)
@@ -184,6 +189,27 @@ func TestTampering(t *testing.T) {
 	}
 	if err := l.Close(); err != nil {
 		t.Fatal(err)
+	}
+}
+
+// stillShows starts twice on a log whose last file is called name, and wants a problem to be told.
+func stillShows(t *testing.T, what, name string, log, head []byte) {
+	t.Helper()
+	dir := t.TempDir()
+	if name != "" {
+		if err := os.WriteFile(filepath.Join(dir, filepath.Base(name)), log, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if head != nil {
+		if err := os.WriteFile(filepath.Join(dir, headFile), head, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for range 2 {
+		if p := verify(t, dir); len(p) == 0 {
+			t.Errorf("%s: nothing shows after a start", what)
+		}
 	}
 }
 
