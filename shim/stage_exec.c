@@ -156,6 +156,11 @@ int op_creds(struct stage *s, struct rd *r, uint16_t flags)
 	if (!rd_end(r))
 		return -EPROTO;
 	long e = 0;
+	/* first as who starts the container, whom every directory of it is open to;
+	   what only its user may enter (on a file system that knows no other) later */
+	int entered = s->cwd ? change_directory(s, s->cwd) : 0;
+	if (entered < 0 && entered != -EACCES && entered != -EPERM)
+		return entered;
 	if (flags & F_CREDS_HAS_CAPS) {
 		for (int c = 0; c < 64; c++) {
 			if (bounding >> c & 1)
@@ -196,7 +201,7 @@ int op_creds(struct stage *s, struct rd *r, uint16_t flags)
 	/* it also forgets what signal the death of the monitor brings */
 	if (e >= 0 && s->deathsig)
 		e = SYS(SYS_prctl, PR_SET_PDEATHSIG, s->deathsig);
-	if (e >= 0 && s->cwd)
+	if (e >= 0 && entered < 0)
 		e = change_directory(s, s->cwd);
 	return e < 0 ? (int)e : 0;
 }

@@ -95,7 +95,12 @@ func Capabilities(hc *container.HostConfig, h Host) ([]string, error) {
 	return caps, nil
 }
 
-func capabilitySets(caps []string) *specs.LinuxCapabilities {
+// capabilitySets are those of a process of the user: executing a program takes them from all
+// but root, and whether he may execute it is not to be asked while he still has them.
+func capabilitySets(caps []string, uid uint32) *specs.LinuxCapabilities {
+	if uid != 0 {
+		return &specs.LinuxCapabilities{Bounding: caps}
+	}
 	return &specs.LinuxCapabilities{
 		Bounding: caps, Effective: slices.Clone(caps), Permitted: slices.Clone(caps),
 	}

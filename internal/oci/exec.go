@@ -53,11 +53,12 @@ func GenerateExec(in ExecInput) (*specs.Process, error) {
 	}
 	p.Rlimits = slices.Clone(in.Init.Rlimits)
 	if req.Privileged {
-		p.Capabilities = capabilitySets(slices.Clone(in.Host.Capabilities))
+		p.Capabilities = capabilitySets(slices.Clone(in.Host.Capabilities), p.User.UID)
 	} else if c := in.Init.Capabilities; c != nil {
-		p.Capabilities = &specs.LinuxCapabilities{
-			Bounding: slices.Clone(c.Bounding), Effective: slices.Clone(c.Effective),
-			Permitted: slices.Clone(c.Permitted), Inheritable: slices.Clone(c.Inheritable), Ambient: slices.Clone(c.Ambient),
+		p.Capabilities = capabilitySets(slices.Clone(c.Bounding), p.User.UID)
+		p.Capabilities.Inheritable, p.Capabilities.Ambient = slices.Clone(c.Inheritable), slices.Clone(c.Ambient)
+		if p.User.UID != 0 { // those he keeps
+			p.Capabilities.Permitted, p.Capabilities.Effective = slices.Clone(c.Ambient), slices.Clone(c.Ambient)
 		}
 	}
 	return &p, nil

@@ -32,7 +32,7 @@ func (g *generator) process() error {
 		Args:            args,
 		Env:             Environment(cfg, cfg.Tty, g.in.LinkEnv, nil, g.in.Home),
 		Cwd:             cfg.WorkingDir,
-		Capabilities:    capabilitySets(caps),
+		Capabilities:    capabilitySets(caps, g.in.User.UID),
 		Rlimits:         rlimits,
 		NoNewPrivileges: g.in.NoNewPrivileges,
 		SelinuxLabel:    g.in.ProcessLabel,

@@ -35,6 +35,29 @@ func TestExitCodes(t *testing.T) {
 	if out := e.must("ps", "-aq"); out != "" {
 		t.Errorf("containers left: %q", out)
 	}
+	// What a user may not execute he does not; where he begins may be closed to him.
+	e.must("run", "--name", "closed", "bb", "sh", "-c", "cp /bin/busybox /bin/priv; chmod 700 /bin/priv; mkdir -m 700 /secret; cp /bin/busybox /secret/sh")
+	e.must("commit", "closed", "closed")
+	e.must("run", "-d", "--name", "up", "--user", "1000", "closed", "sleep", "1000")
+	for _, c := range []struct {
+		args []string
+		code int
+	}{
+		{[]string{"run", "--rm", "--user", "1000", "closed", "/bin/priv", "true"}, 126},
+		{[]string{"run", "--rm", "--user", "1000", "closed", "priv", "true"}, 126},
+		{[]string{"run", "--rm", "--user", "1000", "closed", "/secret/sh", "-c", "true"}, 126},
+		{[]string{"run", "--rm", "--user", "1000", "--init", "closed", "/secret/sh", "-c", "true"}, 126},
+		{[]string{"run", "--rm", "--user", "1000", "-w", "/secret", "closed", "sh", "-c", "! ls ."}, 0},
+		{[]string{"run", "--rm", "--user", "1000", "-w", "/secret", "--cap-drop", "all", "closed", "true"}, 0},
+		{[]string{"exec", "up", "/bin/priv", "true"}, 126},
+		{[]string{"exec", "--privileged", "up", "/bin/priv", "true"}, 126},
+		{[]string{"exec", "--user", "0", "up", "/secret/sh", "-c", "grep -q 'CapEff:.*a80425fb' /proc/self/status && chown 5 /tmp"}, 0},
+		{[]string{"exec", "up", "sh", "-c", "grep -q 'CapEff:.*0000000000000000' /proc/self/status && ! chown 5 /tmp"}, 0},
+	} {
+		if r := e.run(c.args...); r.code != c.code {
+			t.Errorf("%s: want exit %d, got %s", strings.Join(c.args, " "), c.code, r)
+		}
+	}
 }
 
 func TestStreams(t *testing.T) {
