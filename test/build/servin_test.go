@@ -127,6 +127,10 @@ CMD cat /here
 	if r := e.servin("load", "-i", e.Dir+"/out.docker"); r.code != 0 {
 		t.Errorf("load what was built: %s", r)
 	}
+	before := e.servin("images", "-q").out
+	if r := build("--target", "files", "-o", "type=cacheonly", "-t", "kept:nowhere"); r.code != 0 || e.servin("images", "-q").out != before {
+		t.Errorf("--output type=cacheonly: %s", r)
+	}
 	if r := build("--target", "files", "-q"); r.code != 0 || !strings.HasPrefix(r.out, "sha256:") || r.err != "" {
 		t.Errorf("--quiet: %s", r)
 	}

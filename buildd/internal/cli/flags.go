@@ -34,7 +34,7 @@ func parseFlags(args []string, out io.Writer) (*flags, error) {
 	s.StringArrayVar(&f.buildArgs, "build-arg", nil, "Set `NAME=VALUE` for ARG; NAME alone takes it from the environment")
 	s.StringVar(&f.target, "target", "", "Stage to build")
 	s.StringSliceVar(&f.platforms, "platform", nil, "Platforms to build for, such as linux/arm64")
-	s.StringArrayVarP(&f.outputs, "output", "o", nil, "Where the result goes: type=local|tar|oci|docker|image|registry,dest=PATH or a directory (default: an image of the engine)")
+	s.StringArrayVarP(&f.outputs, "output", "o", nil, "Where the result goes: type=local|tar|oci|docker|image|registry|cacheonly,dest=PATH or a directory (default: an image of the engine)")
 	s.BoolVar(&f.push, "push", false, "Push the image: --output type=registry")
 	s.BoolVar(&f.load, "load", false, "Make an image of the engine (the default)")
 	s.BoolVar(&f.noCache, "no-cache", false, "Use no cache")

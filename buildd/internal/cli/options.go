@@ -386,6 +386,8 @@ func (p *plan) outputs(f *flags, _ func(string) string) error {
 	}
 	for _, e := range list {
 		switch e.Type {
+		case "cacheonly": // nothing is written
+			continue
 		case "moby", client.ExporterImage, client.ExporterOCI, client.ExporterDocker:
 			if e.Attrs["name"] == "" && len(names) > 0 {
 				e.Attrs["name"] = strings.Join(names, ",")
