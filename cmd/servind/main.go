@@ -41,12 +41,12 @@ func main() {
 		os.Exit(code) // the process that brings a container back
 	}
 	daemon.TuneMemory()
-	args, ordered, err := await.Wait(os.Args[1:])
+	args, ready, ordered, err := await.Wait(os.Args[1:])
 	if err == nil && !ordered {
 		return
 	}
 	if err == nil {
-		err = run(context.Background(), args)
+		err = run(context.Background(), args, ready)
 	}
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "servind:", err)
@@ -54,7 +54,7 @@ func main() {
 	}
 }
 
-func run(ctx context.Context, args []string) error {
+func run(ctx context.Context, args []string, ready <-chan struct{}) error {
 	c, err := configure(args)
 	if errors.Is(err, pflag.ErrHelp) || errors.Is(err, errVersion) {
 		return nil
@@ -80,7 +80,7 @@ func run(ctx context.Context, args []string) error {
 	if inside.Active {
 		group = "" // an ordinary user's engine is that user's alone
 	}
-	s, err := wire.New(ctx, c, inside, log)
+	s, err := wire.New(ctx, c, inside, ready, log)
 	if err != nil {
 		return err
 	}

@@ -30,6 +30,7 @@ func plainName(s string, most int) bool {
 
 // Attach connects a container to a network. On failure nothing is left.
 func (m *Manager) Attach(ctx context.Context, req AttachRequest) (Attachment, error) {
+	m.up()
 	if !plainName(req.ContainerID, 128) {
 		return Attachment{}, fault.New(fault.Invalid, "cannot attach %q: that is no container id", req.ContainerID)
 	}

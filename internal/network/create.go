@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"maps"
 	"net/netip"
+	"slices"
 	"strings"
 
 	"github.com/cloudos-io/cloudos/internal/fault"
@@ -27,6 +28,7 @@ func predefined(name string) bool {
 
 // Create makes a network.
 func (m *Manager) Create(ctx context.Context, req network.CreateRequest) (network.CreateResponse, error) {
+	m.up()
 	if !plainName(req.Name, 255) {
 		return network.CreateResponse{}, fault.New(fault.Invalid, "invalid network name: %q: letters, digits and _.- are allowed, and the first must be a letter or digit", req.Name)
 	}
@@ -402,9 +404,9 @@ func (m *Manager) fell(n *netw) error {
 }
 
 // ensureBuiltin makes the networks that every engine has.
-func (m *Manager) ensureBuiltin(ctx context.Context) error {
+func (m *Manager) ensureBuiltin(ctx context.Context, names ...string) error {
 	for _, d := range []struct{ name, driver string }{{network.NetworkBridge, "bridge"}, {network.NetworkHost, "host"}, {network.NetworkNone, "null"}} {
-		if m.names[d.name] != nil {
+		if m.names[d.name] != nil || !slices.Contains(names, d.name) {
 			continue
 		}
 		req := network.CreateRequest{Name: d.name, Driver: d.driver}
@@ -435,6 +437,7 @@ func (m *Manager) ensureBuiltin(ctx context.Context) error {
 
 // Remove deletes a network that no container is on.
 func (m *Manager) Remove(ctx context.Context, nameOrID string) error {
+	m.up()
 	m.makeMu.Lock()
 	defer m.makeMu.Unlock()
 	n, err := m.find(nameOrID)

@@ -20,6 +20,7 @@ const (
 
 // Doctor looks at the host's firewall and forwarding, and changes nothing.
 func (m *Manager) Doctor(ctx context.Context) []Finding {
+	m.up()
 	var out []Finding
 	add := func(sev, title, detail, fix string) {
 		out = append(out, Finding{Severity: sev, Title: title, Detail: detail, Fix: fix})

@@ -108,6 +108,7 @@ func bootID() string {
 // Doctor's findings that he was shown, and no other is carried out. The accepts
 // go with their network. done tells what was done.
 func (m *Manager) AllowForward(ctx context.Context, actions []string) (done []string, err error) {
+	m.up()
 	if m.broken != nil {
 		return nil, m.broken
 	}

@@ -17,6 +17,7 @@ type Filters = map[string]map[string]bool
 
 // List returns the networks that pass the filters, by name.
 func (m *Manager) List(ctx context.Context, filters map[string]map[string]bool) ([]network.Inspect, error) {
+	m.up()
 	pass, err := compile(filters, "driver", "id", "label", "label!", "name", "scope", "type", "dangling", "until")
 	if err != nil {
 		return nil, err
@@ -36,6 +37,7 @@ func (m *Manager) List(ctx context.Context, filters map[string]map[string]bool) 
 
 // Inspect returns one network.
 func (m *Manager) Inspect(ctx context.Context, nameOrID string) (network.Inspect, error) {
+	m.up()
 	m.followCNI()
 	m.mu.RLock()
 	defer m.mu.RUnlock()
@@ -80,6 +82,7 @@ func (m *Manager) inspectLocked(n *netw) network.Inspect {
 
 // Prune removes the networks that nobody uses.
 func (m *Manager) Prune(ctx context.Context, filters map[string]map[string]bool) (network.PruneReport, error) {
+	m.up()
 	rep := network.PruneReport{NetworksDeleted: []string{}}
 	pass, err := compile(filters, "label", "label!", "until")
 	if err != nil {

@@ -102,6 +102,7 @@ func newManager(t testing.TB, edit func(*Config)) *Manager {
 	if err != nil {
 		t.Fatal(err)
 	}
+	m.up()
 	if m.broken != nil {
 		t.Fatal(m.broken)
 	}

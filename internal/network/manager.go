@@ -61,6 +61,8 @@ type Config struct {
 	Plugins *plugin.Set
 	// CNI runs plugins for the networks cni:NAME; nil: there are none.
 	CNI *cni.Service
+	// Ready is when the kernel has what networks are made of; nil: it has.
+	Ready <-chan struct{}
 }
 
 // Manager keeps the networks of an engine. It is safe for concurrent use.
@@ -91,7 +93,8 @@ type Manager struct {
 	keeper    *dhcp.Keeper
 	leases    chan struct{}
 	later     sync.WaitGroup // of what nobody waits for but Close
-	serviceMu sync.Mutex     // one service address is given at a time
+	raising   raising
+	serviceMu sync.Mutex // one service address is given at a time
 
 	cniSeen uint64 // generation of the CNI configuration that the books follow
 
@@ -169,10 +172,9 @@ type corpse struct {
 
 var instanceName = regexp.MustCompile(`^[A-Za-z0-9_-]+$`)
 
-// New takes up the networks of an engine: it reads their records, makes sure
-// that the default ones exist and puts bridges and rules in place. A host that
-// cannot have bridge networks still gets a Manager; creating or using one then
-// says why.
+// New takes up the networks of an engine: it reads their records. Bridges and rules come
+// into place when Run begins, or with the first call that needs them. A host that cannot have bridge
+// networks still gets a Manager; creating or using one then says why.
 func New(ctx context.Context, cfg Config) (*Manager, error) {
 	if len(cfg.Instance) > 64 || !instanceName.MatchString(cfg.Instance) {
 		return nil, fault.New(fault.Invalid, "cannot use %q as an instance id: letters, digits, - and _ are allowed, 64 at most", cfg.Instance)
@@ -191,7 +193,8 @@ func New(ctx context.Context, cfg Config) (*Manager, error) {
 	m := &Manager{
 		cfg: cfg, log: cfg.Logger, tag: tagOf(cfg.Instance), kick: make(chan struct{}, 1), balance: make(chan struct{}, 1),
 		nets: map[string]*netw{}, names: map[string]*netw{}, containers: map[string]*box{}, parked: map[string]*parked{},
-		ports: newReservations(cfg.HostPorts),
+		ports:   newReservations(cfg.HostPorts),
+		raising: raising{quit: make(chan struct{})},
 	}
 	var seed [8]byte
 	rand.Read(seed[:])
@@ -216,11 +219,7 @@ func New(ctx context.Context, cfg Config) (*Manager, error) {
 	}
 	m.table = nft.New("servin_"+cfg.Instance, m.six)
 	m.load()
-	if err := m.setUp(ctx); err != nil {
-		m.broken = fault.New(fault.Unsupported, "cannot use bridge networks on this host: %w", err)
-		m.log.Warn("bridge networks are off", "cause", err)
-	}
-	if err := m.ensureBuiltin(ctx); err != nil {
+	if err := m.ensureBuiltin(ctx, network.NetworkHost, network.NetworkNone); err != nil {
 		m.links.Close()
 		m.table.Close()
 		return nil, err
@@ -231,6 +230,7 @@ func New(ctx context.Context, cfg Config) (*Manager, error) {
 // Close gives up what only a running engine needs: sockets and descriptors.
 // Links and rules stay for the containers that go on.
 func (m *Manager) Close() error {
+	m.raising.never()
 	m.mu.Lock()
 	m.closed = true
 	boxes := m.containers

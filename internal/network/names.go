@@ -92,6 +92,7 @@ func (m *Manager) unregister(n *netw, b *box, e *endpoint) {
 
 // Rename follows a container's new name in DNS.
 func (m *Manager) Rename(ctx context.Context, id, name string) error {
+	m.up()
 	m.mu.Lock()
 	b := m.containers[id]
 	if b == nil {
@@ -114,6 +115,7 @@ func (m *Manager) Rename(ctx context.Context, id, name string) error {
 
 // SetHealthy tells whether names should lead to the container.
 func (m *Manager) SetHealthy(id string, healthy bool) {
+	m.up()
 	m.mu.Lock()
 	if b := m.containers[id]; b != nil {
 		if b.unhealthy == healthy {

@@ -103,6 +103,7 @@ func (b *PodBridge) Check(context.Context, Pod) error { return nil }
 
 // Status implements engine.PodNetwork.
 func (b *PodBridge) Status(context.Context) error {
+	b.m.up()
 	if b.m.broken != nil {
 		return b.m.broken
 	}

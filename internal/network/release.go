@@ -18,6 +18,7 @@ import (
 // namespace, with an address that the container will have, so that attaching
 // is only to put its outer end on the bridge.
 func (m *Manager) PrepareLink(ctx context.Context, netns *os.File) (*Link, error) {
+	m.up()
 	if m.broken != nil {
 		return nil, m.broken
 	}
@@ -73,6 +74,7 @@ func (m *Manager) unpark(outer string) *parked {
 // DropLink gives up a link that was never used. Its removal is left to Run,
 // or to the end of the sandbox's namespace, whichever comes first.
 func (m *Manager) DropLink(ctx context.Context, l *Link) error {
+	m.up()
 	if l == nil {
 		return nil
 	}
@@ -203,6 +205,7 @@ func (m *Manager) reapOnce() int {
 
 // Detach undoes one Attach. The container's namespace may be gone.
 func (m *Manager) Detach(ctx context.Context, id, nameOrID string) error {
+	m.up()
 	n, err := m.find(nameOrID)
 	if err != nil {
 		return err
@@ -286,6 +289,18 @@ func hasUDP(e *endpoint) bool {
 // Release undoes all of a container's attachments. Published ports are free
 // when it returns; links and addresses follow.
 func (m *Manager) Release(ctx context.Context, id string) error {
+	if m.putOff(func() {
+		if err := m.release(context.Background(), id); err != nil {
+			m.log.Warn("a container's network could not be given back", "container", id, "cause", err)
+		}
+	}) {
+		return nil
+	}
+	m.up()
+	return m.release(ctx, id)
+}
+
+func (m *Manager) release(ctx context.Context, id string) error {
 	m.mu.Lock()
 	b := m.containers[id]
 	if b == nil {

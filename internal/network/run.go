@@ -17,6 +17,7 @@ import (
 // Run restores the rules when somebody flushed them and finishes what Release
 // left, until ctx ends.
 func (m *Manager) Run(ctx context.Context) error {
+	m.up()
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return m.reap(ctx) })
 	g.Go(func() error { return m.rebalance(ctx) })
@@ -48,6 +49,18 @@ func (m *Manager) Run(ctx context.Context) error {
 // Restore takes back the containers that live and forgets the others. What
 // bears this engine's mark and belongs to nobody is removed.
 func (m *Manager) Restore(ctx context.Context, live []Live) error {
+	if len(live) == 0 && m.putOff(func() {
+		if err := m.restore(context.Background(), nil); err != nil {
+			m.log.Warn("cannot restore all networks", "cause", err)
+		}
+	}) {
+		return nil
+	}
+	m.up()
+	return m.restore(ctx, live)
+}
+
+func (m *Manager) restore(_ context.Context, live []Live) error {
 	alive := map[string]*os.File{}
 	for _, l := range live {
 		alive[l.ContainerID] = l.NetNS
@@ -226,6 +239,7 @@ func (m *Manager) own(owned map[string]bool) {
 // the kernel settings it changed, unless another engine needs them. The
 // Manager is closed by it; records of networks stay.
 func (m *Manager) Destroy(ctx context.Context) error {
+	m.up()
 	m.mu.Lock()
 	m.closed = true
 	boxes := m.containers

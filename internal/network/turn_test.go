@@ -25,6 +25,7 @@ func TestEnginesStartTogether(t *testing.T) {
 				t.Error(err)
 				return
 			}
+			m.up()
 			ms[i] = m
 		})
 	}

@@ -47,6 +47,8 @@ type system struct {
 	initialTree  *tree.Tree
 	rootTree     *tree.Tree
 	rootFileSize int64
+	quickTree    *tree.Tree // VM mode: what is unpacked at each start, beside the root
+	quickUsage   squashfs.Usage
 	verity       verity.Root // of disks
 }
 
@@ -83,7 +85,11 @@ func makeSystem(ctx context.Context, o Options, apt *kernel.Apt, kind kernel.Kin
 		return nil, err
 	}
 	s.root = f.Name()
-	s.rootUsage, err = squashfs.Write(f, s.rootTree, epoch)
+	if o.Format == "vm" {
+		err = s.writeParts(o, f)
+	} else {
+		s.rootUsage, err = squashfs.Write(f, s.rootTree, epoch)
+	}
 	if err == nil && (o.Format == "disk" || o.Format == "release" || o.Format == "iso") {
 		err = s.appendTree(f)
 	}

@@ -47,6 +47,13 @@ func (s *system) contents(o Options) error {
 			list = append(list, Content{"root/" + e.Path, e.Part, e.Size, s.rootUsage[e.Path]})
 		}
 	}
+	if s.quickTree != nil {
+		for _, e := range s.quickTree.Sorted() {
+			if e.Mode.IsRegular() {
+				list = append(list, Content{"engine/" + e.Path, e.Part, e.Size, s.quickUsage[e.Path]})
+			}
+		}
+	}
 	b, err := json.MarshalIndent(list, "", " ")
 	if err != nil {
 		return err

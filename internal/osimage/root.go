@@ -32,8 +32,7 @@ var rootModules = []string{"virtio_pci", "virtio_blk", "squashfs", "quota_v2"}[:
 
 // earlyModules are what the engine uses while it starts (package osinit loads
 // them): in a virtual machine they are loaded while the disks are looked for.
-var earlyModules = []string{"overlay", "bridge", "veth", "nf_tables", "nft_chain_nat", "nft_nat", "nft_ct", "nft_masq",
-	"nft_fib", "nft_fib_ipv4", "nft_fib_ipv6", "nft_fib_inet", "nft_dup_ipv4", "nft_dup_ipv6", "virtio_console", "virtio_net"}
+var earlyModules = []string{"overlay", "virtio_console", "virtio_net"}
 
 // diskModules find the root on a cloud's disk.
 var diskModules = append([]string{"virtio_scsi", "sd_mod", "nvme", "hv_vmbus", "hv_storvsc", "xen_blkfront", "isofs", "dm_verity", "sha256_*", "efivarfs"}, rootModules...)

@@ -77,8 +77,18 @@ func (m *machine) runEngine(ctx context.Context) {
 		if err := json.NewEncoder(e.tell).Encode(await.Order{Args: m.engineArgs, Env: []string{env}}); err != nil {
 			m.log.Printf("cannot tell the engine how to run: %v", err)
 		}
-		e.tell.Close()
+		// It ends when networks can be made.
+		go func() {
+			defer e.tell.Close()
+			select {
+			case <-m.ready:
+			case <-ctx.Done():
+			case <-time.After(15 * time.Second): // it waits for them itself
+			}
+			m.loadNetworkModules()
+		}()
 	} else {
+		m.loadNetworkModules()
 		var err error
 		if r, w, err = os.Pipe(); err != nil {
 			m.problem(err)

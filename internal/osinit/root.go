@@ -123,8 +123,19 @@ func (m *machine) findRoot(set *modules.Set) error {
 			return err
 		}
 	}
+	engine := ""
+	if kind, _, _ := strings.Cut(spec, "="); kind == "serial" {
+		if source, engine, err = rootParts(source); err != nil {
+			return err
+		}
+	}
 	if err := unix.Mount(source, filepath.Join(place, "system"), "squashfs", unix.MS_RDONLY|unix.MS_NODEV, ""); err != nil {
 		return fmt.Errorf("cannot mount the root from %s: %w", source, err)
+	}
+	if engine != "" {
+		if err := mountEngine(engine, place); err != nil {
+			return err
+		}
 	}
 	for _, d := range []string{"/proc", "/sys", "/dev"} { // what the root is on stays where it is, unseen
 		if err := unix.Mount(d, place+d, "", unix.MS_MOVE, ""); err != nil {
@@ -146,6 +157,34 @@ func (m *machine) findRoot(set *modules.Set) error {
 		return err
 	}
 	return unix.Chdir("/")
+}
+
+// rootParts are the partitions of VM mode's disk with the root: the root, and the
+// engine's program (ADR 56). The kernel finds them a moment after the disk.
+func rootParts(disk string) (root, engine string, err error) {
+	root, engine = disk+"1", disk+"2"
+	for begin := time.Now(); ; time.Sleep(2 * time.Millisecond) {
+		_, err = os.Stat(engine)
+		if err == nil || time.Since(begin) > patience {
+			return root, engine, err
+		}
+	}
+}
+
+// mountEngine puts the engine's program where the root has a place for it.
+func mountEngine(source, place string) error {
+	at := filepath.Join(place, "mnt")
+	if err := unix.Mount(source, at, "squashfs", unix.MS_RDONLY|unix.MS_NODEV, ""); err != nil {
+		return fmt.Errorf("cannot mount the engine's program from %s: %w", source, err)
+	}
+	if err := unix.Mount(filepath.Join(at, "servind"), filepath.Join(place, "system/bin/servind"), "", unix.MS_BIND, ""); err != nil {
+		return fmt.Errorf("cannot put the engine's program into its place: %w", err)
+	}
+	// It stays for as long as that one.
+	if err := unix.Unmount(at, unix.MNT_DETACH); err != nil {
+		return fmt.Errorf("cannot put the engine's program into its place: %w", err)
+	}
+	return nil
 }
 
 // rootSource finds the device with the root: a disk or partition, the file
@@ -339,10 +378,20 @@ func (m *machine) growAtStart() {
 	m.change()
 }
 
-// What the engine uses while it starts: the kernel would otherwise run a program
-// for each, several times.
-var engineModules = []string{"overlay", "bridge", "veth", "nf_tables", "nft_chain_nat", "nft_nat", "nft_ct", "nft_masq",
+// What the engine uses while it starts.
+var engineModules = []string{"overlay"}
+
+// What networks are made of: the kernel would otherwise run a program for each, several
+// times. They are two thirds of what is loaded, and each byte of a module is hashed for its
+// signature: the engine is to answer first.
+var networkModules = []string{"bridge", "veth", "nf_tables", "nft_chain_nat", "nft_nat", "nft_ct", "nft_masq",
 	"nft_fib", "nft_fib_ipv4", "nft_fib_ipv6", "nft_fib_inet", "nft_dup_ipv4", "nft_dup_ipv6"}
+
+func (m *machine) loadNetworkModules() {
+	if err := m.modules.LoadAll(networkModules...); err != nil {
+		m.problem(err)
+	}
+}
 
 // preload loads what the engine is about to use and is not there yet. connected is closed
 // when nobody else needs the initial file system.

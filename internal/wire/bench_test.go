@@ -35,7 +35,7 @@ func inProcess(b *testing.B, pool int, fn func(s *wire.System)) {
 	defer os.RemoveAll(dir)
 	c := &config.Config{Root: filepath.Join(dir, "root"), RunRoot: filepath.Join(dir, "run"), Pool: &pool}
 	c.Defaults(false)
-	s, err := wire.New(b.Context(), c, rootless.State{}, slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelWarn})))
+	s, err := wire.New(b.Context(), c, rootless.State{}, nil, slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelWarn})))
 	if err != nil {
 		b.Fatal(err)
 	}

@@ -18,7 +18,6 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
-	"sync"
 	"time"
 
 	mcontainer "github.com/moby/moby/api/types/container"
@@ -83,7 +82,7 @@ type part struct {
 }
 
 // New builds everything. On failure it closes what it has opened.
-func New(ctx context.Context, c *config.Config, inside rootless.State, log *slog.Logger) (_ *System, err error) {
+func New(ctx context.Context, c *config.Config, inside rootless.State, ready <-chan struct{}, log *slog.Logger) (_ *System, err error) {
 	s := &System{log: log, recovered: make(chan struct{})}
 	defer func() {
 		if err != nil {
@@ -136,7 +135,6 @@ func New(ctx context.Context, c *config.Config, inside rootless.State, log *slog
 		return nil, err
 	}
 	s.part("layers", layers.Run)
-	// Networks are the kernel's work more than ours: they come up beside what is read from the disk.
 	dockerPlugins := plugin.New(plugin.Config{Dirs: append([]string{filepath.Join(c.RunRoot, "plugins")}, plugin.Dirs[:]...), Logger: log})
 	plugins, err := cni.New(cni.Config{
 		ConfDir: c.CNI.ConfDir, BinDirs: []string{c.CNI.BinDir}, Root: filepath.Join(c.Root, "cni"), RunRoot: filepath.Join(c.RunRoot, "cni"), Logger: log,
@@ -148,27 +146,13 @@ func New(ctx context.Context, c *config.Config, inside rootless.State, log *slog
 	netConfig := networkConfig(c, inside, instance, log)
 	netConfig.Plugins = dockerPlugins
 	netConfig.CNI = plugins
-	type connected struct {
-		*network.Manager
-		err error
+	netConfig.Ready = ready
+	networks, err := network.New(ctx, netConfig)
+	if err != nil {
+		return nil, err
 	}
-	connecting := make(chan connected, 1)
-	go func() {
-		n, err := network.New(ctx, netConfig)
-		connecting <- connected{n, err}
-	}()
-	met := sync.OnceValues(func() (*network.Manager, error) {
-		n := <-connecting
-		if n.err == nil {
-			s.onClose(n.Close)
-		}
-		return n.Manager, n.err
-	})
-	defer func() {
-		if err != nil {
-			_, _ = met() // it is closed with the rest
-		}
-	}()
+	s.onClose(networks.Close)
+	s.part("networks", networks.Run)
 	images, err := image.New(ctx, image.Config{
 		Root: filepath.Join(c.Root, "images"), Logger: log, Registries: registries(c),
 		MaxConcurrentDownloads: c.MaxDownloads, PinnedChains: layers.ChainIDs,
@@ -189,12 +173,6 @@ func New(ctx context.Context, c *config.Config, inside rootless.State, log *slog
 	}
 	s.onClose(volumes.Close)
 	s.part("volumes", volumes.Run)
-	networks, err := met()
-	if err != nil {
-		return nil, err
-	}
-	s.part("networks", networks.Run)
-
 	// What starts them.
 	driver, err := native.New(native.Config{
 		Root: c.Root, RunRoot: c.RunRoot, Instance: instance, CgroupDriver: c.CgroupDriver, PoolSize: *c.Pool, ParkAfter: s.recovered, Logger: log,

@@ -52,7 +52,7 @@ func serve(dir string) error {
 	c := &config.Config{Root: filepath.Join(dir, "root"), RunRoot: filepath.Join(dir, "run"), Listen: []string{"unix://" + filepath.Join(dir, "sock")}, Pool: &pool}
 	c.Defaults(false)
 	log := slog.New(slog.NewJSONHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelWarn}))
-	s, err := wire.New(ctx, c, rootless.State{}, log)
+	s, err := wire.New(ctx, c, rootless.State{}, nil, log)
 	if err != nil {
 		return err
 	}

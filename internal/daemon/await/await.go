@@ -1,11 +1,13 @@
 // Package await lets a program be started before it is known how it is to run: the
 // first process of the OS image starts servind so while it still mounts the data disk.
 // Both import it. The program finds a pipe at descriptor 3, from which an Order comes;
-// a pipe that ends without one ends the program.
+// a pipe that ends without one ends the program. That the pipe ends behind the order tells that the
+// kernel has what networks are made of.
 package await
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -29,42 +31,45 @@ const (
 	maxOrder = 1 << 20
 )
 
-// Wait waits for the order where one is to come and returns its arguments, and
-// those given otherwise. run is false when there will be none.
-func Wait(args []string) (_ []string, run bool, err error) {
+// Wait waits for the order where one is to come and returns its arguments, and a
+// channel that is closed when networks can be made; otherwise those given, and nil: now. run is false
+// when there will be no order.
+func Wait(args []string) (_ []string, ready <-chan struct{}, run bool, err error) {
 	if name+"="+os.Getenv(name) != Env {
-		return args, true, nil
+		return args, nil, true, nil
 	}
 	// Not for those that this program starts.
 	if err := os.Unsetenv(name); err != nil {
-		return nil, false, err
+		return nil, nil, false, err
 	}
 	syscall.CloseOnExec(fd)
 	f := os.NewFile(fd, "order")
-	defer f.Close()
-	b, err := io.ReadAll(io.LimitReader(f, maxOrder))
+	o, err := read(f)
 	if err != nil {
-		return nil, false, fmt.Errorf("cannot read how to run: %w", err)
-	}
-	if len(b) == 0 {
-		return nil, false, nil
-	}
-	o, err := parse(b)
-	if err != nil {
-		return nil, false, err
+		_ = f.Close()
+		if errors.Is(err, io.EOF) {
+			return nil, nil, false, nil
+		}
+		return nil, nil, false, fmt.Errorf("cannot read how to run: %w", err)
 	}
 	for _, e := range o.Env {
 		k, v, _ := strings.Cut(e, "=")
 		if err := os.Setenv(k, v); err != nil {
-			return nil, false, err
+			_ = f.Close()
+			return nil, nil, false, err
 		}
 	}
-	return o.Args, true, nil
+	ended := make(chan struct{})
+	go func() {
+		_, _ = io.Copy(io.Discard, f)
+		_ = f.Close()
+		close(ended)
+	}()
+	return o.Args, ended, true, nil
 }
 
-func parse(b []byte) (o Order, err error) {
-	if err := json.Unmarshal(b, &o); err != nil {
-		return o, fmt.Errorf("cannot read how to run: %w", err)
-	}
-	return o, nil
+// read reads an order; io.EOF is that there is none.
+func read(r io.Reader) (o Order, err error) {
+	err = json.NewDecoder(io.LimitReader(r, maxOrder)).Decode(&o)
+	return o, err
 }

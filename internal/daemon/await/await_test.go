@@ -1,7 +1,10 @@
 package await
 
 import (
+	"bufio"
+	"bytes"
 	"encoding/json"
+	"io"
 	"os"
 	"os/exec"
 	"reflect"
@@ -14,12 +17,16 @@ func TestMain(m *testing.M) {
 	if os.Getenv("AWAIT_TEST") == "" {
 		os.Exit(m.Run())
 	}
-	args, run, err := Wait(os.Args[1:])
+	args, ready, run, err := Wait(os.Args[1:])
 	if err != nil {
 		os.Stderr.WriteString(err.Error())
 		os.Exit(1)
 	}
 	json.NewEncoder(os.Stdout).Encode(map[string]any{"args": args, "run": run, "added": os.Getenv("ADDED"), "left": os.Getenv(name)})
+	if ready != nil {
+		<-ready
+		os.Stdout.WriteString("ready")
+	}
 	os.Exit(0)
 }
 
@@ -63,10 +70,49 @@ func TestWait(t *testing.T) {
 			if err != nil {
 				t.Fatalf("%v: %s", err, said.String())
 			}
+			out = bytes.TrimSuffix(out, []byte("ready"))
 			var got map[string]any
 			if err := json.Unmarshal(out, &got); err != nil || !reflect.DeepEqual(got, x.want) {
 				t.Fatalf("%v, not %v (%v)", got, x.want, err)
 			}
 		})
+	}
+}
+
+// TestReady holds the pipe behind an order: the program runs, but is not told that it
+// may make networks.
+func TestReady(t *testing.T) {
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	defer w.Close()
+	cmd := exec.Command(os.Args[0])
+	cmd.Env, cmd.ExtraFiles = append(os.Environ(), "AWAIT_TEST=1", Env), []*os.File{r}
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := w.WriteString(`{"args":["x"]}` + "\n"); err != nil {
+		t.Fatal(err)
+	}
+	b := bufio.NewReader(out)
+	if l, err := b.ReadString('\n'); err != nil || !strings.Contains(l, `["x"]`) {
+		t.Fatalf("it does not run: %q %v", l, err)
+	}
+	if b.Buffered() > 0 {
+		t.Fatal("it is ready before it is told so")
+	}
+	w.Close()
+	rest, err := io.ReadAll(b)
+	if err != nil || string(rest) != "ready" {
+		t.Fatalf("%q %v", rest, err)
+	}
+	if err := cmd.Wait(); err != nil {
+		t.Fatal(err)
 	}
 }

@@ -1,5 +1,5 @@
 // Package squashfs writes trees as squashfs 4.0 images, the read-only file system
-// of the root: blocks of 128 KiB compressed with zstd, or stored where an entry asks
+// of the root: blocks of 128 KiB compressed with zstd or LZ4, or stored where an entry asks
 // for it or compression gains nothing. All owners are root and all times are one,
 // so that the same tree gives the same bytes. The format is described in
 // Documentation/filesystems/squashfs.rst of the kernel. There are no fragments, no
@@ -17,6 +17,7 @@ import (
 	"path"
 
 	"github.com/klauspost/compress/zstd"
+	"github.com/pierrec/lz4/v4"
 
 	"github.com/cloudos-io/cloudos/internal/osimage/tree"
 )
@@ -28,6 +29,7 @@ const (
 
 	superSize = 96
 	magic     = 0x73717368
+	lz4ID     = 5
 	zstdID    = 6
 	invalid   = math.MaxUint64
 	noFrag    = math.MaxUint32
@@ -35,6 +37,7 @@ const (
 
 	flagNoFragments = 0x0010
 	flagNoXattrs    = 0x0200
+	flagOptions     = 0x0400
 
 	typeDir, typeFile, typeSymlink, typeChar, typeBigDir = 1, 2, 3, 5, 8
 )
@@ -42,8 +45,19 @@ const (
 // Usage tells what entries take in the image, compressed, by path.
 type Usage map[string]int64
 
-// Write writes the tree to w, padded to a multiple of 4096 bytes. seconds is the
-// time of all entries, since 1970.
+// A packer compresses blocks: id is the kernel's number of the way, block returns nil where nothing is gained.
+// options follow the superblock as a metadata block where the way has any.
+type packer struct {
+	id      uint16
+	options []byte
+	block   func([]byte) []byte
+}
+
+// lz4Options are the format's version and that it is of high compression: the kernel takes no LZ4 without.
+var lz4Options = []byte{1, 0, 0, 0, 1, 0, 0, 0}
+
+// Write writes the tree to w, which is at its start, padded to a multiple of 4096 bytes, as small as
+// it becomes. seconds is the time of all entries, since 1970.
 func Write(w io.WriteSeeker, t *tree.Tree, seconds uint32) (Usage, error) {
 	enc, err := zstd.NewWriter(nil, zstd.WithEncoderLevel(zstd.SpeedBestCompression), zstd.WithWindowSize(blockSize),
 		zstd.WithSingleSegment(true), zstd.WithEncoderCRC(false), zstd.WithEncoderConcurrency(4))
@@ -51,8 +65,36 @@ func Write(w io.WriteSeeker, t *tree.Tree, seconds uint32) (Usage, error) {
 		return nil, err
 	}
 	defer enc.Close()
-	s := &writer{out: w, enc: enc, time: seconds, usage: Usage{}, refs: map[string]ref{}, children: map[string][]*tree.Entry{}, numbers: map[string]uint32{}}
-	s.inodes.enc, s.dirs.enc = enc, enc
+	return write(w, t, seconds, packer{zstdID, nil, func(b []byte) []byte { return gained(b, enc.EncodeAll(b, nil)) }})
+}
+
+// WriteQuick is Write with LZ4: a quarter more bytes, which take a fifth of the instructions to unpack.
+func WriteQuick(w io.WriteSeeker, t *tree.Tree, seconds uint32) (Usage, error) {
+	return write(w, t, seconds, packer{lz4ID, lz4Options, func(b []byte) []byte {
+		c := lz4.CompressorHC{Level: lz4.Level9}
+		out := make([]byte, lz4.CompressBlockBound(len(b)))
+		n, err := c.CompressBlock(b, out)
+		if n == 0 || err != nil { // that the bound is too small is the one error
+			return nil
+		}
+		return gained(b, out[:n])
+	}})
+}
+
+func gained(raw, packed []byte) []byte {
+	if len(packed) >= len(raw) {
+		return nil
+	}
+	return packed
+}
+
+func write(w io.WriteSeeker, t *tree.Tree, seconds uint32, pack packer) (Usage, error) {
+	base, err := w.Seek(0, io.SeekCurrent)
+	if err != nil {
+		return nil, err
+	}
+	s := &writer{out: w, base: base, pack: pack, time: seconds, usage: Usage{}, refs: map[string]ref{}, children: map[string][]*tree.Entry{}, numbers: map[string]uint32{}}
+	s.inodes.pack, s.dirs.pack = pack, pack
 	if err := s.write(t); err != nil {
 		return nil, fmt.Errorf("cannot write a squashfs: %w", err)
 	}
@@ -61,7 +103,8 @@ func Write(w io.WriteSeeker, t *tree.Tree, seconds uint32) (Usage, error) {
 
 type writer struct {
 	out      io.WriteSeeker
-	enc      *zstd.Encoder
+	base     int64 // where it begins in out
+	pack     packer
 	at       int64
 	time     uint32
 	usage    Usage
@@ -88,6 +131,13 @@ func (s *writer) emit(b []byte) error {
 func (s *writer) write(t *tree.Tree) error {
 	if err := s.emit(make([]byte, superSize)); err != nil {
 		return err
+	}
+	flags := uint16(flagNoFragments | flagNoXattrs)
+	if o := s.pack.options; o != nil {
+		flags |= flagOptions
+		if err := s.emit(append(binary.LittleEndian.AppendUint16(nil, uint16(len(o))|0x8000), o...)); err != nil {
+			return err
+		}
 	}
 	entries := t.Sorted()
 	if len(entries) > math.MaxInt32 {
@@ -140,17 +190,20 @@ func (s *writer) write(t *tree.Tree) error {
 	for _, v := range []uint32{magic, uint32(len(entries)), s.time, blockSize, 0} {
 		b = le.AppendUint32(b, v)
 	}
-	for _, v := range []uint16{zstdID, blockLog, flagNoFragments | flagNoXattrs, 1, 4, 0} {
+	for _, v := range []uint16{s.pack.id, blockLog, flags, 1, 4, 0} {
 		b = le.AppendUint16(b, v)
 	}
 	for _, v := range []uint64{uint64(root.block)<<16 | uint64(root.offset), uint64(used), uint64(idTable), invalid,
 		uint64(inodeStart), uint64(dirStart), invalid, invalid} {
 		b = le.AppendUint64(b, v)
 	}
-	if _, err := s.out.Seek(0, io.SeekStart); err != nil {
+	if _, err := s.out.Seek(s.base, io.SeekStart); err != nil {
 		return err
 	}
-	_, err := s.out.Write(b)
+	if _, err := s.out.Write(b); err != nil {
+		return err
+	}
+	_, err := s.out.Seek(0, io.SeekEnd)
 	return err
 }
 
@@ -199,11 +252,7 @@ func (s *writer) data(e *tree.Entry) (fileBlocks, error) {
 				j.packed <- nil
 				return
 			}
-			packed := s.enc.EncodeAll(raw, nil)
-			if len(packed) >= len(raw) {
-				packed = nil
-			}
-			j.packed <- packed
+			j.packed <- s.pack.block(raw)
 		}()
 		if len(queue) == ahead {
 			if err := flush(); err != nil {
@@ -343,7 +392,7 @@ func (s *writer) listing(e *tree.Entry) (ref, int) {
 
 // meta is a table of metadata blocks of up to 8 KiB each.
 type meta struct {
-	enc  *zstd.Encoder
+	pack packer
 	done bytes.Buffer
 	cur  []byte
 }
@@ -364,8 +413,8 @@ func (m *meta) Write(p []byte) {
 }
 
 func (m *meta) flush() {
-	packed, head := m.enc.EncodeAll(m.cur, nil), uint16(0)
-	if len(packed) >= len(m.cur) {
+	packed, head := m.pack.block(m.cur), uint16(0)
+	if packed == nil {
 		packed, head = m.cur, 0x8000
 	}
 	m.done.Write(binary.LittleEndian.AppendUint16(nil, uint16(len(packed))|head))
