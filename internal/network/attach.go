@@ -224,6 +224,9 @@ func checkSettings(n *netw, set *network.EndpointSettings, req AttachRequest) er
 	if len(set.Aliases) > 0 && n.rec.Name == network.NetworkBridge {
 		return fault.New(fault.Invalid, "network-scoped aliases are only supported for user-defined networks")
 	}
+	if err := checkOwn(set.DriverOpts, optBandwidth, optBandwidthIn, optBandwidthEg, optEndpointVIP); err != nil {
+		return err
+	}
 	if _, err := parseBandwidth(shaping{}, set.DriverOpts); err != nil {
 		return err
 	}

@@ -88,6 +88,9 @@ func (m *Manager) create(ctx context.Context, req network.CreateRequest, link st
 	if taken {
 		return nil, fault.New(fault.Conflict, "network with name %s already exists", r.Name)
 	}
+	if err := checkOwn(r.Options, optBandwidth, optBandwidthIn, optBandwidthEg, optVIP); err != nil {
+		return nil, err
+	}
 	opts, err := parseOptions(r.Options, r.Internal)
 	if err != nil {
 		return nil, err

@@ -2,7 +2,9 @@ package network
 
 import (
 	"net/netip"
+	"slices"
 	"strconv"
+	"strings"
 
 	"github.com/cloudos-io/cloudos/internal/fault"
 )
@@ -126,6 +128,19 @@ func parseOptions(o map[string]string, internal bool) (options, error) {
 	var err error
 	out.bandwidth, err = parseBandwidth(shaping{}, o)
 	return out, err
+}
+
+// own is how options begin that are ours: those of others are kept, unread.
+const own = "com.servin."
+
+// checkOwn refuses what is none of our options, for it would have no effect.
+func checkOwn(o map[string]string, known ...string) error {
+	for k := range o {
+		if strings.HasPrefix(k, own) && !slices.Contains(known, k) {
+			return fault.New(fault.Invalid, "there is no option %q: known are %s", k, strings.Join(known, ", "))
+		}
+	}
+	return nil
 }
 
 // validIfName tells whether the kernel takes s as the name of a link.

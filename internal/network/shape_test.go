@@ -27,6 +27,17 @@ func TestParseRate(t *testing.T) {
 	}
 }
 
+func TestOwnOptions(t *testing.T) {
+	known := []string{optBandwidth, optVIP}
+	for o, ok := range map[string]bool{optBandwidth: true, optVIP: true, "com.docker.network.anything": true, "plain": true, "com.servin.network.bandwith": false, optEndpointVIP: false} {
+		if err := checkOwn(map[string]string{o: "x"}, known...); (err == nil) != ok {
+			t.Errorf("%s: %v", o, err)
+		} else if err != nil && (!fault.Is(err, fault.Invalid) || !strings.Contains(err.Error(), o)) {
+			t.Errorf("%s: %v", o, err)
+		}
+	}
+}
+
 // pour sends from one place to another for a while and tells bytes a second.
 func pour(t *testing.T, from, to *os.File, addr string) float64 {
 	t.Helper()
