@@ -126,7 +126,7 @@ func (c *changes) upgrade(ctx context.Context, r io.Reader, o options, progress 
 	}
 	change := &system.Change{Kind: "upgrade", From: runningVersion(), To: manifest.Version, Slot: slot, Outcome: system.Pending, Begun: time.Now().UTC(), Network: c.m.hasAddress()}
 	// The slot is not to be tried while it is written.
-	if err := c.next(func(slots.State) slots.State { return slots.State{Good: running} }); err != nil {
+	if err := c.alone(ctx, running); err != nil {
 		return nil, err
 	}
 	if c.owners() {
@@ -226,6 +226,24 @@ func (c *changes) next(change func(slots.State) slots.State) error {
 	})
 }
 
+// alone has the running slot start, and no other tried. That may be another start than this one was: after a system that
+// did not come up the boot loader takes another way to the good one.
+func (c *changes) alone(ctx context.Context, running string) error {
+	var now slots.State
+	if err := c.boot.With(false, func(dir string) (err error) { now, err = upgrade.State(dir); return err }); err != nil {
+		return err
+	}
+	if now == (slots.State{Good: running}) {
+		return nil
+	}
+	if !c.owners() { // the firmware has one way to each
+		if err := c.announce(ctx, running, ""); err != nil {
+			return err
+		}
+	}
+	return c.next(func(slots.State) slots.State { return slots.State{Good: running} })
+}
+
 // start notes a change, and then has the boot loader try its slot.
 func (c *changes) start(change *system.Change) error {
 	if err := keep(change); err != nil {
@@ -235,7 +253,7 @@ func (c *changes) start(change *system.Change) error {
 	if err != nil {
 		return err
 	}
-	if err := c.m.loosen(context.Background()); err != nil {
+	if err := c.announce(context.Background(), running, change.Slot); err != nil {
 		return err
 	}
 	try := slots.State{Good: running}.Start(change.Slot)

@@ -29,6 +29,8 @@ const (
 	tokenRecovery = "cloudos-recovery"
 	// tokenLoose is there while another system is to start (see loosen).
 	tokenLoose = "cloudos-tpm2-change"
+	// tokenNext is there, too: what the starts that are about to come will be measured as (see announce).
+	tokenNext = "cloudos-tpm2-next"
 	// tokenInstalled is there between an installation and the first start of what was installed.
 	tokenInstalled = "cloudos-installed"
 )
@@ -332,14 +334,10 @@ func (m *machine) unseal(ctx context.Context, h *data.Header) (key []byte, pcrs 
 				return key, s.PCRs, nil
 			}
 		}
-		var loose seal.Sealed
-		if raw := h.Tokens(tokenLoose)[slot]; raw == nil || json.Unmarshal(raw, &loose) != nil {
-			continue
-		}
-		var whyLoose error
-		if key, whyLoose = m.unsealWith(ctx, h, slot, &loose); key == nil {
+		var whyNext error
+		if key, whyNext = m.unsealNext(ctx, h, slot); key == nil {
 			if installed {
-				why = whyLoose
+				why = whyNext
 			}
 			continue
 		}
@@ -359,6 +357,32 @@ func (m *machine) unseal(ctx context.Context, h *data.Header) (key []byte, pcrs 
 		return key, s.PCRs, nil
 	}
 	return nil, nil, why
+}
+
+// unsealNext opens a slot at a start that was announced.
+func (m *machine) unsealNext(ctx context.Context, h *data.Header, slot int) (key []byte, why error) {
+	var next announced
+	if raw := h.Tokens(tokenNext)[slot]; raw != nil {
+		if err := json.Unmarshal(raw, &next); err != nil {
+			why = fmt.Errorf("their sealed key is damaged: %w", err)
+		}
+	}
+	for i := range next.Sealed {
+		if changedPCRs(&next.Sealed[i]) != "" {
+			continue
+		}
+		if key, why = m.unsealWith(ctx, h, slot, &next.Sealed[i]); key != nil {
+			return key, nil
+		}
+	}
+	var loose seal.Sealed
+	if raw := h.Tokens(tokenLoose)[slot]; raw != nil {
+		if err := json.Unmarshal(raw, &loose); err != nil {
+			return nil, fmt.Errorf("their sealed key is damaged: %w", err)
+		}
+		return m.unsealWith(ctx, h, slot, &loose)
+	}
+	return nil, why
 }
 
 // unsealWith opens a slot with what the TPM gives out for one sealed key.

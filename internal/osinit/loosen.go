@@ -13,7 +13,7 @@ import (
 
 // loosen has the TPM give out the key to any system of the same Secure Boot keys,
 // beside the one that it is sealed to: another system is about to start, or the same one by another way of
-// the boot loader's, and what it will be measured as is not known. A start that is opened so
+// the boot loader's, and what it will be measured as cannot be told. A start that is opened so
 // seals the key to itself (unlock), and when that is one like those that will follow, tighten ends it.
 func (m *machine) loosen(ctx context.Context) error {
 	m.mu.Lock()
@@ -44,7 +44,7 @@ func (m *machine) loosen(ctx context.Context) error {
 	return nil
 }
 
-// tighten ends what loosen began: the key is sealed with a new secret to what the machine started from, and the slot of
+// tighten ends what loosen and announce began: the key is sealed with a new secret to what the machine started from, and the slot of
 // the old one is gone, so that who kept what loosen sealed has nothing.
 func (m *machine) tighten(ctx context.Context) error {
 	m.mu.Lock()
@@ -58,7 +58,7 @@ func (m *machine) tighten(ctx context.Context) error {
 		return err
 	}
 	defer h.Close()
-	if len(h.Tokens(tokenLoose)) == 0 {
+	if len(h.Tokens(tokenLoose))+len(h.Tokens(tokenNext)) == 0 {
 		return nil
 	}
 	fail := func(err error) error {
@@ -88,6 +88,7 @@ func (m *machine) tighten(ctx context.Context) error {
 		return fail(err)
 	}
 	h.DropTokens(tokenLoose)
+	h.DropTokens(tokenNext)
 	if err := h.Remove(h.Disk, slot); err != nil { // this writes all of it at once
 		return fail(err)
 	}

@@ -74,8 +74,8 @@ var arrows = map[string][]string{
 
 	// the image, ADR 38
 	"internal/vmwire":      {},
-	"internal/osimage":     {"internal/durable", "internal/fault", "internal/vmwire", "internal/osinit/config", "internal/slots", "internal/gpt", "internal/release"},                                                   // ADR 43
-	"internal/osinit":      {"internal/durable", "internal/fault", "internal/vmwire", "internal/config", "internal/slots", "internal/gpt", "internal/release", "api/system", "api/debugshell", "internal/daemon/await"}, // ADR 43, 47, 48
+	"internal/osimage":     {"internal/durable", "internal/fault", "internal/vmwire", "internal/osinit/config", "internal/slots", "internal/gpt", "internal/release"},                                                                          // ADR 43
+	"internal/osinit":      {"internal/durable", "internal/fault", "internal/vmwire", "internal/config", "internal/slots", "internal/gpt", "internal/release", "api/system", "api/debugshell", "internal/daemon/await", "internal/osimage/pe"}, // ADR 43, 46, 47, 48
 	"internal/slots":       {"internal/fault", "internal/gpt"},
 	"internal/release":     {"internal/fault"}, // ADR 43
 	"internal/gpt":         {},
