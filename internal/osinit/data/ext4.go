@@ -52,6 +52,23 @@ func zeroUsed(dev *os.File) error {
 	return nil
 }
 
+// zeroHole makes the template's part of a device read as zeros. Where it can, the device (a
+// file of a host, say) gives the space back instead of keeping a gigabyte of zeros.
+func zeroHole(dev *os.File) error {
+	err := unix.Fallocate(int(dev.Fd()), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, blockSize, templateSize-blockSize)
+	if !errors.Is(err, unix.EOPNOTSUPP) {
+		return err
+	}
+	for _, u := range used {
+		if err := discard(dev, 0x127f /* BLKZEROOUT */, uint64(u[0]*blockSize), uint64(u[1]*blockSize)); errors.Is(err, unix.ENOTTY) {
+			return zeroUsed(dev)
+		} else if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // format puts an empty file system on the device: everything but its first block, then that. One that
 // was killed in between leaves mark, and is done again.
 // scrambled says that what was never written does not read as zeros.
@@ -76,7 +93,7 @@ func format(dev *os.File, size uint64, scrambled bool) error {
 		if err := zeroUsed(dev); err != nil {
 			return fmt.Errorf("cannot write zeros: %w", err)
 		}
-	} else if err := discard(dev, 0x127f /* BLKZEROOUT */, blockSize, templateSize-blockSize); err != nil && !errors.Is(err, unix.ENOTTY) {
+	} else if err := zeroHole(dev); err != nil {
 		return fmt.Errorf("cannot write zeros: %w", err)
 	}
 	z, err := zstd.NewReader(bytes.NewReader(template), zstd.WithDecoderConcurrency(1))
