@@ -258,3 +258,49 @@ func TestUpgradeEncrypted(t *testing.T) {
 		t.Fatalf("the tokens are %s", got)
 	}
 }
+
+// TestBrokenUpgradeEncrypted upgrades a machine with encrypted data and Secure Boot to a system whose engine does not run, and
+// then to one that does: the way back, and the one on from there, were told beforehand, and the data open by themselves.
+func TestBrokenUpgradeEncrypted(t *testing.T) {
+	long(t)
+	needs(t, "grub-mkimage", "swtpm")
+	key := signer(t)
+	of := func(o *osimage.Options) {
+		o.Sign, o.Config = []ed25519.PrivateKey{key}, []byte("version: 1\nencryption: {key: tpm2, recovery: none}\n")
+	}
+	disk := filepath.Join(build(t, "disk", func(o *osimage.Options) { of(o); o.DiskFormat, o.Version = "raw", "1.0.0" }), "disk.raw")
+	dead := releaseOf(t, "1.1.0", func(o *osimage.Options) { of(o); o.Programs = broken(t) })
+	next := releaseOf(t, "1.2.0", of)
+	args := append([]string{"-action", "reboot=reset", "-drive", "file=" + disk + ",format=raw,if=none,id=d,discard=unmap", "-device", "virtio-blk-pci,drive=d,bootindex=0"}, tpm(t, chipDir(t))...)
+	m := start(t, 25*time.Minute, append(args, secure(t, microsoftVars)...)...)
+	m.connect()
+	m.sealed("tpm2")
+	m.at("1.0.0", "a")
+	m.keep()
+	if out, err := m.cloudos("upgrade", "--wait", "0", dead); err != nil {
+		t.Fatal(out)
+	}
+	m.went()
+	m.await("slot a runs instead (the engine", 8*time.Minute)
+	m.restarts = strings.Count(m.said(), "the machine is down")
+	m.connect()
+	if s := m.settled(); s.State != vmwire.StateReady || s.Trust.OpenedBy != "tpm2" {
+		t.Fatalf("the machine is %+v", s)
+	}
+	if s := m.os("back", func(s system.Status) bool { return s.Last != nil && s.Last.Outcome == system.RolledBack }); s.Version != "1.0.0" || !s.Slots[1].Failed {
+		t.Fatalf("the machine is %+v", s)
+	}
+	if out, err := m.cloudos("upgrade", "--wait", "0", next); err != nil {
+		t.Fatal(out)
+	}
+	m.again()
+	m.sealed("tpm2")
+	m.at("1.2.0", "b")
+	if out := m.must("run", "--rm", "-v", "kept:/v", "servin/hello", "cat", "/v/f"); !strings.Contains(out, "x") {
+		t.Fatalf("what was kept is %q", out)
+	}
+	m.off()
+	if said := m.said(); strings.Contains(said, "cannot tell what the next starts") || strings.Count(said, "is sealed to the starts that are to come, too") != 3 {
+		t.Error("it was not told beforehand what the next starts will be measured as")
+	}
+}
