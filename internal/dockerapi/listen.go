@@ -162,7 +162,7 @@ func listenTCP(hostport string, o ListenOptions) (net.Listener, error) {
 		conf = c
 	} else {
 		if !o.InsecureTCP {
-			return nil, fault.New(fault.Invalid, "cannot listen on tcp://%s without TLS: give --tlscacert, --tlscert and --tlskey, or --insecure-tcp for a loopback address", hostport)
+			return nil, fault.New(fault.Invalid, "cannot listen on tcp://%s without TLS: give --tls-ca, --tls-cert and --tls-key, or --insecure-tcp for a loopback address", hostport)
 		}
 		if !loopbackHost(hostport) {
 			return nil, fault.New(fault.Invalid, "cannot listen on tcp://%s without TLS: --insecure-tcp is for loopback addresses alone; whoever can connect is root here", hostport)

@@ -150,6 +150,18 @@ func TestPlainTCPGuard(t *testing.T) {
 		}
 	}
 	http.DefaultClient.CloseIdleConnections()
+	// No host at all, as buildx asks.
+	conn, err := net.Dial("tcp", l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	if _, err := io.WriteString(conn, "GET /_ping HTTP/1.1\r\nHost: \r\nConnection: close\r\n\r\n"); err != nil {
+		t.Fatal(err)
+	}
+	if b, err := io.ReadAll(conn); !strings.HasPrefix(string(b), "HTTP/1.1 200 ") {
+		t.Errorf("no host: %q %v", b, err)
+	}
 }
 
 // authority makes certificates.

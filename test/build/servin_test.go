@@ -11,6 +11,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"github.com/cloudos-io/cloudos/test/harness"
 )
 
 // TestDockerfile builds with what Dockerfiles have today.
@@ -204,5 +206,21 @@ func TestStandardInput(t *testing.T) {
 	}
 	if r := e.exec(strings.NewReader("FROM p3\n"), []string{"SERVIN_HOST="}, servin, "--context", "here", "build", "-t", "p4", "-"); r.code != 0 {
 		t.Fatal(r)
+	}
+}
+
+// TestOverTCP builds through a listener without TLS, where connections are copied and hosts are looked at.
+func TestOverTCP(t *testing.T) {
+	e := &engine{Daemon: harness.New(t, "sb", "servin-buildd"), t: t}
+	e.Args = []string{"--listen", "tcp://127.0.0.1:2375", "--insecure-tcp"}
+	t.Cleanup(e.close)
+	e.Boot()
+	e.importBusybox()
+	ctx := e.context(map[string]string{"Dockerfile": "FROM bb\nRUN --mount=type=secret,id=s cat /run/secrets/s\n", "s": "a secret"})
+	for _, argv := range [][]string{{filepath.Join(e.Bin, "servin"), "build"}, {"docker", "build"}} {
+		env := []string{"SERVIN_HOST=tcp://127.0.0.1:2375", "DOCKER_HOST=tcp://127.0.0.1:2375", "DOCKER_BUILDKIT=1"}
+		if r := e.exec(nil, env, append(argv, "-t", "tcp", "--secret", "id=s,src="+ctx+"/s", ctx)...); r.code != 0 && !strings.Contains(r.err, "buildx component is missing") {
+			t.Errorf("%v: %s", argv, r)
+		}
 	}
 }

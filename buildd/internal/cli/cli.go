@@ -209,7 +209,7 @@ func (d dialer) upgrade(ctx context.Context, path string, meta map[string][]stri
 	if err != nil {
 		return nil, err
 	}
-	req, err := http.NewRequestWithContext(ctx, http.MethodPost, "http://servin"+path, nil)
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, "http://localhost"+path, nil)
 	if err != nil {
 		_ = conn.Close()
 		return nil, err
