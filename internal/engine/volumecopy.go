@@ -217,8 +217,11 @@ func (s *VolumeService) VolumeImport(ctx context.Context, name string, o Restore
 		return err
 	}
 	defer g.Abort()
-	err = archive.In(g.Dir).Extract(ctx, "/", z, archive.ExtractOptions{Top: true, Sparse: true, NoDevices: !o.Devices})
-	if err != nil {
+	whole := volarchive.NewWhole(z)
+	if err := archive.In(g.Dir).Extract(ctx, "/", whole, archive.ExtractOptions{Top: true, Sparse: true, NoDevices: !o.Devices}); err != nil {
+		return err
+	}
+	if err := whole.Check(); err != nil {
 		return err
 	}
 	v, err := g.Commit(ctx)

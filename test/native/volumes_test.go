@@ -292,6 +292,16 @@ func TestVolumeArchives(t *testing.T) {
 	}
 	e.must("volumes", "export", "-o", e.Dir+"/x.tar", "src")
 	e.must("volumes", "import", "imp", e.Dir+"/x.tar")
+	// What has no end replaces nothing: whoever made it failed.
+	tarred, err := os.ReadFile(e.Dir + "/x.tar")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, n := range []int{0, 512} {
+		if r := e.pipe(bytes.NewReader(tarred[:n]), "volumes", "import", "--replace", "imp", "-"); r.code == 0 {
+			t.Errorf("%d bytes of an archive were taken for it: %s", n, r)
+		}
+	}
 	strip := func(s string) string { _, s, _ = strings.Cut(s, "\n"); return s } // a tar does not hold the top
 	if got := e.volumeDigest("imp"); strip(got) != strip(want) {
 		t.Errorf("imported:\n%s\nwant:\n%s", got, want)
