@@ -43,6 +43,9 @@ func (s *system) contents(o Options) error {
 		}
 	}
 	for _, e := range s.rootTree.Sorted() {
+		if s.quickTree != nil && e.Path == enginePlace {
+			continue // it is the one below
+		}
 		if e.Mode.IsRegular() {
 			list = append(list, Content{"root/" + e.Path, e.Part, e.Size, s.rootUsage[e.Path]})
 		}
@@ -50,7 +53,7 @@ func (s *system) contents(o Options) error {
 	if s.quickTree != nil {
 		for _, e := range s.quickTree.Sorted() {
 			if e.Mode.IsRegular() {
-				list = append(list, Content{"engine/" + e.Path, e.Part, e.Size, s.quickUsage[e.Path]})
+				list = append(list, Content{"root/bin/" + e.Path, e.Part, e.Size, s.quickUsage[e.Path]})
 			}
 		}
 	}

@@ -19,6 +19,8 @@ const (
 	partsTable   = 446
 	partsMark    = 510
 	partTypeUnix = 0x83
+	// enginePlace is where the root has a place for the engine's program.
+	enginePlace = "bin/servind"
 )
 
 // writeParts writes the disk.
@@ -27,7 +29,7 @@ func (s *system) writeParts(o Options, f *os.File) error {
 	if _, err := s.quickTree.File("servind", 0o755, partEngine, filepath.Join(o.Programs, "servind")); err != nil {
 		return fmt.Errorf("%w (make build)", err)
 	}
-	s.rootTree.Bytes("bin/servind", 0o755, partEngine, nil) // the place for it
+	s.rootTree.Bytes(enginePlace, 0o755, partEngine, nil)
 	if _, err := f.Write(make([]byte, partAlign)); err != nil {
 		return err
 	}
