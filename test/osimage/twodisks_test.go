@@ -61,16 +61,7 @@ func TestTwoDisks(t *testing.T) {
 	before := sumOf(t, other)
 
 	m = besides(t, other, disk)
-	kept := func() {
-		t.Helper()
-		if out := m.must("run", "--rm", "-v", "kept:/v", "servin/hello", "cat", "/v/f"); !strings.Contains(out, "x") {
-			t.Fatalf("what was kept is %q", out)
-		}
-		if s := m.settled(); s.Data.Device != "/dev/vdb5" || len(s.Problems) > 0 {
-			t.Fatalf("the machine is %+v", s)
-		}
-	}
-	kept()
+	m.keptOn("/dev/vdb5")
 	m.at("1.0.0", "a")
 	if out, err := m.cloudos("upgrade", "--wait", "0", next); err != nil {
 		t.Fatal(out)
@@ -80,7 +71,7 @@ func TestTwoDisks(t *testing.T) {
 	if s.Version != "1.1.0" || s.Next != "b" || !s.Slots[1].Running || s.Slots[0].Version != "1.0.0" {
 		t.Fatalf("the machine is %+v", s)
 	}
-	kept()
+	m.keptOn("/dev/vdb5")
 	m.off()
 	if sumOf(t, other) != before {
 		t.Fatal("the other disk was written to")
@@ -88,7 +79,7 @@ func TestTwoDisks(t *testing.T) {
 
 	// With UEFI as well.
 	m = besides(t, other, disk, uefi(t)...)
-	kept()
+	m.keptOn("/dev/vdb5")
 	m.at("1.1.0", "b")
 	m.off()
 	if sumOf(t, other) != before {
@@ -158,16 +149,7 @@ func TestTwoDisksOwner(t *testing.T) {
 	m.keep()
 	m.off()
 	m = besides(t, other, disk, firmware...)
-	kept := func() {
-		t.Helper()
-		if out := m.must("run", "--rm", "-v", "kept:/v", "servin/hello", "cat", "/v/f"); !strings.Contains(out, "x") {
-			t.Fatalf("what was kept is %q", out)
-		}
-		if s := m.settled(); s.Data.Device != "/dev/vdb5" || len(s.Problems) > 0 {
-			t.Fatalf("the machine is %+v", s)
-		}
-	}
-	kept()
+	m.keptOn("/dev/vdb5")
 	m.at("1.0.0", "a")
 	if out, err := m.cloudos("upgrade", "--wait", "0", "--no-reboot", next); err != nil {
 		t.Fatal(out)
@@ -176,5 +158,16 @@ func TestTwoDisksOwner(t *testing.T) {
 	m.off()
 	if sumOf(t, other) != before {
 		t.Fatal("the other disk was written to")
+	}
+}
+
+// keptOn finds what keep kept, on that device, with nothing wrong.
+func (m *machine) keptOn(device string) {
+	m.t.Helper()
+	if out := m.must("run", "--rm", "-v", "kept:/v", "servin/hello", "cat", "/v/f"); !strings.Contains(out, "x") {
+		m.t.Fatalf("what was kept is %q", out)
+	}
+	if s := m.settled(); s.Data.Device != device || len(s.Problems) > 0 {
+		m.t.Fatalf("the machine is %+v", s)
 	}
 }
