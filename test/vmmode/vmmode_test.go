@@ -161,6 +161,46 @@ func TestLasting(t *testing.T) {
 	}
 }
 
+// TestStandsStill: a machine that stands still on its way up is noticed, ended and
+// started once more.
+func TestStandsStill(t *testing.T) {
+	if !long {
+		t.Skip("SKIP: part of make test-long")
+	}
+	m := newMachine(t)
+	m.must("mode", "set", "vm", "--no-carry") // its start is the measure of the next
+	m.must("volumes", "create", "kept")
+	m.must("vm", "stop")
+	started := make(chan error, 1)
+	go func() { _, err := m.try("vm", "start"); started <- err }()
+	var still int
+	for deadline := time.Now().Add(time.Minute); ; time.Sleep(20 * time.Millisecond) {
+		// A process that has no start of ours behind it yet stands in nobody's record.
+		if st := m.status(); st.State == api.VMStarting && st.PID > 0 {
+			still = st.PID
+			break
+		} else if st.State == api.VMRunning || time.Now().After(deadline) {
+			t.Fatalf("the machine was never seen to start: %+v", st)
+		}
+	}
+	if err := syscall.Kill(still, syscall.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-started; err != nil {
+		t.Fatal(err)
+	}
+	if st := m.status(); st.State != api.VMRunning || st.PID == still || syscall.Kill(still, 0) == nil {
+		t.Errorf("the machine is %s, process %d; the one that stood still, %d: %v", st.State, st.PID, still, syscall.Kill(still, 0))
+	}
+	m.want("kept", "volumes", "list")
+	if log, err := os.ReadFile(filepath.Join(m.root, "state", "vmd.log")); err != nil || strings.Count(string(log), "stands still") != 1 {
+		t.Errorf("the log does not tell of it once: %v", err)
+	}
+	if n := qemus(t, m); n != 1 {
+		t.Errorf("%d machines run on one disk", n)
+	}
+}
+
 // qemus counts the machine's processes.
 func qemus(t *testing.T, m *machine) int {
 	t.Helper()

@@ -43,8 +43,9 @@ func newConsole(path string) (*console, error) {
 	return c, nil
 }
 
-// follow reads the machine's console until ctx ends.
-func (c *console) follow(ctx context.Context, m vm.Machine) {
+// follow reads the machine's console until ctx ends, and tells each time that
+// something came.
+func (c *console) follow(ctx context.Context, m vm.Machine, came func()) {
 	k, ok := m.(vm.Console)
 	if !ok {
 		return
@@ -63,6 +64,7 @@ func (c *console) follow(ctx context.Context, m vm.Machine) {
 			for {
 				n, err := conn.Read(buf)
 				if n > 0 {
+					came()
 					c.write(buf[:n])
 				}
 				if err != nil {
@@ -108,17 +110,17 @@ func (c *console) write(p []byte) {
 	}
 }
 
-// hint is the last that a machine said which did not come up.
+// hint is the last that a machine said which did not come up, and where the rest is.
 func (c *console) hint() string {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	lines := strings.FieldsFunc(string(c.tail), func(r rune) bool { return r == '\n' || r == '\r' })
 	for i := len(lines) - 1; i >= 0; i-- {
 		if l := strings.TrimSpace(bounded(lines[i])); l != "" {
-			return "; its last words: " + l
+			return "; its last words: " + l + "; its console is in " + c.path
 		}
 	}
-	return ""
+	return "; it said nothing on its console (" + c.path + ")"
 }
 
 // attach joins a stream with the console until either ends.

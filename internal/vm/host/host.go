@@ -50,6 +50,9 @@ type Config struct {
 	LogFile string
 	// BootPatience bounds a start; a translated guest on a busy computer is slow.
 	BootPatience time.Duration
+	// Silence is the least time without a sign of life after which a start is given
+	// up and made once more (stall.go); 0 is 45 seconds.
+	Silence time.Duration
 	// Leave ends Run after so long with the machine off and nobody asking; 0 is never.
 	Leave time.Duration
 }
@@ -87,6 +90,7 @@ type live struct {
 	cancel  context.CancelFunc
 	ports   *ports
 	changes *changes
+	life    life
 
 	mu         sync.Mutex
 	session    *vmwire.Session
@@ -105,6 +109,9 @@ func (h *Host) file(name string) string { return filepath.Join(h.cfg.Place.State
 func New(cfg Config) (*Host, error) {
 	if cfg.BootPatience == 0 {
 		cfg.BootPatience = 5 * time.Minute
+	}
+	if cfg.Silence == 0 {
+		cfg.Silence = 45 * time.Second
 	}
 	for _, dir := range []string{cfg.Place.State, cfg.Place.Run} {
 		if err := os.MkdirAll(dir, 0o700); err != nil {

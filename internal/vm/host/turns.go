@@ -17,10 +17,31 @@ import (
 	"github.com/cloudos-io/cloudos/internal/vmwire"
 )
 
-// start boots the machine. The caller has the turn and the machine is off.
-func (h *Host) start(ctx context.Context) (_ *live, err error) {
+// start boots the machine, a second time where the first one stood still (stall.go).
+// The caller has the turn and the machine is off.
+func (h *Host) start(ctx context.Context) (*live, error) {
 	begin := time.Now()
+	h.mu.Lock()
+	silence := h.silence()
+	h.mu.Unlock()
+	l, err := h.boot(ctx, begin, silence)
+	var s *stall
+	if !errors.As(err, &s) || ctx.Err() != nil {
+		return l, err
+	}
+	h.log.Warn("the start stands still: starting once more", "error", err)
+	h.step(begin, s.Error()+": starting it once more")
+	if l, err = h.boot(ctx, begin, 0); err != nil {
+		err = fmt.Errorf("%w; a first start was given up, %w", err, s)
+	}
+	return l, err
+}
+
+// boot starts the machine and waits until its engine answers. With a silence, it
+// ends a guest that gives no sign of life for so long, and returns a *stall.
+func (h *Host) boot(ctx context.Context, begin time.Time, silence time.Duration) (*live, error) {
 	h.set(api.VMStarting, "")
+	began := time.Now()
 	h.mu.Lock()
 	c := h.config
 	c.Shares = slices.Clone(c.Shares)
@@ -59,12 +80,14 @@ func (h *Host) start(ctx context.Context) (_ *live, err error) {
 	h.log.Info("machine started", "driver", d.Name(), "accelerator", host.Accelerator, "pid", m.PID(), "image", img.Version)
 	l := h.adopt(m, host, spec)
 	h.step(begin, "booting CloudOS "+img.Version+" ("+host.Accelerator+")")
-	st, err := h.meet(ctx, l)
+	st, err := h.meetAlive(ctx, l, silence)
 	if err != nil {
-		h.end(context.WithoutCancel(ctx), l)
+		if kerr := h.end(context.WithoutCancel(ctx), l); kerr != nil {
+			return nil, fmt.Errorf("%v%s; and it cannot be ended: %w", err, h.console.hint(), kerr)
+		}
 		return nil, fmt.Errorf("%w%s", err, h.console.hint())
 	}
-	took := time.Since(begin).Seconds()
+	took := time.Since(began).Seconds()
 	h.mu.Lock()
 	h.took = took
 	h.mu.Unlock()
@@ -96,7 +119,7 @@ func (h *Host) image(c api.VMConfig) (vm.Image, error) {
 
 // adopt takes a machine that runs into the host's care.
 func (h *Host) adopt(m vm.Machine, host vm.Host, spec vm.Spec) *live {
-	l := &live{machine: m, host: host, spec: spec, hot: map[string]string{}, pending: map[string]bool{}}
+	l := &live{machine: m, host: host, spec: spec, life: life{begin: time.Now()}, hot: map[string]string{}, pending: map[string]bool{}}
 	l.ctx, l.cancel = context.WithCancel(context.Background())
 	l.ports = newPorts(l, h.log)
 	l.changes = newChanges(l, h.log)
@@ -104,7 +127,7 @@ func (h *Host) adopt(m vm.Machine, host vm.Host, spec vm.Spec) *live {
 	h.live = l
 	h.mu.Unlock()
 	h.wg.Add(2)
-	go func() { defer h.wg.Done(); h.console.follow(l.ctx, m) }()
+	go func() { defer h.wg.Done(); h.console.follow(l.ctx, m, l.life.sign) }()
 	go func() {
 		defer h.wg.Done()
 		err := m.Wait(l.ctx)
@@ -124,7 +147,7 @@ func (h *Host) meet(ctx context.Context, l *live) (vmwire.Status, error) {
 	if err != nil {
 		return vmwire.Status{}, fmt.Errorf("cannot reach the machine's port: %w", err)
 	}
-	s, err := vmwire.Host(ctx, conn)
+	s, err := vmwire.Host(ctx, heard{conn, &l.life})
 	if err != nil {
 		conn.Close()
 		return vmwire.Status{}, err
@@ -157,7 +180,8 @@ func (h *Host) meet(ctx context.Context, l *live) (vmwire.Status, error) {
 		}
 	}
 	for {
-		if err := l.call(ctx, "GET", "/v1/status?wait=30", nil, &st); err != nil {
+		// Short waits: each answer is a sign of life.
+		if err := l.call(ctx, "GET", "/v1/status?wait=10", nil, &st); err != nil {
 			return st, err
 		}
 		if st.State != vmwire.StateStarting {
