@@ -164,6 +164,7 @@ func (m *machine) connectTo(ctx context.Context, c uplink.Config) {
 	if m.netStop != nil {
 		m.netStop()
 		<-m.netDone
+		m.net.Release()
 	}
 	n := uplink.New(uplink.Options{Config: c, Hostname: m.hostname(), Resolv: etc + "/resolv.conf", Log: m.log.Printf, Changed: m.change})
 	ctx, m.netStop = context.WithCancel(ctx)

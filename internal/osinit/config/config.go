@@ -36,7 +36,7 @@ const InImage = "/etc/cloudos/config.yaml"
 type Document struct {
 	// Version must be 1.
 	Version int `yaml:"version"`
-	// Hostname is the machine's name (default: what DHCP or the cloud says, else cloudos).
+	// Hostname is the machine's name (default: what the cloud says, else cloudos).
 	Hostname string `yaml:"hostname"`
 	// Role is standalone (default): the engine alone; master and node are kept for
 	// clusters, and run the engine alone so far.
@@ -79,7 +79,7 @@ type DebugShell struct {
 
 // Time says how the clock is kept.
 type Time struct {
-	// Servers are NTP servers (default: those of DHCP, the cloud's, and pool.ntp.org's).
+	// Servers are NTP servers (default: those of DHCP, then public ones).
 	Servers []string `yaml:"servers"`
 	// Off leaves the clock alone.
 	Off bool `yaml:"off"`

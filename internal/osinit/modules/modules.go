@@ -83,6 +83,10 @@ func (s *Set) Has(name string) bool { return s.modules[canonical(name)] != nil }
 
 func canonical(name string) string { return strings.ReplaceAll(name, "-", "_") }
 
+// parameters keep modules from making links by themselves: the bond0 that bonding makes has a mode that nobody
+// asked for, and its name is taken then.
+var parameters = map[string]string{"bonding": "max_bonds=0", "dummy": "numdummies=0", "ifb": "numifbs=0"}
+
 // Load loads a module after those that it needs. One that is loaded already, or
 // that is not here (it may be part of the kernel), is none of its errors.
 func (s *Set) Load(name string) error {
@@ -124,7 +128,7 @@ func (s *Set) insert(name string) error {
 			return
 		}
 		defer f.Close()
-		if err := unix.FinitModule(int(f.Fd()), "", 0); err != nil && !errors.Is(err, unix.EEXIST) {
+		if err := unix.FinitModule(int(f.Fd()), parameters[name], 0); err != nil && !errors.Is(err, unix.EEXIST) {
 			m.err = fmt.Errorf("cannot load the module %s: %w", name, err)
 		}
 	})

@@ -9,17 +9,18 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
 
 	"github.com/vishvananda/netlink"
-	"golang.org/x/sys/unix"
 
 	"github.com/cloudos-io/cloudos/internal/durable"
 )
@@ -94,16 +95,22 @@ type Net struct {
 	log      func(format string, args ...any)
 	changed  func()
 
-	mu     sync.Mutex
-	links  map[string]*link
-	online chan struct{}
-	once   sync.Once
+	mu    sync.Mutex
+	links map[string]*link
+	// failure is why a link could not be set up, when it was last tried.
+	failure map[string]string
+	online  chan struct{}
+	once    sync.Once
 }
 
 type link struct {
 	cfg     Link
 	lease   *lease
 	problem string
+	index   int // the kernel's of the device; 0 until it is set up
+	failed  bool
+	stop    context.CancelFunc
+	done    chan struct{} // closed when nobody keeps it any more
 }
 
 // Options of New.
@@ -119,7 +126,7 @@ type Options struct {
 
 // New returns a network that Run brings up.
 func New(o Options) *Net {
-	return &Net{cfg: o.Config, hostname: o.Hostname, resolv: o.Resolv, log: o.Log, changed: o.Changed, links: map[string]*link{}, online: make(chan struct{})}
+	return &Net{cfg: o.Config, hostname: o.Hostname, resolv: o.Resolv, log: o.Log, changed: o.Changed, links: map[string]*link{}, failure: map[string]string{}, online: make(chan struct{})}
 }
 
 // Online is closed once some link has an address.
@@ -143,16 +150,70 @@ func (n *Net) Run(ctx context.Context, come <-chan struct{}) {
 		n.log("%v", err)
 	}
 	for {
+		n.forget()
 		for _, l := range n.due() {
+			ctx, stop := context.WithCancel(ctx)
+			k := &link{cfg: l, stop: stop, done: make(chan struct{})}
 			n.mu.Lock()
-			n.links[l.Name] = &link{cfg: l}
+			n.links[l.Name] = k
 			n.mu.Unlock()
-			wg.Go(func() { n.keep(ctx, l) })
+			wg.Go(func() {
+				defer close(k.done)
+				defer stop()
+				n.keep(ctx, l)
+			})
 		}
 		select {
 		case <-ctx.Done():
 			return
 		case <-come:
+		}
+	}
+}
+
+// forget lets go of links whose device went, which may have come back as another, and of those that could not be
+// set up: they are due again. Members that came back join their bond.
+func (n *Net) forget() {
+	var gone, bonds []*link
+	n.mu.Lock()
+	for name, l := range n.links {
+		switch {
+		case l.failed, l.index > 0 && sysfs(name, "ifindex") != strconv.Itoa(l.index):
+			gone = append(gone, l)
+			delete(n.links, name)
+		case l.index > 0 && l.cfg.Bond != nil:
+			bonds = append(bonds, l)
+		}
+	}
+	n.mu.Unlock()
+	for _, l := range gone {
+		l.stop()
+		<-l.done
+	}
+	if len(gone) > 0 {
+		if err := n.writeResolv(); err != nil {
+			n.log("%v", err)
+		}
+	}
+	for _, l := range bonds {
+		if dev, err := netlink.LinkByName(l.cfg.Name); err == nil {
+			for _, m := range l.cfg.Bond.Members {
+				if err := join(dev, m); err != nil && !errors.As(err, new(netlink.LinkNotFoundError)) {
+					n.log("cannot set the link %s up: %v", l.cfg.Name, err)
+				}
+			}
+		}
+	}
+}
+
+// Release takes back what DHCP gave, once Run has ended: another configuration comes into its place.
+func (n *Net) Release() {
+	n.mu.Lock()
+	links := slices.Collect(maps.Values(n.links))
+	n.mu.Unlock()
+	for _, l := range links {
+		if l.lease != nil {
+			n.remove(l.cfg, l.lease)
 		}
 	}
 }
@@ -224,7 +285,14 @@ func ethernet(name string) bool {
 func (n *Net) keep(ctx context.Context, l Link) {
 	if err := n.set(l); err != nil {
 		n.problem(l.Name, err)
-		n.log("%v", err)
+		n.mu.Lock()
+		n.links[l.Name].failed = true
+		again := n.failure[l.Name] == err.Error()
+		n.failure[l.Name] = err.Error()
+		n.mu.Unlock()
+		if !again { // it is tried whenever a device comes
+			n.log("%v", err)
+		}
 		return
 	}
 	n.note(l.Name)
@@ -282,117 +350,6 @@ func (n *Net) hold(ctx context.Context, l Link, got *lease) {
 	}
 }
 
-// set makes the link if it is a VLAN or a bond, and gives it what is fixed.
-func (n *Net) set(l Link) error {
-	fail := func(err error) error { return fmt.Errorf("cannot set the link %s up: %w", l.Name, err) }
-	dev, err := n.device(l)
-	if err != nil {
-		return fail(err)
-	}
-	if l.MTU > 0 {
-		if err := netlink.LinkSetMTU(dev, l.MTU); err != nil {
-			return fail(err)
-		}
-	}
-	// Forwarding, which containers need, would else end router advertisements.
-	os.WriteFile("/proc/sys/net/ipv6/conf/"+l.Name+"/accept_ra", []byte("2"), 0)
-	if err := netlink.LinkSetUp(dev); err != nil {
-		return fail(err)
-	}
-	for _, a := range l.Addresses {
-		if err := netlink.AddrReplace(dev, &netlink.Addr{IPNet: ipnet(a, false)}); err != nil {
-			return fail(fmt.Errorf("address %s: %w", a, err))
-		}
-	}
-	routes := slices.Clone(l.Routes)
-	if l.Gateway.IsValid() {
-		routes = append(routes, Route{Via: l.Gateway})
-	}
-	return n.route(dev, routes, 0)
-}
-
-func (n *Net) device(l Link) (netlink.Link, error) {
-	switch {
-	case l.VLAN != nil:
-		parent, err := netlink.LinkByName(l.VLAN.Parent)
-		if err != nil {
-			return nil, err
-		}
-		if err := netlink.LinkSetUp(parent); err != nil {
-			return nil, err
-		}
-		attrs := netlink.NewLinkAttrs()
-		attrs.Name, attrs.ParentIndex = l.Name, parent.Attrs().Index
-		if err := netlink.LinkAdd(&netlink.Vlan{LinkAttrs: attrs, VlanId: l.VLAN.ID}); err != nil && !errors.Is(err, unix.EEXIST) {
-			return nil, fmt.Errorf("VLAN %d of %s: %w", l.VLAN.ID, l.VLAN.Parent, err)
-		}
-	case l.Bond != nil:
-		attrs := netlink.NewLinkAttrs()
-		attrs.Name = l.Name
-		b := netlink.NewLinkBond(attrs)
-		b.Miimon = 100
-		b.Mode = netlink.BOND_MODE_ACTIVE_BACKUP
-		if l.Bond.Mode != "" {
-			b.Mode = netlink.StringToBondMode(l.Bond.Mode)
-		}
-		if err := netlink.LinkAdd(b); err != nil && !errors.Is(err, unix.EEXIST) {
-			return nil, fmt.Errorf("bond: %w", err)
-		}
-		dev, err := netlink.LinkByName(l.Name)
-		if err != nil {
-			return nil, err
-		}
-		for _, m := range l.Bond.Members {
-			member, err := netlink.LinkByName(m)
-			if err != nil {
-				return nil, err
-			}
-			if member.Attrs().MasterIndex == dev.Attrs().Index {
-				continue
-			}
-			if err := netlink.LinkSetDown(member); err != nil {
-				return nil, err
-			}
-			if err := netlink.LinkSetMaster(member, dev); err != nil {
-				return nil, fmt.Errorf("member %s: %w", m, err)
-			}
-			if err := netlink.LinkSetUp(member); err != nil {
-				return nil, err
-			}
-		}
-	}
-	return netlink.LinkByName(l.Name)
-}
-
-func ipnet(p netip.Prefix, masked bool) *net.IPNet {
-	a := p.Addr()
-	if masked {
-		a = p.Masked().Addr()
-	}
-	return &net.IPNet{IP: a.AsSlice(), Mask: net.CIDRMask(p.Bits(), a.BitLen())}
-}
-
-// route sets routes through a link; one without To is the default route. metric
-// 0 is for what is fixed, 100 for DHCP's.
-func (n *Net) route(dev netlink.Link, routes []Route, metric int) error {
-	for _, r := range routes {
-		nr := &netlink.Route{LinkIndex: dev.Attrs().Index, Priority: metric}
-		if r.To.IsValid() {
-			nr.Dst = ipnet(r.To, true)
-		}
-		if r.Via.IsValid() {
-			nr.Gw = r.Via.AsSlice()
-			nr.Flags = int(netlink.FLAG_ONLINK)
-		} else {
-			nr.Scope = netlink.SCOPE_LINK
-		}
-		if err := netlink.RouteReplace(nr); err != nil {
-			return fmt.Errorf("cannot set the route to %s through %s: %w", r.To, dev.Attrs().Name, err)
-		}
-	}
-	return nil
-}
-
 func (n *Net) apply(l Link, got *lease) error {
 	dev, err := netlink.LinkByName(l.Name)
 	if err != nil {
@@ -411,7 +368,7 @@ func (n *Net) apply(l Link, got *lease) error {
 	if got.Gateway.IsValid() && !l.Gateway.IsValid() {
 		routes = append(slices.Clone(routes), Route{Via: got.Gateway})
 	}
-	if err := n.route(dev, routes, 100); err != nil {
+	if err := n.route(dev, routes, leased); err != nil {
 		return err
 	}
 	n.mu.Lock()
@@ -425,8 +382,15 @@ func (n *Net) apply(l Link, got *lease) error {
 	return nil
 }
 
+// remove takes a lease back, and its routes, which the kernel leaves where the link has another address.
 func (n *Net) remove(l Link, got *lease) {
 	if dev, err := netlink.LinkByName(l.Name); err == nil {
+		routes, _ := netlink.RouteList(dev, netlink.FAMILY_V4)
+		for _, r := range routes {
+			if r.Priority == leased {
+				netlink.RouteDel(&r)
+			}
+		}
 		netlink.AddrDel(dev, &netlink.Addr{IPNet: ipnet(got.Addr, false)})
 	}
 	n.mu.Lock()
