@@ -143,7 +143,7 @@ func (e *Engine) debugTarget(ctx context.Context, u *unit, r *container.Record, 
 		return nil, fmt.Errorf("cannot mount the files of container %s: %w", t.rec.Load().Name, err)
 	}
 	defer f.Close()
-	back.add(func(context.Context) { e.dropHostMounts(u) })
+	back.add(func(context.Context) { _ = e.dropHostMounts(u) })
 	dir := filepath.Join(e.hostDir(u), "target")
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, err

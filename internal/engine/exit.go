@@ -154,7 +154,7 @@ func (e *Engine) ephemeralEnded(u *unit, r, n *container.Record, t runtime.Task,
 		e.slots <- struct{}{}
 		defer func() { <-e.slots }()
 		e.teardown(u, r, t, !published)
-		if err := e.erase(e.background(), u, r, true); err != nil {
+		if err := fault.Outwait(e.background(), func() error { return e.erase(e.background(), u, r, true) }); err != nil {
 			e.log.Warn("cannot clear what is left of a container", "container", u.id, "cause", err)
 		}
 		e.mu.Lock()
@@ -188,13 +188,15 @@ func (e *Engine) teardown(u *unit, r *container.Record, t runtime.Task, network 
 	ctx, cancel := context.WithTimeout(e.background(), time.Minute)
 	defer cancel()
 	if t != nil {
-		if err := t.Delete(ctx); err != nil {
+		if err := fault.Outwait(ctx, func() error { return t.Delete(ctx) }); err != nil {
 			e.log.Warn("cannot clear what a container's run left", "container", u.id, "cause", err)
 		}
 	}
 	e.releaseMounts(ctx, r)
 	if r.HostConfig.IpcMode.IsShareable() || len(r.Mounts) > 0 || len(r.Extra.Secrets) > 0 {
-		e.dropHostMounts(u)
+		if err := fault.Outwait(ctx, func() error { return e.dropHostMounts(u) }); err != nil {
+			e.log.Warn("cannot unmount what a container's run left", "container", u.id, "cause", err)
+		}
 	}
 	e.dropExecs(u)
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
@@ -163,7 +164,7 @@ func (e *Engine) startMounts(ctx context.Context, u *unit, r *container.Record, 
 		case mount.TypeTmpfs:
 			m.Type, m.Source, m.Options = "tmpfs", "tmpfs", p.Options
 		case mount.TypeImage:
-			back.add(func(context.Context) { e.dropHostMounts(u) })
+			back.add(func(context.Context) { _ = e.dropHostMounts(u) })
 			path, err := e.imageMount(ctx, u, r, i, p, label)
 			if err != nil {
 				return nil, err
@@ -289,12 +290,15 @@ func (e *Engine) sharedShm(u *unit, r *container.Record, label string) (string, 
 	return dir, nil
 }
 
-// dropHostMounts unmounts what hostDir holds.
-func (e *Engine) dropHostMounts(u *unit) {
+// dropHostMounts unmounts what hostDir holds; it fails where it cannot tell what that is.
+func (e *Engine) dropHostMounts(u *unit) error {
 	dir := e.hostDir(u)
 	list, err := os.ReadDir(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
 	if err != nil {
-		return
+		return err
 	}
 	for _, d := range list {
 		p := filepath.Join(dir, d.Name())
@@ -306,13 +310,14 @@ func (e *Engine) dropHostMounts(u *unit) {
 	if u.dir != filepath.Dir(dir) {
 		_ = os.Remove(filepath.Dir(dir))
 	}
+	return nil
 }
 
 // releaseMounts ends the use of a container's volumes.
 func (e *Engine) releaseMounts(ctx context.Context, r *container.Record) {
 	for _, p := range r.Mounts {
 		if p.Type == mount.TypeVolume {
-			if err := e.cfg.Volumes.Release(ctx, p.Name, r.ID); err != nil {
+			if err := fault.Outwait(ctx, func() error { return e.cfg.Volumes.Release(ctx, p.Name, r.ID) }); err != nil {
 				e.log.Warn("cannot release a volume", "volume", p.Name, "container", r.ID, "cause", err)
 			}
 		}
@@ -330,7 +335,7 @@ func (e *Engine) dropVolumes(ctx context.Context, r *container.Record, anonymous
 		if !anonymous || !slices.Contains(r.Anonymous, p.Name) && !e.inheritedAnonymous(ctx, &p) {
 			continue
 		}
-		switch err := e.cfg.Volumes.Remove(ctx, p.Name, true); {
+		switch err := fault.Outwait(ctx, func() error { return e.cfg.Volumes.Remove(ctx, p.Name, true) }); {
 		case err == nil:
 			e.publishVolume(p.Name, p.Driver, events.ActionDestroy)
 		case !fault.Is(err, fault.Conflict) && !fault.Is(err, fault.NotFound):

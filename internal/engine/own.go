@@ -67,7 +67,7 @@ func (e *Engine) heldSource(u *unit, r *container.Record, i int, f *os.File, bac
 		return fdPath(f), nil
 	}
 	at := filepath.Join(e.hostDir(u), "source-"+strconv.Itoa(i))
-	back.add(func(context.Context) { e.dropHostMounts(u) })
+	back.add(func(context.Context) { _ = e.dropHostMounts(u) })
 	if err := mountHeld(f, at); err != nil {
 		return "", fmt.Errorf("cannot mount %s for the runtime: %w", f.Name(), err)
 	}

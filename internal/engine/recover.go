@@ -314,12 +314,15 @@ func (e *Engine) dropUnknown(ctx context.Context) {
 		}
 		for _, d := range list {
 			if u := e.units[d.Name()]; u == nil {
-				e.dropHostMounts(&unit{id: d.Name()})
-				if err := os.RemoveAll(filepath.Join(dir, d.Name())); err != nil {
+				err := e.dropHostMounts(&unit{id: d.Name()})
+				if err == nil {
+					err = os.RemoveAll(filepath.Join(dir, d.Name()))
+				}
+				if err != nil {
 					e.log.Warn("cannot remove a directory that belongs to no container", "path", d.Name(), "cause", err)
 				}
 			} else if u.running() == nil {
-				e.dropHostMounts(u)
+				_ = e.dropHostMounts(u)
 			}
 		}
 	}

@@ -100,7 +100,7 @@ func (e *Engine) remove(ctx context.Context, u *unit, volumes bool) error {
 		err = p.Wait() // a power cut from here on finishes the removal
 	}
 	if err == nil {
-		err = e.erase(ctx, u, r, volumes)
+		err = fault.Outwait(ctx, func() error { return e.erase(ctx, u, r, volumes) })
 	}
 	if err != nil {
 		_, p, serr := e.change(u, func(n *container.Record) {
@@ -146,7 +146,10 @@ func (e *Engine) erase(ctx context.Context, u *unit, r *container.Record, volume
 	}
 	e.cfg.Driver.Release(r.ID)
 	e.forgetLayer(r.ID)
-	e.dropHostMounts(u)
+	// Nothing may be mounted below what is removed next.
+	if err := e.dropHostMounts(u); err != nil {
+		return err
+	}
 	if err := os.RemoveAll(u.dir); err != nil {
 		return err
 	}

@@ -106,7 +106,7 @@ func (e *Engine) secretMounts(u *unit, r *container.Record, mounts []oci.Mount, 
 		total += int64(len(b)) + 8192
 	}
 	top := filepath.Join(e.hostDir(u), secretsMount)
-	back.add(func(context.Context) { e.dropHostMounts(u) })
+	back.add(func(context.Context) { _ = e.dropHostMounts(u) })
 	if err := mountMemory(top, 4*total+(1<<20), label); err != nil { // room for new values beside the old
 		return nil, fmt.Errorf("cannot make memory for the container's secrets: %w", err)
 	}

@@ -55,7 +55,7 @@ func (e *Engine) endAll(ctx context.Context) error {
 	// crash left goes now.
 	if list, err := os.ReadDir(e.stateDir(true)); err == nil {
 		for _, d := range list {
-			e.dropHostMounts(&unit{id: d.Name(), dir: filepath.Join(e.stateDir(false), d.Name())})
+			errs = append(errs, e.dropHostMounts(&unit{id: d.Name(), dir: filepath.Join(e.stateDir(false), d.Name())}))
 		}
 	}
 	return errors.Join(errs...)

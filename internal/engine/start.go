@@ -360,7 +360,7 @@ func (e *Engine) specInput(ctx context.Context, u *unit, r *container.Record, ro
 		if in.ShmSource, err = e.sharedShm(u, r, lab.mount); err != nil {
 			return in, err
 		}
-		back.add(func(context.Context) { e.dropHostMounts(u) })
+		back.add(func(context.Context) { _ = e.dropHostMounts(u) })
 	}
 	if r.Pod != nil {
 		err = e.joinPod(r, &in, back)

@@ -1,12 +1,18 @@
 package native
 
 import (
+	"context"
 	"fmt"
+	"io"
+	"net"
+	"net/http"
 	"os"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/cloudos-io/cloudos/test/harness"
 )
@@ -55,7 +61,83 @@ func TestDescriptors(t *testing.T) {
 	// As many again, but for the descriptors of the sandboxes parked meanwhile:
 	// nothing was lost to the failures.
 	for i := range len(ids) - 4 {
-		e.must("run", "-d", "--name", fmt.Sprint("again", i), "bb", "sleep", "100000")
+		name := fmt.Sprint("again", i)
+		harness.Eventually(t, "as many containers as before", 20*time.Second, func() bool { // clearing away takes some for a moment
+			ok := e.run("run", "-d", "--name", name, "bb", "sleep", "100000").code == 0
+			if !ok {
+				e.must("rm", "-f", name)
+			}
+			return ok
+		})
+	}
+}
+
+// TestMomentaryShortage takes every free descriptor from the daemon while containers are
+// removed, and gives them back: what was asked for before that goes through, late, and
+// nothing is left of it.
+func TestMomentaryShortage(t *testing.T) {
+	e := start(t, "--pool", "2")
+	const n = 8
+	var ids []string
+	clients := make([]*http.Client, n)
+	for i := range n {
+		ids = append(ids, e.must("run", "-d", "-p", "80", "-v", fmt.Sprintf("vol%d:/v", i), "-v", "/anon", "bb", "sleep", "100000"))
+		clients[i] = &http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return (&net.Dialer{}).DialContext(ctx, "unix", e.Sock())
+		}}}
+		defer clients[i].CloseIdleConnections()
+		// A request needs a descriptor, too: this connection is there already.
+		resp, err := clients[i].Get("http://d/_ping")
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, _ = io.Copy(io.Discard, resp.Body)
+		resp.Body.Close()
+	}
+	limit := func(n uint64) {
+		t.Helper()
+		if err := unix.Prlimit(e.Cmd.Process.Pid, unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: n, Max: 4096}, nil); err != nil {
+			t.Fatal(err)
+		}
+	}
+	limit(8) // below what is open: none more
+	answers := make(chan string, n)
+	for i, c := range clients {
+		go func() {
+			req, _ := http.NewRequest("DELETE", "http://d/containers/"+ids[i]+"?force=1&v=1", nil)
+			resp, err := c.Do(req)
+			if err != nil {
+				answers <- err.Error()
+				return
+			}
+			b, _ := io.ReadAll(resp.Body)
+			resp.Body.Close()
+			answers <- strings.TrimSpace(resp.Status + " " + string(b))
+		}()
+	}
+	select {
+	case a := <-answers:
+		t.Errorf("a removal without descriptors did not wait: %s", a)
+		answers <- a
+	case <-time.After(2 * time.Second):
+	}
+	limit(4096)
+	for range n {
+		if a := <-answers; a != "204 No Content" {
+			t.Errorf("a removal: %s", a)
+		}
+	}
+	if left := e.must("ps", "-aq"); left != "" {
+		t.Errorf("left: %s", left)
+	}
+	if vols := strings.Fields(e.must("volumes", "list", "-q")); len(vols) != n {
+		t.Errorf("volumes: %v, want the %d named ones", vols, n)
+	}
+	// What goes on without (the pool, accepting) or tries again says so; the rest is done.
+	for line := range strings.Lines(e.Log()) {
+		if strings.Contains(line, "too many open files") && !strings.Contains(line, "cannot park") && !strings.Contains(line, "will try again") && !strings.Contains(line, "Accept error") {
+			t.Errorf("something was given up: %s", line)
+		}
 	}
 }
 

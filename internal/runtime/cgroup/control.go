@@ -213,7 +213,10 @@ func removeTree(dir string) error {
 	if err != unix.EBUSY && err != unix.ENOTEMPTY {
 		return &os.PathError{Op: "rmdir", Path: dir, Err: err}
 	}
-	entries, _ := os.ReadDir(dir)
+	entries, rerr := os.ReadDir(dir)
+	if fault.Short(rerr) {
+		return rerr // else it would look as if there were none below
+	}
 	for _, e := range entries {
 		if e.IsDir() {
 			if err := removeTree(dir + "/" + e.Name()); err != nil {

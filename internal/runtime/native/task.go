@@ -204,7 +204,9 @@ func (t *task) lost() {
 	select {
 	case <-t.exited:
 	default:
-		if e, _, err := shim.ReadRecord(t.dir); err == nil {
+		var e shim.Exit
+		err := fault.Outwait(context.Background(), func() (err error) { e, _, err = shim.ReadRecord(t.dir); return err })
+		if err == nil {
 			t.end(exitOf(e))
 		} else {
 			t.mu.Lock()

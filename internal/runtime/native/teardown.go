@@ -4,6 +4,8 @@ import (
 	"context"
 	"sync"
 	"time"
+
+	"github.com/cloudos-io/cloudos/internal/fault"
 )
 
 // teardown does what nobody waits for, a few at a time.
@@ -20,7 +22,12 @@ func newTeardown(d *Driver) *teardown {
 	return &teardown{d: d, byID: map[string]chan struct{}{}, wake: make(chan struct{}, 1)}
 }
 
+// add queues what can be repeated: nobody does it later.
 func (t *teardown) add(f func(context.Context) error) {
+	t.enqueue(func(ctx context.Context) error { return fault.Outwait(ctx, func() error { return f(ctx) }) })
+}
+
+func (t *teardown) enqueue(f func(context.Context) error) {
 	t.mu.Lock()
 	t.queue = append(t.queue, f)
 	t.pending++
@@ -31,15 +38,15 @@ func (t *teardown) add(f func(context.Context) error) {
 	}
 }
 
-// addFor queues the removal of something that a later start of the same id
-// must wait for.
+// addFor queues, like add, the removal of something that a later start of the same
+// id must wait for.
 func (t *teardown) addFor(id string, f func(context.Context) error) {
 	ch := make(chan struct{})
 	t.mu.Lock()
 	t.byID[id] = ch
 	t.mu.Unlock()
-	t.add(func(ctx context.Context) error {
-		err := f(ctx)
+	t.enqueue(func(ctx context.Context) error {
+		err := fault.Outwait(ctx, func() error { return f(ctx) })
 		t.mu.Lock()
 		if t.byID[id] == ch {
 			delete(t.byID, id)
@@ -87,7 +94,7 @@ func (t *teardown) one(ctx context.Context) bool {
 	t.queue = t.queue[1:]
 	t.mu.Unlock()
 	// What has begun is finished, daemon going down or not.
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second+fault.ShortageFor)
 	defer cancel()
 	if err := f(ctx); err != nil {
 		t.d.log.Warn("cannot clear away after a container", "error", err)

@@ -9,6 +9,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/cloudos-io/cloudos/internal/fault"
 )
 
 // discard moves dir out of sight; Run deletes it. The rename needs no sync: a
@@ -50,7 +52,7 @@ func (s *Store) Run(ctx context.Context) error {
 	_, _, _ = unix.Syscall(unix.SYS_IOPRIO_SET, 1, 0, idleClass)
 	for {
 		s.refill()
-		if err := s.emptyTrash(ctx); err != nil {
+		if err := fault.Outwait(ctx, func() error { return s.emptyTrash(ctx) }); err != nil {
 			s.log.Warn("cannot delete discarded layers", "cause", err)
 		}
 		select {
