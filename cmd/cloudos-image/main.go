@@ -67,7 +67,7 @@ func build(ctx context.Context, args []string) error {
 	f.StringVar(&o.Arch, "arch", runtime.GOARCH, "amd64 or arm64")
 	f.StringVar(&o.Format, "format", "vm", "vm: kernel, initrd and root for VM mode; disk: for clouds; iso: for discs and sticks; netboot: kernel and initrd; release: what systems are upgraded from")
 	f.StringVar(&o.DiskFormat, "disk-format", "raw", "raw or qcow2, of the format disk")
-	f.StringVar(&o.Words, "append", "", "words to add to the kernel's command line, of disk and iso")
+	f.StringVar(&o.Words, "append", "", "words to add to the kernel's command line, of disk, iso and release")
 	configFile := f.String("config", "", "file with the machine's configuration for the image to carry: used where no other place has one")
 	f.StringVarP(&o.Output, "output", "o", "", "folder that the image is written to")
 	version := f.String("version", "", "the system's version (default: that of the programs)")

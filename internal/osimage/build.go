@@ -33,7 +33,7 @@ import (
 type Options struct {
 	// Arch is amd64 or arm64; Format vm, disk, iso, netboot or release; DiskFormat raw or qcow2.
 	Arch, Format, DiskFormat string
-	// Words are added to the kernel's command line of disk and iso.
+	// Words are added to the kernel's command line of disk, iso and release.
 	Words string
 	// Output is a folder, made if it is missing.
 	Output string
@@ -83,6 +83,9 @@ func Build(ctx context.Context, o Options) (*vmwire.Image, error) {
 	if o.Owner != nil && o.Format != "disk" && o.Format != "release" {
 		return nil, fault.New(fault.Unsupported, "cannot sign an image of the format %q for Secure Boot: only disk and release are", o.Format)
 	}
+	if err := o.fit(); err != nil {
+		return nil, err
+	}
 	switch o.Format {
 	case "vm", "netboot":
 		return buildParts(ctx, o)
@@ -94,6 +97,21 @@ func Build(ctx context.Context, o Options) (*vmwire.Image, error) {
 		return buildRelease(ctx, o)
 	}
 	return nil, fault.New(fault.Invalid, "cannot build an image of the format %q: it is vm, disk, iso, netboot or release", o.Format)
+}
+
+// fit refuses what would have no effect.
+func (o *Options) fit() error {
+	switch {
+	case o.Words != "" && (o.Format == "vm" || o.Format == "netboot"):
+		return fault.New(fault.Invalid, "cannot add words to the command line of the format %s: whoever starts it gives the command line", o.Format)
+	case o.DiskFormat != "" && o.DiskFormat != "raw" && o.DiskFormat != "qcow2":
+		return fault.New(fault.Invalid, "cannot build a disk of the format %q: it is raw or qcow2", o.DiskFormat)
+	case o.DiskFormat == "qcow2" && o.Format != "disk":
+		return fault.New(fault.Invalid, "cannot build the format %s as qcow2: only disk is", o.Format)
+	case o.Platform != "" && o.Platform != string(kernel.Metal) && o.Format != "release":
+		return fault.New(fault.Invalid, "cannot build the format %s for the platform %q: only a release is for one", o.Format, o.Platform)
+	}
+	return nil
 }
 
 // buildParts makes the formats whose files a boot loader outside takes: vm and netboot.

@@ -148,6 +148,10 @@ func (in *Inspection) Print(w io.Writer, n int) {
 	for _, s := range order {
 		row(s.name, s.stored, s.size, s.files)
 	}
+	if rest := in.rest(all.stored); rest > 0 {
+		fmt.Fprintf(w, "%-24s %9.2f MB\n", "boot loaders, tables", float64(rest)/1e6)
+		all.stored += rest
+	}
 	row("all", all.stored, all.size, all.files)
 	files := slices.Clone(in.Contents)
 	slices.SortFunc(files, func(a, b Content) int {
@@ -166,6 +170,19 @@ func (in *Inspection) Print(w io.Writer, n int) {
 			fmt.Fprintf(w, "%-8s %9.2f MB  %s  sha256:%s\n", role, float64(f.Size)/1e6, f.Name, f.SHA256)
 		}
 	}
+}
+
+// rest is what the files have besides their contents: boot loaders, partition tables, the tree of hashes. A raw
+// disk is mostly holes.
+func (in *Inspection) rest(stored int64) int64 {
+	var size int64
+	for _, f := range in.Image.Files {
+		if f.Name == "disk.raw" {
+			return 0
+		}
+		size += f.Size
+	}
+	return size - stored
 }
 
 // printable drops what a terminal would take for orders.
