@@ -59,7 +59,7 @@ func world(t *testing.T) *prefix {
 			os.RemoveAll(dir)
 		}
 	})
-	cmd := exec.Command("go", "build", "-trimpath", "-o", p.exe, "./cmd/servin")
+	cmd := exec.Command("go", "build", "-trimpath", "-o", dir, "./cmd/servin", "./cmd/cloudos")
 	cmd.Dir, cmd.Env = "../..", append(os.Environ(), "GOOS=windows", "GOARCH=amd64", "CGO_ENABLED=0")
 	if out, err := cmd.CombinedOutput(); err != nil {
 		t.Fatalf("cannot build: %v\n%s", err, out)
@@ -104,6 +104,11 @@ func (p *prefix) wine(limit time.Duration, args ...string) (string, error) {
 // servin runs the command line.
 func (p *prefix) servin(args ...string) (string, error) {
 	return p.wine(time.Minute, append([]string{p.exe}, args...)...)
+}
+
+// cloudos runs the command line of the operating system.
+func (p *prefix) cloudos(args ...string) (string, error) {
+	return p.wine(time.Minute, append([]string{filepath.Join(p.dir, "cloudos.exe")}, args...)...)
 }
 
 func (p *prefix) must(args ...string) string {
@@ -182,6 +187,24 @@ func TestCommandLine(t *testing.T) {
 	}
 	if out, err := p.servin("--host", "tcp://"+e.secure, "--tlsverify", "--tlscacert", path(e.file("ca.pem")), "ps"); err == nil {
 		t.Fatalf("without a certificate: %q", out)
+	}
+
+	if out, err := p.cloudos("version"); err != nil || !strings.HasPrefix(out, "cloudos ") {
+		t.Fatalf("the version is %q, %v", out, err)
+	}
+	if out, err := p.cloudos("help"); err != nil || !strings.Contains(out, "upgrade ") {
+		t.Fatalf("the help is %q, %v", out, err)
+	}
+	// It reaches the engine by servin's context, and by flags; this one is not a CloudOS machine's.
+	const none = "does not run on a CloudOS machine"
+	if out, err := p.cloudos("status"); err == nil || !strings.Contains(out, none) {
+		t.Fatalf("the status of the context's machine: %q, %v", out, err)
+	}
+	if out, err := p.cloudos(append([]string{"config"}, tls...)...); err == nil || !strings.Contains(out, none) {
+		t.Fatalf("over TLS: %q, %v", out, err)
+	}
+	if out, err := p.cloudos("upgrade", path(filepath.Join(p.dir, "missing.release"))); err == nil || !strings.Contains(out, "cannot read the release") {
+		t.Fatalf("a release that is not there: %q, %v", out, err)
 	}
 }
 
