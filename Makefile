@@ -21,6 +21,7 @@ deps: ## Install what building and running need (Debian packages; needs root)
 build: shim hello ## Build every program into bin/
 	@mkdir -p $(BIN)
 	$(GO) build -tags nri_no_wasm,grpcnotrace -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/ $(PROGRAMS:%=./cmd/%) # ADR 14, 55
+	@install -m 755 internal/shim/bin/servin-shim-$(GOARCH) $(BIN)/servin-shim # for images
 	@scripts/toolbox-image $(BIN)/servin-toolbox.tar.gz
 	@$(MAKE) --no-print-directory buildd scan
 

@@ -1,9 +1,12 @@
 /* servin-shim: the monitor of one container, the launcher of the OCI command line, the
- * relay of an engine, the entries of rootless mode, and the pause of a pod. */
+ * relay of an engine, the entries of rootless mode, the pause of a pod, and the first
+ * stage of a machine of VM mode. */
 #include <signal.h>
 #include <string.h>
 #include <sys/wait.h>
+#include <unistd.h>
 
+#include "first.h"
 #include "launch.h"
 #include "relay.h"
 #include "rootless.h"
@@ -28,6 +31,9 @@ static int pause_main(void)
 
 int main(int argc, char **argv)
 {
+	/* What the kernel does not know of its command line comes as arguments. */
+	if (argc >= 1 && strcmp(argv[0], "/init") == 0 && getpid() == 1)
+		return first_main();
 	if (argc == 2 && strcmp(argv[1], "pause") == 0)
 		return pause_main();
 	if (argc == 2 && strcmp(argv[1], "monitor") == 0)

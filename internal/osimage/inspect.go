@@ -43,7 +43,7 @@ func (s *system) contents(o Options) error {
 		}
 	}
 	for _, e := range s.rootTree.Sorted() {
-		if s.quickTree != nil && e.Path == enginePlace {
+		if s.quickTree != nil && isQuick(e.Path) {
 			continue // it is the one below
 		}
 		if e.Mode.IsRegular() {

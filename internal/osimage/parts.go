@@ -6,30 +6,62 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
+	"strings"
 
+	"github.com/cloudos-io/cloudos/internal/osimage/kernel"
 	"github.com/cloudos-io/cloudos/internal/osimage/squashfs"
 	"github.com/cloudos-io/cloudos/internal/osimage/tree"
 )
 
-// The root of VM mode is a disk of two partitions: the root, and the engine's program,
-// which each start unpacks whole (ADR 56). The table is that of PCs.
+// The root of VM mode is a disk of two partitions: the root, and the programs that each start
+// unpacks whole (ADR 56, 57). The table is that of PCs; shim/first.c mounts both.
 const (
 	sector       = 512
 	partAlign    = 4096
 	partsTable   = 446
 	partsMark    = 510
 	partTypeUnix = 0x83
-	// enginePlace is where the root has a place for the engine's program.
-	enginePlace = "bin/servind"
 )
+
+// quickPrograms are in the second partition; the root has a place for each.
+var quickPrograms = []struct{ name, part string }{{"servind", partEngine}, {"cloudos-init", partInit}}
+
+func isQuick(path string) bool {
+	return slices.ContainsFunc(quickPrograms, func(p struct{ name, part string }) bool { return path == "bin/"+p.name })
+}
+
+// firstModules are the chains of modules that shim/first.c loads, side by side.
+var firstModules = [][]string{{"virtio_pci", "virtio_blk"}, {"squashfs"}}
+
+// addFirst makes a VM's initial file system start with the first stage.
+func addFirst(t *tree.Tree, o Options, k *kernel.Kernel, picked []*kernel.Module) error {
+	if _, err := t.File("init", 0o755, partInit, filepath.Join(o.Programs, "servin-shim")); err != nil {
+		return fmt.Errorf("%w (make build)", err)
+	}
+	var b strings.Builder
+	for _, chain := range firstModules {
+		for i, p := range kernel.Chain(picked, chain...) {
+			if i > 0 {
+				b.WriteByte(' ')
+			}
+			b.WriteString("/" + moduleFolder(k) + p)
+		}
+		b.WriteByte('\n')
+	}
+	t.Bytes("first", 0o644, partInit, []byte(b.String()))
+	return nil
+}
 
 // writeParts writes the disk.
 func (s *system) writeParts(o Options, f *os.File) error {
 	s.quickTree = tree.New()
-	if _, err := s.quickTree.File("servind", 0o755, partEngine, filepath.Join(o.Programs, "servind")); err != nil {
-		return fmt.Errorf("%w (make build)", err)
+	for _, p := range quickPrograms {
+		if _, err := s.quickTree.File(p.name, 0o755, p.part, filepath.Join(o.Programs, p.name)); err != nil {
+			return fmt.Errorf("%w (make build)", err)
+		}
+		s.rootTree.Bytes("bin/"+p.name, 0o755, p.part, nil)
 	}
-	s.rootTree.Bytes(enginePlace, 0o755, partEngine, nil)
 	if _, err := f.Write(make([]byte, partAlign)); err != nil {
 		return err
 	}

@@ -86,27 +86,37 @@ func initialRoot(o Options, k *kernel.Kernel, modules []string) (*tree.Tree, err
 	}
 	t.Device("dev/console", 0o600, 5, 1)
 	t.Device("dev/null", 0o666, 1, 3)
+	picked, err := addModules(t, k, modules)
+	if err != nil {
+		return nil, err
+	}
+	if o.Format == "vm" {
+		return t, addFirst(t, o, k, picked)
+	}
 	if _, err := t.File("init", 0o755, partInit, filepath.Join(o.Programs, "cloudos-init")); err != nil {
 		return nil, fmt.Errorf("%w (make build)", err)
 	}
-	return t, addModules(t, k, modules)
+	return t, nil
 }
 
-func addModules(t *tree.Tree, k *kernel.Kernel, patterns []string) error {
+// moduleFolder is where a kernel's modules are.
+func moduleFolder(k *kernel.Kernel) string { return "lib/modules/" + k.Version + "/" }
+
+func addModules(t *tree.Tree, k *kernel.Kernel, patterns []string) ([]*kernel.Module, error) {
 	picked, err := k.Pick(patterns...)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	base := "lib/modules/" + k.Version + "/"
+	base := moduleFolder(k)
 	for _, m := range picked {
 		t.Bytes(base+m.Path, 0o644, partModules, m.Data)
 	}
 	b, err := index(picked)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	t.Bytes(base+"cloudos.index", 0o644, partModules, b)
-	return nil
+	return picked, nil
 }
 
 // programs of ours in the root, by part.
@@ -143,7 +153,7 @@ func systemRoot(ctx context.Context, o Options, apt *kernel.Apt, k *kernel.Kerne
 			return nil, fmt.Errorf("%w (make build)", err)
 		}
 	}
-	if err := addModules(t, k, modules); err != nil {
+	if _, err := addModules(t, k, modules); err != nil {
 		return nil, err
 	}
 	certs, err := certificates(ctx, apt)

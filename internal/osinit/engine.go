@@ -19,8 +19,17 @@ type waitingEngine struct {
 	out, in *os.File // its output
 }
 
+func (e *waitingEngine) close() {
+	e.tell.Close()
+	e.out.Close()
+	e.in.Close()
+}
+
+const engineOOMScore = -900
+
+// engineProgram is how the engine is started; shim/first.c starts the first of VM mode alike.
 func (m *machine) engineProgram(output *os.File) process.Program {
-	return process.Program{Path: "/bin/servind", Output: output, Dir: "/", OOMScoreAdj: -900, NewSession: true,
+	return process.Program{Path: "/bin/servind", Output: output, Dir: "/", OOMScoreAdj: engineOOMScore, NewSession: true,
 		Env: []string{"PATH=/bin", "HOME=/var/root", "TMPDIR=/var/tmp"}}
 }
 
@@ -46,9 +55,8 @@ func (m *machine) prestart() {
 	if e.process, err = m.table.Start(p); err != nil {
 		// It is started again when it is its turn.
 		m.log.Printf("%v", err)
-		tell.Close()
-		e.out.Close()
-		e.in.Close()
+		e.tell = tell
+		e.close()
 		return
 	}
 	e.tell = tell
@@ -58,9 +66,7 @@ func (m *machine) prestart() {
 // dismiss ends an engine that is not to run.
 func (m *machine) dismiss() {
 	if e := m.prepared; e != nil {
-		e.tell.Close()
-		e.out.Close()
-		e.in.Close()
+		e.close()
 		m.prepared = nil
 	}
 }

@@ -75,6 +75,8 @@ type machine struct {
 	// Of run alone.
 	engineArgs []string
 	beside     sync.WaitGroup // loads modules from the initial file system
+	initial    *modules.Set   // those of the initial file system
+	quotas     chan struct{}  // closed when the kernel has what the data's quotas need
 	unpacked   *os.Root       // the initial file system
 	esp        gpt.GUID       // of the boot partition that the system was started from; zero is not known
 	home       data.Disk      // the disk that the root is on, if it has slots

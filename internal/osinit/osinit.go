@@ -64,7 +64,10 @@ func (m *machine) run(ctx context.Context) (reboot bool) {
 	debug.SetMemoryLimit(64 << 20)
 	m.early()
 	m.mark("init")
-	initial, err := modules.Open("/")
+	adopted, err := m.adopt()
+	if err == nil && !adopted {
+		m.initial, err = modules.Open("/")
+	}
 	if err != nil {
 		m.fatal(err)
 	}
@@ -72,7 +75,13 @@ func (m *machine) run(ctx context.Context) (reboot bool) {
 	if err != nil {
 		m.problem(err)
 	}
-	if err := m.findRoot(initial); err != nil {
+	m.loadBeside()
+	if !adopted {
+		if err := m.findRoot(m.initial); err != nil {
+			m.fatal(err)
+		}
+	}
+	if err := layRoot("/"); err != nil {
 		m.fatal(err)
 	}
 	m.mark("root")
@@ -85,7 +94,7 @@ func (m *machine) run(ctx context.Context) (reboot bool) {
 	}
 	m.later()
 	m.firmware()
-	if m.cmdline["safe"] == "" && m.cmdline["menu"] == "" {
+	if !adopted && m.cmdline["safe"] == "" && m.cmdline["menu"] == "" {
 		m.prestart()
 	}
 	parts.Go(func() { m.table.Run(ctx) })
@@ -98,8 +107,8 @@ func (m *machine) run(ctx context.Context) (reboot bool) {
 	// The engine needs its data, its configuration and a few modules; all else goes on beside it.
 	var needed sync.WaitGroup
 	connected := make(chan struct{})
-	needed.Go(func() { m.preload(initial, connected) })
-	parts.Go(func() { m.connect(initial, connected) })
+	needed.Go(func() { m.preload(connected) })
+	parts.Go(func() { m.connect(connected) })
 	parts.Go(func() { m.settle(ctx) })
 	m.port = &guest.Port{Engine: m.dialEngine, Log: m.log.Printf}
 	m.port.Control = guest.NewControl(m, m.port.Streams)
@@ -113,6 +122,7 @@ func (m *machine) run(ctx context.Context) (reboot bool) {
 	if m.wantsInstall(ctx) {
 		m.cmdline["data"] = "none"
 	}
+	<-m.quotas
 	dataErr := m.mountData(ctx)
 	var closed <-chan error
 	if dataErr == nil { // else a person may yet open them: the registers are to be as they were
@@ -194,7 +204,7 @@ var _ guest.Machine = (*machine)(nil)
 // newMachine returns a machine of which nothing is known yet.
 func newMachine(version string) *machine {
 	m := &machine{version: version, table: process.NewTable(), orders: make(chan order, 1), state: vmwire.StateStarting,
-		changed: make(chan struct{}), ready: make(chan struct{}), boot: map[string]float64{}, dataKind: "memory"}
+		changed: make(chan struct{}), ready: make(chan struct{}), quotas: make(chan struct{}), boot: map[string]float64{}, dataKind: "memory"}
 	m.log = newLog("cloudos: ", 256<<10)
 	m.engineLog = newLog("", 512<<10)
 	m.gate = m.newGate()

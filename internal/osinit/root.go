@@ -70,16 +70,7 @@ func (m *machine) findRoot(set *modules.Set) error {
 	if spec == "" {
 		spec = "serial=" + vmwire.SerialRoot
 	}
-	// What the engine will need is loaded beside, one after the other, where the
-	// initial file system has it: the disks are more urgent.
-	m.beside.Go(func() {
-		for _, name := range engineModules {
-			if err := set.Load(name); err != nil {
-				m.problem(err)
-			}
-		}
-	})
-	if err := set.LoadAll("virtio_pci", "virtio_blk", "squashfs", "quota_v2"); err != nil {
+	if err := set.LoadAll("virtio_pci", "virtio_blk", "squashfs"); err != nil {
 		m.problem(err)
 	}
 	var check dm.Verity
@@ -108,34 +99,13 @@ func (m *machine) findRoot(set *modules.Set) error {
 	if err := unix.Mount("root", place, "tmpfs", unix.MS_NODEV|unix.MS_NOATIME, "mode=755,size=16m"); err != nil {
 		return fmt.Errorf("cannot mount the root: %w", err)
 	}
-	for _, d := range []string{"system", "proc", "sys", "dev", "run", "tmp", "var", "home", "mnt", "media", "opt", "srv"} {
+	for _, d := range []string{"system", "proc", "sys", "dev"} {
 		if err := os.Mkdir(filepath.Join(place, d), 0o755); err != nil {
-			return err
-		}
-	}
-	for _, l := range []string{"bin", "etc", "lib"} {
-		if err := os.Symlink("system/"+l, filepath.Join(place, l)); err != nil {
-			return err
-		}
-	}
-	for link, to := range map[string]string{"sbin": "bin", "usr": "system", "root": "var/root"} {
-		if err := os.Symlink(to, filepath.Join(place, link)); err != nil {
-			return err
-		}
-	}
-	engine := ""
-	if kind, _, _ := strings.Cut(spec, "="); kind == "serial" {
-		if source, engine, err = rootParts(source); err != nil {
 			return err
 		}
 	}
 	if err := unix.Mount(source, filepath.Join(place, "system"), "squashfs", unix.MS_RDONLY|unix.MS_NODEV, ""); err != nil {
 		return fmt.Errorf("cannot mount the root from %s: %w", source, err)
-	}
-	if engine != "" {
-		if err := mountEngine(engine, place); err != nil {
-			return err
-		}
 	}
 	for _, d := range []string{"/proc", "/sys", "/dev"} { // what the root is on stays where it is, unseen
 		if err := unix.Mount(d, place+d, "", unix.MS_MOVE, ""); err != nil {
@@ -159,30 +129,19 @@ func (m *machine) findRoot(set *modules.Set) error {
 	return unix.Chdir("/")
 }
 
-// rootParts are the partitions of VM mode's disk with the root: the root, and the
-// engine's program (ADR 56). The kernel finds them a moment after the disk.
-func rootParts(disk string) (root, engine string, err error) {
-	root, engine = disk+"1", disk+"2"
-	for begin := time.Now(); ; time.Sleep(2 * time.Millisecond) {
-		_, err = os.Stat(engine)
-		if err == nil || time.Since(begin) > patience {
-			return root, engine, err
+// layRoot makes what else the root has: folders, and links to what is in /system.
+func layRoot(place string) error {
+	for _, d := range []string{"run", "tmp", "var", "home", "mnt", "media", "opt", "srv"} {
+		if err := os.Mkdir(filepath.Join(place, d), 0o755); err != nil && !errors.Is(err, os.ErrExist) {
+			return err
 		}
 	}
-}
-
-// mountEngine puts the engine's program where the root has a place for it.
-func mountEngine(source, place string) error {
-	at := filepath.Join(place, "mnt")
-	if err := unix.Mount(source, at, "squashfs", unix.MS_RDONLY|unix.MS_NODEV, ""); err != nil {
-		return fmt.Errorf("cannot mount the engine's program from %s: %w", source, err)
-	}
-	if err := unix.Mount(filepath.Join(at, "servind"), filepath.Join(place, "system/bin/servind"), "", unix.MS_BIND, ""); err != nil {
-		return fmt.Errorf("cannot put the engine's program into its place: %w", err)
-	}
-	// It stays for as long as that one.
-	if err := unix.Unmount(at, unix.MNT_DETACH); err != nil {
-		return fmt.Errorf("cannot put the engine's program into its place: %w", err)
+	for link, to := range map[string]string{
+		"bin": "system/bin", "etc": "system/etc", "lib": "system/lib", "sbin": "bin", "usr": "system", "root": "var/root",
+	} {
+		if err := os.Symlink(to, filepath.Join(place, link)); err != nil {
+			return err
+		}
 	}
 	return nil
 }
@@ -393,16 +352,32 @@ func (m *machine) loadNetworkModules() {
 	}
 }
 
+// loadBeside begins to load what the data disk and the engine will need, one after the
+// other, where the initial file system has it: the disks are more urgent.
+func (m *machine) loadBeside() {
+	m.beside.Go(func() {
+		if err := m.initial.Load("quota_v2"); err != nil {
+			m.problem(err)
+		}
+		close(m.quotas)
+		for _, name := range engineModules {
+			if err := m.initial.Load(name); err != nil {
+				m.problem(err)
+			}
+		}
+	})
+}
+
 // preload loads what the engine is about to use and is not there yet. connected is closed
 // when nobody else needs the initial file system.
-func (m *machine) preload(initial *modules.Set, connected <-chan struct{}) {
+func (m *machine) preload(connected <-chan struct{}) {
 	m.beside.Wait()
 	m.mark("early modules")
 	<-connected
 	// What the kernel unpacked is memory: it is given back. The program itself
 	// stays for as long as it runs.
-	initial.Close()
-	for _, d := range []string{"init", "lib"} {
+	m.initial.Close()
+	for _, d := range []string{"init", "first", "lib"} {
 		if err := m.unpacked.RemoveAll(d); err != nil {
 			m.log.Printf("cannot give back the initial file system: %v", err)
 		}
@@ -414,8 +389,8 @@ func (m *machine) preload(initial *modules.Set, connected <-chan struct{}) {
 }
 
 // connect loads what the host is met with.
-func (m *machine) connect(initial *modules.Set, connected chan<- struct{}) {
-	err := initial.LoadAll("virtio_console", "virtio_net")
+func (m *machine) connect(connected chan<- struct{}) {
+	err := m.initial.LoadAll("virtio_console", "virtio_net")
 	close(connected)
 	if err := errors.Join(err, m.modules.LoadAll("virtio_console", "virtio_net")); err != nil {
 		m.problem(err)

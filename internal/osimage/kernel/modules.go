@@ -132,6 +132,27 @@ func Index(w io.Writer, picked []*Module) error {
 	return err
 }
 
+// Chain lists the paths of modules and of what they need, each behind what it needs itself.
+func Chain(picked []*Module, names ...string) []string {
+	by := map[string]*Module{}
+	for _, m := range picked {
+		by[m.Name] = m
+	}
+	var out []string
+	for _, n := range names {
+		m := by[n]
+		if m == nil {
+			continue // it is part of the kernel
+		}
+		for _, d := range append(order(by, m), n) {
+			if p := by[d].Path; !slices.Contains(out, p) {
+				out = append(out, p)
+			}
+		}
+	}
+	return out
+}
+
 // order lists what m needs, each before what needs it.
 func order(by map[string]*Module, m *Module) []string {
 	var out []string

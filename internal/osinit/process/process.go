@@ -123,12 +123,24 @@ func (t *Table) Start(p Program) (*Process, error) {
 	if err != nil {
 		return nil, fmt.Errorf("cannot start %s: %w", p.Path, err)
 	}
+	return t.enter(pid, p.OOMScoreAdj), nil
+}
+
+// Adopt makes a child that was started before a process of the table.
+func (t *Table) Adopt(pid, oomScoreAdj int) *Process {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.enter(pid, oomScoreAdj)
+}
+
+// enter notes a child; mu is held.
+func (t *Table) enter(pid, oomScoreAdj int) *Process {
 	ch := make(chan syscall.WaitStatus, 1)
 	t.waiting[pid] = ch
-	if p.OOMScoreAdj != 0 {
-		os.WriteFile(fmt.Sprintf("/proc/%d/oom_score_adj", pid), fmt.Appendf(nil, "%d", p.OOMScoreAdj), 0) // best effort: it may have ended
+	if oomScoreAdj != 0 {
+		os.WriteFile(fmt.Sprintf("/proc/%d/oom_score_adj", pid), fmt.Appendf(nil, "%d", oomScoreAdj), 0) // best effort: it may have ended
 	}
-	return &Process{PID: pid, done: ch}, nil
+	return &Process{PID: pid, done: ch}
 }
 
 // Done gives the status when the process has ended.

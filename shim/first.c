@@ -1,0 +1,231 @@
+/*
+ * The first stage of a machine of VM mode, as /init of its initial file system: finds
+ * the root, starts the engine, and becomes cloudos-init. It is the shortest way from the
+ * kernel to the engine's first instruction, with nothing in it that can wait (ADR 57).
+ *
+ * /first has a line for each chain of kernel modules: their paths, each after those it
+ * needs. The disk with the serial number cloudos-root has two partitions, the root and
+ * the programs of a start (package osimage). The engine gets the pipe of package
+ * internal/daemon/await at descriptor 3. cloudos-init finds in CLOUDOS_FIRST the engine's
+ * process id, and at the descriptors
+ *   3  where the engine's order goes
+ *   4  where the engine's output comes from, 5 its other end
+ *   6  the initial file system's root
+ * What is wrong is said on the console; the kernel then starts the machine again.
+ */
+#define _GNU_SOURCE
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mount.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "first.h"
+
+#define SERIAL "cloudos-root"
+#define PLACE "/new"
+
+enum { PATIENCE = 30, FIRST_FREE = 10 };
+
+static _Noreturn void die(const char *what, const char *on)
+{
+	int err = errno;
+
+	dprintf(2, "cloudos: cannot %s %s: %s\n", what, on, strerror(err));
+	sleep(2);
+	_exit(1);
+}
+
+static void must_mount(const char *source, const char *at, const char *kind, unsigned long flags, const char *options)
+{
+	if (mount(source, at, kind, flags, options) < 0)
+		die("mount", at);
+}
+
+/* Loads a chain's modules. One that is there already is none of its errors. */
+static int load(char *chain)
+{
+	for (char *at, *path = strtok_r(chain, " ", &at); path; path = strtok_r(NULL, " ", &at)) {
+		int fd = open(path, O_RDONLY | O_CLOEXEC);
+
+		if (fd < 0 || (syscall(SYS_finit_module, fd, "", 0) < 0 && errno != EEXIST)) {
+			dprintf(2, "cloudos: cannot load the module %s: %s\n", path, strerror(errno));
+			return 1;
+		}
+		close(fd);
+	}
+	return 0;
+}
+
+/* Loads all chains, each in a process of its own but the first. What could not be loaded
+ * was said; whether it is missed shows soon. */
+static void load_all(void)
+{
+	static char text[16384];
+	int fd = open("/first", O_RDONLY | O_CLOEXEC);
+	ssize_t n = fd < 0 ? -1 : read(fd, text, sizeof text - 1);
+	char *at, *mine;
+
+	if (n < 0)
+		die("read", "/first");
+	close(fd);
+	mine = strtok_r(text, "\n", &at);
+	for (char *line; (line = strtok_r(NULL, "\n", &at));) {
+		pid_t pid = fork();
+
+		if (pid == 0)
+			_exit(load(line));
+		if (pid < 0)
+			load(line);
+	}
+	if (mine)
+		load(mine);
+	while (wait(NULL) > 0)
+		;
+}
+
+/* Whether the disk with a name under /sys/block is the root's. */
+static int is_root(const char *disk)
+{
+	char path[320], serial[sizeof SERIAL + 1] = "";
+	int fd;
+
+	snprintf(path, sizeof path, "/sys/block/%s/serial", disk);
+	fd = open(path, O_RDONLY | O_CLOEXEC);
+	if (fd < 0)
+		return 0;
+	ssize_t n = read(fd, serial, sizeof serial - 1);
+	close(fd);
+	if (n > 0 && serial[n - 1] == '\n')
+		serial[n - 1] = 0;
+	return strcmp(serial, SERIAL) == 0;
+}
+
+/* Finds the root's disk whose second partition is there: writes its device's path. */
+static int find(char *path, size_t size)
+{
+	DIR *d = opendir("/sys/block");
+	int found = 0;
+
+	if (!d)
+		die("read", "/sys/block");
+	for (struct dirent *e; !found && (e = readdir(d));) {
+		if (e->d_name[0] == '.' || !is_root(e->d_name))
+			continue;
+		snprintf(path, size, "/dev/%s2", e->d_name);
+		found = access(path, F_OK) == 0;
+		path[strlen(path) - 1] = 0;
+	}
+	closedir(d);
+	return found;
+}
+
+static void mount_root(void)
+{
+	static const char *const dirs[] = {"/system", "/proc", "/sys", "/dev", "/mnt"};
+	static const char *const moved[] = {"/dev", "/sys", "/proc"};
+	static const char *const programs[] = {"servind", "cloudos-init"};
+	const struct timespec moment = {.tv_nsec = 2000000};
+	char disk[300], path[320], from[64], to[64];
+	time_t begin = time(NULL);
+
+	while (!find(disk, sizeof disk)) {
+		if (time(NULL) - begin > PATIENCE) {
+			errno = ENODEV;
+			die("find a disk with two partitions and the serial number", SERIAL);
+		}
+		nanosleep(&moment, NULL);
+	}
+	must_mount("root", PLACE, "tmpfs", MS_NODEV | MS_NOATIME, "mode=755,size=16m");
+	for (size_t i = 0; i < sizeof dirs / sizeof *dirs; i++) {
+		snprintf(to, sizeof to, PLACE "%s", dirs[i]);
+		if (mkdir(to, 0755) < 0)
+			die("make", to);
+	}
+	snprintf(path, sizeof path, "%s1", disk);
+	must_mount(path, PLACE "/system", "squashfs", MS_RDONLY | MS_NODEV, "");
+	snprintf(path, sizeof path, "%s2", disk);
+	must_mount(path, PLACE "/mnt", "squashfs", MS_RDONLY | MS_NODEV, "");
+	for (size_t i = 0; i < sizeof programs / sizeof *programs; i++) {
+		snprintf(from, sizeof from, PLACE "/mnt/%s", programs[i]);
+		snprintf(to, sizeof to, PLACE "/system/bin/%s", programs[i]);
+		must_mount(from, to, NULL, MS_BIND, NULL);
+	}
+	/* It stays for as long as they do. */
+	if (umount2(PLACE "/mnt", MNT_DETACH) < 0)
+		die("let go of", PLACE "/mnt");
+	for (size_t i = 0; i < sizeof moved / sizeof *moved; i++) {
+		snprintf(to, sizeof to, PLACE "%s", moved[i]);
+		must_mount(moved[i], to, NULL, MS_MOVE, NULL);
+	}
+	if (chdir(PLACE) < 0 || mount(".", "/", NULL, MS_MOVE, NULL) < 0 || chroot(".") < 0 || chdir("/") < 0)
+		die("enter", "the root");
+}
+
+/* A descriptor out of the way of those that programs are given. */
+static int away(int fd)
+{
+	int up = fd < 0 ? -1 : fcntl(fd, F_DUPFD_CLOEXEC, FIRST_FREE);
+
+	if (up < 0)
+		die("open", "a descriptor");
+	close(fd);
+	return up;
+}
+
+static void give(int fd, int as)
+{
+	if (dup2(fd, as) < 0)
+		die("pass", "a descriptor");
+}
+
+int first_main(void)
+{
+	static char *const engine[] = {"/bin/servind", NULL};
+	static char *const engine_env[] = {"PATH=/bin", "HOME=/var/root", "TMPDIR=/var/tmp", "SERVIND_AWAIT=3", NULL};
+	static char *const next[] = {"/bin/cloudos-init", NULL};
+	int order[2], output[2], initial;
+	char pid[16];
+
+	must_mount("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, "");
+	must_mount("sysfs", "/sys", "sysfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, "");
+	must_mount("devtmpfs", "/dev", "devtmpfs", MS_NOSUID, "mode=755");
+	load_all();
+	initial = away(open("/", O_RDONLY | O_DIRECTORY | O_CLOEXEC));
+	mount_root();
+	if (pipe2(order, O_CLOEXEC) < 0 || pipe2(output, O_CLOEXEC) < 0)
+		die("make", "a pipe");
+	for (int i = 0; i < 2; i++) {
+		order[i] = away(order[i]);
+		output[i] = away(output[i]);
+	}
+	pid_t child = fork();
+	if (child == 0) {
+		int null = away(open("/dev/null", O_RDWR | O_CLOEXEC));
+
+		setsid();
+		give(null, 0);
+		give(output[1], 1);
+		give(output[1], 2);
+		give(order[0], 3);
+		execve("/system/bin/servind", engine, engine_env);
+		die("start", "/system/bin/servind");
+	}
+	/* Without one, cloudos-init starts it when it is its turn. */
+	snprintf(pid, sizeof pid, "%d", child > 0 ? (int)child : 0);
+	if (setenv("CLOUDOS_FIRST", pid, 1) < 0)
+		die("name", "the engine");
+	give(order[1], 3);
+	give(output[0], 4);
+	give(output[1], 5);
+	give(initial, 6);
+	execv("/system/bin/cloudos-init", next);
+	die("start", "/system/bin/cloudos-init");
+}

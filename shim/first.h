@@ -1,0 +1,6 @@
+#ifndef FIRST_H
+#define FIRST_H
+
+int first_main(void);
+
+#endif
