@@ -27,7 +27,7 @@ const configFile = "/var/lib/cloudos/config.yaml"
 func (m *machine) configure(ctx context.Context) (*config.Document, error) {
 	p := source.Places{
 		CommandLine: m.cmdline["config"], Disk: configFile, Volumes: m.cidata, Image: config.InImage,
-		Vendor: dmi("sys_vendor"), Product: dmi("product_name"), Log: m.log.Printf,
+		Vendor: dmi("sys_vendor"), Product: dmi("product_name"), Asset: dmi("chassis_asset_tag"), Log: m.log.Printf,
 	}
 	if m.dataKind != "disk" {
 		p.Disk = ""

@@ -11,28 +11,30 @@ import (
 // provider is how a cloud tells a machine about itself.
 type provider struct {
 	name string
-	// vendor and product begin as the firmware says.
-	vendor, product string
-	user, hostname  string
-	header          map[string]string
+	// vendor, product and asset begin as the firmware says.
+	vendor, product, asset string
+	user, hostname         string
+	header                 map[string]string
 	// token is where a token is to be had first, tokenHeader how it is shown.
 	token, tokenHeader string
 	decode             func([]byte) ([]byte, error)
 }
 
 // The addresses: docs.aws.amazon.com "Use IMDSv2"; cloud.google.com "About VM
-// metadata"; learn.microsoft.com "Azure Instance Metadata Service"; docs.digitalocean.com "Droplet metadata".
+// metadata"; learn.microsoft.com "Azure Instance Metadata Service"; docs.digitalocean.com "Droplet metadata". A virtual
+// machine of Hyper-V on somebody's computer differs from Azure's by the chassis' tag alone, and a Chromebook
+// from Google's by the product.
 var providers = []provider{
 	{
 		name: "aws", vendor: "Amazon EC2", user: "/latest/user-data", hostname: "/latest/meta-data/hostname",
 		token: "/latest/api/token", tokenHeader: "X-aws-ec2-metadata-token",
 	},
 	{
-		name: "gcp", vendor: "Google", user: "/computeMetadata/v1/instance/attributes/user-data", hostname: "/computeMetadata/v1/instance/hostname",
+		name: "gcp", vendor: "Google", product: "Google", user: "/computeMetadata/v1/instance/attributes/user-data", hostname: "/computeMetadata/v1/instance/hostname",
 		header: map[string]string{"Metadata-Flavor": "Google"},
 	},
 	{
-		name: "azure", vendor: "Microsoft Corporation", product: "Virtual Machine",
+		name: "azure", vendor: "Microsoft Corporation", product: "Virtual Machine", asset: "7783-7084-3265-9085-8269-3286-77",
 		user:     "/metadata/instance/compute/userData?api-version=2021-02-01&format=text",
 		hostname: "/metadata/instance/compute/name?api-version=2021-02-01&format=text",
 		header:   map[string]string{"Metadata": "true"}, decode: fromBase64,
@@ -48,7 +50,7 @@ func fromBase64(b []byte) ([]byte, error) {
 
 func (p *Places) cloud() *provider {
 	for i, c := range providers {
-		if p.Vendor != "" && strings.HasPrefix(p.Vendor, c.vendor) && strings.HasPrefix(p.Product, c.product) {
+		if p.Vendor != "" && strings.HasPrefix(p.Vendor, c.vendor) && strings.HasPrefix(p.Product, c.product) && strings.HasPrefix(p.Asset, c.asset) {
 			return &providers[i]
 		}
 	}

@@ -43,8 +43,8 @@ type Places struct {
 	Disk string
 	// Volumes returns the files of a NoCloud volume, or nothing.
 	Volumes func() (userData, metaData []byte, err error)
-	// Vendor and Product are the firmware's names of the machine's maker.
-	Vendor, Product string
+	// Vendor and Product are the firmware's names of the machine's maker, Asset is its chassis' tag.
+	Vendor, Product, Asset string
 	// Image is the file that the image carries.
 	Image string
 	// Online is closed when there is a network.
@@ -191,7 +191,7 @@ var client = &http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{
 	// Metadata is beside the machine: a proxy or another host's redirection has no part in it.
 	Proxy: nil, DialContext: (&net.Dialer{Timeout: 3 * time.Second}).DialContext, DisableKeepAlives: true,
 }, CheckRedirect: func(r *http.Request, via []*http.Request) error {
-	if len(via) > 3 || r.URL.Host != via[0].URL.Host {
+	if len(via) > 3 || r.URL.Host != via[0].URL.Host || r.URL.Scheme != via[0].URL.Scheme {
 		return fault.New(fault.Invalid, "it redirects elsewhere")
 	}
 	return nil
