@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"strconv"
 
 	"github.com/cloudos-io/cloudos/api"
 	"github.com/cloudos-io/cloudos/api/system"
@@ -76,4 +77,42 @@ func (c *Client) OSRollback(ctx context.Context, force, reboot bool) (*system.Ch
 // OSReboot starts the machine again.
 func (c *Client) OSReboot(ctx context.Context) error {
 	return c.do(ctx, &request{method: "POST", path: api.Root + "/os/reboot"}, nil)
+}
+
+// OSConfig tells the machine's configuration, without its secrets.
+func (c *Client) OSConfig(ctx context.Context) (system.Config, error) {
+	var out system.Config
+	err := c.read(ctx, api.Root+"/os/config", nil, &out)
+	return out, err
+}
+
+// SetOSConfig has the machine keep a document, which it checks, for its next start. A secret that is
+// as it was shown stays as it is.
+func (c *Client) SetOSConfig(ctx context.Context, document []byte, reboot bool) error {
+	return c.do(ctx, &request{method: "PUT", path: api.Root + "/os/config", query: values("reboot", flag(reboot)), raw: document, contentType: "application/yaml"}, nil)
+}
+
+// OSRecoveryKey fetches the recovery key of the machine's encrypted data: once, in the start that made it.
+func (c *Client) OSRecoveryKey(ctx context.Context) (string, error) {
+	var out system.Recovery
+	err := c.do(ctx, &request{method: "POST", path: api.Root + "/os/recovery"}, &out)
+	return out.Key, err
+}
+
+// OSLogOptions of OSLog.
+type OSLogOptions struct {
+	Source string // init (default), kernel or engine
+	Tail   int    // so many of the last lines
+	Follow bool   // and those to come
+}
+
+// OSLog copies lines of one of the machine's logs to w.
+func (c *Client) OSLog(ctx context.Context, o OSLogOptions, w io.Writer) error {
+	resp, err := c.send(ctx, &request{method: "GET", path: api.Root + "/os/log", query: values("source", o.Source, "tail", strconv.Itoa(o.Tail), "follow", flag(o.Follow))})
+	if err != nil {
+		return err
+	}
+	defer resp.body.Close()
+	_, err = io.Copy(w, resp.body)
+	return ctxErr(ctx, err)
 }

@@ -29,6 +29,24 @@ type Status struct {
 	// Last is the last upgrade or rollback, Busy the one under way.
 	Last *Change `json:"last,omitempty"`
 	Busy string  `json:"busy,omitempty"`
+	// RecoveryKey says that there is a recovery key of encrypted data to be fetched, once.
+	RecoveryKey bool `json:"recoveryKey,omitempty"`
+}
+
+// Config answers GET /servin/os/config. PUT /servin/os/config takes a document as its body, for
+// the next start.
+type Config struct {
+	// Source is where the document in use is from: cmdline, disk, nocloud, aws, gcp, azure, digitalocean, image or default.
+	Source string `json:"source"`
+	// Document is the one in use, as YAML, without its secrets.
+	Document string `json:"document"`
+	// Next is the one that is kept on the disk, where it is another.
+	Next string `json:"next,omitempty"`
+}
+
+// Recovery answers POST /servin/os/recovery, once.
+type Recovery struct {
+	Key string `json:"key"`
 }
 
 // Slot is a place for a system.

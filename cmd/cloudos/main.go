@@ -17,12 +17,15 @@ import (
 const usage = `Usage: cloudos COMMAND
 
 Commands:
+  config     Show a machine's configuration, or give it another
   debug      Open a shell on a machine, in an emergency
   image      Build images of the operating system, sign them, and look into them
   status     Show a machine's slots, versions, and what became of the last upgrade
   upgrade    Upgrade a machine to a release; it goes back by itself if that does not come up
   rollback   Have a machine start the system in its other slot
+  logs       Show a machine's logs: of its first process, kernel or engine
   reboot     Start a machine again
+  recovery-key  Fetch the recovery key of a machine's encrypted data, once
   version    Print the version
 `
 
@@ -50,6 +53,12 @@ func run(args []string) (int, error) {
 		return onMachine(upgradeCommand, args[1:])
 	case "rollback":
 		return onMachine(rollbackCommand, args[1:])
+	case "config":
+		return onMachine(configCommand, args[1:])
+	case "logs":
+		return onMachine(logsCommand, args[1:])
+	case "recovery-key":
+		return onMachine(recoveryCommand, args[1:])
 	case "reboot":
 		return onMachine(rebootCommand, args[1:])
 	case "version", "--version":

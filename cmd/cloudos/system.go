@@ -286,6 +286,9 @@ func show(w io.Writer, s system.Status) {
 		}
 		fmt.Fprintln(w)
 	}
+	if s.RecoveryKey {
+		fmt.Fprintln(w, "  the data were encrypted: fetch their recovery key, which is there in this start alone (cloudos recovery-key)")
+	}
 	for _, p := range s.Problems {
 		fmt.Fprintf(w, "  ! %s\n", p)
 	}

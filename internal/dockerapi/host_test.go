@@ -14,14 +14,18 @@ import (
 func TestActAsHost(t *testing.T) {
 	f := &fake{mayNot: fault.New(fault.Forbidden, "policy rule %q", "no-root")}
 	_, c := serveFake(t, f)
-	for _, path := range []string{"/servin/os/upgrade?unsigned=1", "/servin/os/rollback", "/servin/os/reboot"} {
-		res, err := c.Post("http://engine"+path, "", strings.NewReader("tar"))
+	for _, call := range [][2]string{{"POST", "/servin/os/upgrade?unsigned=1"}, {"POST", "/servin/os/rollback"}, {"POST", "/servin/os/reboot"}, {"PUT", "/servin/os/config"}, {"POST", "/servin/os/recovery"}, {"GET", "/servin/os/log"}} {
+		req, err := http.NewRequestWithContext(t.Context(), call[0], "http://engine"+call[1], strings.NewReader("tar"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		res, err := c.Do(req)
 		if err != nil {
 			t.Fatal(err)
 		}
 		res.Body.Close()
 		if res.StatusCode != http.StatusForbidden {
-			t.Errorf("%s: %s", path, res.Status)
+			t.Errorf("%s: %s", call, res.Status)
 		}
 	}
 	res, err := c.Get("http://engine/servin/os/status")

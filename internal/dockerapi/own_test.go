@@ -23,6 +23,10 @@ var ownCases = []routeCase{
 	{method: "POST", path: "/servin/os/upgrade?reboot=1", body: "tar", status: 200, answer: "passed POST /servin/os/upgrade?reboot=1 tar"},
 	{method: "POST", path: "/servin/os/rollback", status: 200, answer: "passed POST /servin/os/rollback"},
 	{method: "POST", path: "/servin/os/reboot", status: 200, answer: "passed POST /servin/os/reboot"},
+	{method: "GET", path: "/servin/os/config", status: 200, answer: "passed GET /servin/os/config"},
+	{method: "PUT", path: "/servin/os/config?reboot=1", body: "version: 1", status: 200, answer: "passed PUT /servin/os/config?reboot=1 version: 1"},
+	{method: "POST", path: "/servin/os/recovery", status: 200, answer: "passed POST /servin/os/recovery"},
+	{method: "GET", path: "/servin/os/log?source=kernel", status: 200, answer: "passed GET /servin/os/log?source=kernel"},
 	{method: "GET", path: "/servin/signatures?image=a", status: 501, answer: "cannot look for signatures"},
 	{method: "GET", path: "/servin/signatures", status: 400, answer: "names none"},
 

@@ -193,6 +193,10 @@ func routes(c Config) []route {
 		{"POST", "/servin/os/upgrade", 0, system.pass},
 		{"POST", "/servin/os/rollback", 0, system.pass},
 		{"POST", "/servin/os/reboot", 0, system.pass},
+		{"GET", "/servin/os/config", 0, system.pass},
+		{"PUT", "/servin/os/config", 0, system.pass},
+		{"POST", "/servin/os/recovery", 0, system.pass},
+		{"GET", "/servin/os/log", 0, system.log},
 		{"GET", "/metrics", 0, own.metrics},
 	}
 }

@@ -340,7 +340,7 @@ func (c *changes) rollback(ctx context.Context, force bool) (*system.Change, err
 // status tells everything about slots and changes.
 func (c *changes) status() system.Status {
 	s := c.m.Status()
-	out := system.Status{Version: runningVersion(), Arch: s.Arch, Platform: platform(), Kernel: s.Kernel, Hostname: s.Hostname, State: s.State, Problems: s.Problems, Last: last()}
+	out := system.Status{Version: runningVersion(), Arch: s.Arch, Platform: platform(), Kernel: s.Kernel, Hostname: s.Hostname, State: s.State, Problems: s.Problems, Last: last(), RecoveryKey: s.Trust.RecoveryKey}
 	c.mu.Lock()
 	out.Busy = c.busy
 	c.mu.Unlock()

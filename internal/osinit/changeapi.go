@@ -37,6 +37,10 @@ func (c *changes) serve(ctx context.Context, l net.Listener) {
 		"POST /servin/os/upgrade":  c.upgradeAPI,
 		"POST /servin/os/rollback": c.rollbackAPI,
 		"POST /servin/os/reboot":   c.rebootAPI,
+		"GET /servin/os/config":    c.configAPI,
+		"PUT /servin/os/config":    c.setConfigAPI,
+		"POST /servin/os/recovery": c.recoveryAPI,
+		"GET /servin/os/log":       c.logAPI,
 	} {
 		mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
 			answer, err := handle(w, r)

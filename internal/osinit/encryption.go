@@ -288,7 +288,7 @@ func (m *machine) unlock(ctx context.Context, dev data.Device) (data.Device, err
 	if key == nil {
 		doc, err := m.configure(ctx)
 		if err != nil || doc.Encryption.Passphrase == "" {
-			return dev, fmt.Errorf("the data are encrypted and stay closed: %w. Give the recovery key or a passphrase: over the API (POST /v1/encryption/unlock), or as encryption.passphrase of a configuration outside of the disk", why)
+			return dev, fmt.Errorf("the data are encrypted and stay closed: %w. Give the recovery key or a passphrase: as encryption.passphrase of a configuration outside of the disk (a NoCloud volume), or over the control API of the machine's host (POST /v1/encryption/unlock)", why)
 		}
 		if key, by, err = m.openWith(h, doc.Encryption.Passphrase); err != nil {
 			return dev, fmt.Errorf("the data are encrypted and stay closed: %w; and the configuration's passphrase: %w", why, err)

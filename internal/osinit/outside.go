@@ -60,7 +60,7 @@ func believe(note string, f source.Found, shown bool, knows func() bool) error {
 	case was == this, was != "" && this == "none":
 		return nil
 	case was != "" && !shown && !knows():
-		return fault.New(fault.Forbidden, "cannot use the configuration (from %s): it is not the one that the encrypted data know, and the TPM opened them without a person. Keep it with the API, put it on the command line, or give it with the recovery key as encryption.passphrase once", f.Source)
+		return fault.New(fault.Forbidden, "cannot use the configuration (from %s): it is not the one that the encrypted data know, and the TPM opened them without a person. Keep it on the disk (cloudos config set), put it on the command line, or give it with the recovery key as encryption.passphrase once", f.Source)
 	}
 	if err := durable.WriteFile(note, []byte(this+"\n"), 0o600, durable.Everything); err != nil {
 		return fmt.Errorf("cannot note which configuration belongs to the data: %w", err)

@@ -286,6 +286,17 @@ func (m *machine) Config() []byte {
 
 // SetConfig keeps a document on the data disk for the next start.
 func (m *machine) SetConfig(b []byte) error {
+	// What was shown without its secrets comes back without them.
+	kept, err := m.keptConfig()
+	if err != nil {
+		return err
+	}
+	m.mu.Lock()
+	used := m.document
+	m.mu.Unlock()
+	if b, err = config.Filled(b, kept, used); err != nil {
+		return fault.New(fault.Invalid, "cannot use the configuration: %w", err)
+	}
 	doc, err := config.Parse(b)
 	if err != nil {
 		return fault.New(fault.Invalid, "cannot use the configuration: %w", err)

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -92,6 +93,24 @@ network:
 			if out := read("/etc/resolv.conf"); !strings.HasPrefix(out, "nameserver 192.0.2.53\n") || !strings.Contains(out, "example.net") {
 				t.Errorf("the name servers are\n%s", out)
 			}
+			for source, want := range map[string]string{"init": "bond0 has 10.0.7.", "kernel": "bond0: ", "engine": `"msg"`} {
+				if out, err := m.cloudos("logs", "-n", "10000", "--source", source); err != nil || !strings.Contains(out, want) {
+					t.Errorf("the log of %s has no %q: %v", source, want, err)
+				}
+			}
+			if out, err := m.cloudos("logs", "--source", "nobody"); err == nil || !strings.Contains(out, "there is no log of") {
+				t.Errorf("the log of nobody: %v, %s", err, out)
+			}
+			if out, err := m.cloudos("config"); err != nil || !strings.Contains(out, "In use, from: cmdline") || !strings.Contains(out, "QEMU's first card") {
+				t.Errorf("the configuration is %q, %v", out, err)
+			}
+			kept := filepath.Join(t.TempDir(), "config.yaml")
+			if err := os.WriteFile(kept, []byte("version: 1\n"), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			if out, err := m.cloudos("config", "set", kept); err == nil || !strings.Contains(out, "this machine has no data disk") {
+				t.Errorf("a configuration where nothing is kept: %v, %s", err, out)
+			}
 			replug(t, qmp, "eth2", "virtio-net-pci", `"netdev": "h2", "mac": "52:54:00:00:00:03"`)
 			replug(t, qmp, "eth3", "virtio-net-pci", `"netdev": "u3", "mac": "52:54:00:00:00:04"`)
 			harness.Eventually(t, "the card that came back", 30*time.Second, func() bool { return strings.Contains(read("/proc/net/route"), "eth3\t0008000A") })
@@ -127,7 +146,7 @@ func replug(t *testing.T, qmp, id, driver, how string) {
 	fmt.Fprintln(c, `{"execute": "qmp_capabilities"}`)
 	await("return")
 	fmt.Fprintf(c, `{"execute": "device_del", "arguments": {"id": %q}}`+"\n", id)
-	await("DEVICE_DELETED")
+	await(fmt.Sprintf(`"device": %q`, id)) // an event of its virtio half comes before
 	fmt.Fprintf(c, `{"execute": "device_add", "arguments": {"driver": %q, "id": %q, %s}}`+"\n", driver, id, how)
 	await("return")
 }

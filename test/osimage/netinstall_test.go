@@ -161,6 +161,41 @@ func TestInstallNetwork(t *testing.T) {
 	if out, err := operator(ca.client(stranger.pem), "status"); err == nil {
 		t.Fatalf("a machine by another authority was believed: %s", out)
 	}
+	// Another configuration, made of what is shown: the key stays.
+	out, err := operator(us, "config")
+	_, text, found := strings.Cut(out, "In use, from: disk\n")
+	if err != nil || !found || strings.Contains(text, "PRIVATE KEY") || strings.Count(text, "box-11") != 1 {
+		t.Fatalf("the configuration is %q, %v", out, err)
+	}
+	changed := filepath.Join(t.TempDir(), "config.yaml")
+	give := func(text string) {
+		t.Helper()
+		if err := os.WriteFile(changed, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	give(text + "bogus: 1\n")
+	if out, err := operator(us, "config", "set", changed); err == nil || !strings.Contains(out, "field bogus not found") {
+		t.Fatalf("a wrong configuration: %v, %s", err, out)
+	}
+	give(strings.Replace(text, "box-11", "box-12", 1))
+	if out, err := operator(us, "config", "set", changed); err != nil || !strings.Contains(out, "next start") {
+		t.Fatalf("another configuration: %v, %s", err, out)
+	}
+	if out, err := operator(us, "config"); err != nil || !strings.Contains(out, "box-11") || !strings.Contains(out, "config --next") {
+		t.Fatalf("the configuration is %q, %v", out, err)
+	}
+	if out, err := operator(us, "config", "--next"); err != nil || !strings.Contains(out, "box-12") || strings.Contains(out, "PRIVATE KEY") {
+		t.Fatalf("the next configuration is %q, %v", out, err)
+	}
+	if out, err := operator(us, "reboot"); err != nil {
+		t.Fatal(out)
+	}
+	m.again()
+	m.settled()
+	if out, err := operator(us, "status"); err != nil || !strings.Contains(out, "box-12: CloudOS 1.0.0") {
+		t.Fatalf("the status is %q, %v", out, err)
+	}
 	if out, err := operator(us, "upgrade", next); err != nil || !strings.Contains(out, "system 1.1.0 came up well and is kept") {
 		t.Fatalf("the upgrade: %v, %s", err, out)
 	}

@@ -51,6 +51,21 @@ func TestTLS(t *testing.T) {
 	if kept, err := Installed(whole); err != nil || !strings.Contains(string(kept), "PRIVATE") {
 		t.Fatalf("the installed machine has %s, %v", kept, err)
 	}
+	// What was shown, changed and given back has its secret again, from the first document that has one.
+	other := document(cert, "another", cert, nil)
+	back, err := Filled([]byte(strings.Replace(string(Redacted(whole)), "version: 1", "version: 1\nhostname: box", 1)), nil, []byte("version: 1\n"), whole, other)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if d, err := Parse(back); err != nil || d.TLS.Key != secret || d.Hostname != "box" {
+		t.Fatalf("%+v, %v", d, err)
+	}
+	if _, err := Filled(Redacted(whole), nil, []byte("version: 1\n")); err == nil || !strings.Contains(err.Error(), "tls.key") {
+		t.Fatalf("a secret that nobody has: %v", err)
+	}
+	if same, err := Filled(whole, other); err != nil || string(same) != string(whole) {
+		t.Fatalf("a document in full: %v", err)
+	}
 	for name, c := range map[string]struct {
 		b    []byte
 		want string

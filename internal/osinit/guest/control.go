@@ -4,7 +4,6 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
-	"fmt"
 	"io"
 	"net"
 	"net/http"
@@ -320,41 +319,7 @@ func (c *Control) shutdown(w http.ResponseWriter, r *http.Request) (any, error) 
 }
 
 func (c *Control) log(w http.ResponseWriter, r *http.Request) (any, error) {
-	tail := 100
-	if t := r.FormValue("tail"); t != "" {
-		n, err := strconv.Atoi(t)
-		if err != nil || n < 0 {
-			return nil, fault.New(fault.Invalid, "cannot show the last %q lines", t)
-		}
-		tail = n
-	}
-	source := r.FormValue("source")
-	switch source {
-	case "":
-		source = "init"
-	case "init", "kernel", "engine":
-	default:
-		return nil, fault.New(fault.Invalid, "there is no log of %q: it is init, kernel or engine", source)
-	}
-	follow := r.FormValue("follow") == "1" || r.FormValue("follow") == "true"
-	w.Header().Set("Content-Type", "text/plain; charset=utf-8")
-	if err := c.machine.Log(r.Context(), flushing{w, http.NewResponseController(w)}, source, tail, follow); err != nil {
-		fmt.Fprintf(w, "cannot read on: %v\n", err)
-	}
-	return nil, nil
-}
-
-type flushing struct {
-	io.Writer
-	c *http.ResponseController
-}
-
-func (f flushing) Write(p []byte) (int, error) {
-	n, err := f.Writer.Write(p)
-	if err == nil {
-		err = f.c.Flush()
-	}
-	return n, err
+	return nil, ServeLog(w, r, c.machine.Log)
 }
 
 func (c *Control) config(w http.ResponseWriter, _ *http.Request) (any, error) {
