@@ -27,8 +27,10 @@ func spreadOf(t testing.TB, from *os.File, proto, addr string, times int) map[st
 	t.Helper()
 	got := map[string]int{}
 	for range times {
+		begin := time.Now()
 		s, err := ask(from, proto, addr)
 		if err != nil {
+			t.Logf("%s %s after %v: %v", proto, addr, time.Since(begin), err)
 			s = "error"
 		}
 		got[s]++

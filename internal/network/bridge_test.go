@@ -2,11 +2,16 @@ package network
 
 import (
 	"context"
+	"fmt"
 	"io"
 	"net"
+	"net/netip"
 	"os"
 	"testing"
 	"time"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 
 	"github.com/cloudos-io/cloudos/internal/network/bridge"
 	mnetwork "github.com/moby/moby/api/types/network"
@@ -43,6 +48,43 @@ func askFor(ns *os.File, proto, addr string, patience time.Duration) (string, er
 	}
 	b, err := io.ReadAll(c)
 	return string(b), err
+}
+
+// TestSixAtOnce: an IPv6 address is the container's own, and the gateway's the host's,
+// when they are said to be: the kernel, which does that later, has been waited for.
+func TestSixAtOnce(t *testing.T) {
+	m := newManager(t, func(c *Config) { c.IPv6 = "auto" })
+	here, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer here.Close()
+	local := func(h *netlink.Handle, a netip.Addr) {
+		t.Helper()
+		if rs, err := h.RouteGet(a.AsSlice()); err != nil || len(rs) != 1 || rs[0].Type != unix.RTN_LOCAL {
+			t.Errorf("%v is not local yet: %v %v", a, rs, err)
+		}
+	}
+	no, yes := false, true
+	for i := range 5 {
+		n := fmt.Sprint("n", i)
+		create(t, m, mnetwork.CreateRequest{Name: n, EnableIPv4: &no, EnableIPv6: &yes})
+		in, err := m.Inspect(context.Background(), n)
+		if err != nil || len(in.IPAM.Config) != 1 {
+			t.Fatalf("%+v %v", in.IPAM, err)
+		}
+		local(here, in.IPAM.Config[0].Gateway)
+		for j := range 4 {
+			ns := newNS(t)
+			h, err := handleAt(ns)
+			if err != nil {
+				t.Fatal(err)
+			}
+			a := attach(t, m, ns, fmt.Sprintf("c%d-%d", i, j), n, nil)
+			local(h, a.Settings.GlobalIPv6Address)
+			h.Close()
+		}
+	}
 }
 
 func TestDefaultBridge(t *testing.T) {

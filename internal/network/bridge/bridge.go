@@ -101,6 +101,9 @@ func (l *Links) Ensure(s Spec) (created bool, err error) {
 	if err := l.c.do(r); err != nil {
 		return created, err
 	}
+	if six {
+		l.c.awaitLocal(s.Addrs)
+	}
 	// What a container says about routes is not for the host.
 	_ = SetSysctl("net/ipv6/conf/"+s.Name+"/accept_ra", "0")
 	return created, nil

@@ -6,6 +6,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -139,7 +140,47 @@ func configure(ns *os.File, in Interface, old *Interface) error {
 	for _, g := range in.Gateways {
 		r.defaultRoute(i, g, !onLink(in.Addrs, g))
 	}
-	return c.do(r)
+	if err := c.do(r); err != nil {
+		return err
+	}
+	if six {
+		c.awaitLocal(in.Addrs)
+	}
+	return nil
+}
+
+// awaitLocal waits until the kernel takes what is sent to IPv6 addresses for its own.
+// It acknowledges an address, and sends from it, before its work queue has joined the
+// group by which neighbours ask for it and made its local route: on a busy machine the
+// first answers came in between and were lost, which costs the one who asks a second.
+func (c *conn) awaitLocal(addrs []netip.Prefix) {
+	var waited time.Duration
+	for _, a := range addrs {
+		for wait := 20 * time.Microsecond; a.Addr().Is6() && waited < longestLocal && !c.local(a.Addr()); wait = min(2*wait, 5*time.Millisecond) {
+			time.Sleep(wait)
+			waited += wait
+		}
+	}
+}
+
+// longestLocal bounds the wait: the address works some time, at any rate.
+const longestLocal = time.Second
+
+// local tells whether an IPv6 address is the namespace's own already. It is where it
+// cannot be told.
+func (c *conn) local(a netip.Addr) bool {
+	r := &request{}
+	r.begin("look up "+a.String(), unix.RTM_GETROUTE, 0)
+	r.b = append(r.b, unix.AF_INET6, 128, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
+	r.attrAddr(unix.RTA_DST, a)
+	r.end()
+	typ := byte(unix.RTN_LOCAL)
+	_ = c.exchange(r, func(t uint16, body []byte) {
+		if t == unix.RTM_NEWROUTE && len(body) >= unix.SizeofRtMsg {
+			typ = body[7] // rtm_type
+		}
+	})
+	return typ == unix.RTN_LOCAL
 }
 
 func onLink(addrs []netip.Prefix, g netip.Addr) bool {

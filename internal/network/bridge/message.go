@@ -134,7 +134,10 @@ func dialAt(ns *os.File) (c *conn, err error) {
 func (c *conn) close() { unix.Close(c.fd) }
 
 // do sends the messages and returns the first failure among them.
-func (c *conn) do(r *request) error {
+func (c *conn) do(r *request) error { return c.exchange(r, nil) }
+
+// exchange is do for messages that ask: see gets what the kernel answers besides.
+func (c *conn) exchange(r *request, see func(typ uint16, body []byte)) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	first := c.seq + 1
@@ -168,6 +171,8 @@ func (c *conn) do(r *request) error {
 				if no != 0 && no != r.tolerate[i] && r.tolerate[i] != anyErrno && failed == nil {
 					failed = fmt.Errorf("cannot %s: %w", r.what[i], no)
 				}
+			} else if see != nil && seq-first < uint32(len(r.what)) {
+				see(typ, b[unix.SizeofNlMsghdr:size])
 			}
 			b = b[min(len(b), (size+3)&^3):]
 		}
