@@ -26,7 +26,7 @@ func (h *Host) start(ctx context.Context) (*live, error) {
 	h.mu.Unlock()
 	l, err := h.boot(ctx, begin, silence)
 	var s *stall
-	if !errors.As(err, &s) || ctx.Err() != nil {
+	if !errors.As(err, &s) || ctx.Err() != nil || closed(h.quit) {
 		return l, err
 	}
 	h.log.Warn("the start stands still: starting once more", "error", err)
