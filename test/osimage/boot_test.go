@@ -2,6 +2,7 @@ package osimage
 
 import (
 	"bytes"
+	"crypto/ed25519"
 	"crypto/sha256"
 	"encoding/base64"
 	"encoding/hex"
@@ -279,22 +280,27 @@ func TestNoCloud(t *testing.T) {
 	m.off()
 }
 
-// TestReproducible builds twice, in folders of different names, and compares all bytes.
+// TestReproducible builds twice, in folders of different names, and compares all bytes: signatures, too.
 func TestReproducible(t *testing.T) {
-	formats := []string{"vm"}
+	kinds := map[string]func(*osimage.Options){"vm": nil}
 	if os.Getenv("SERVIN_LONG") != "" {
 		needs(t, "grub-mkimage", "xorriso")
-		formats = []string{"vm", "disk", "iso", "netboot"}
+		key := signer(t)
+		owner, _ := ownersKeys(t)
+		kinds["disk"], kinds["iso"], kinds["netboot"] = nil, nil, nil
+		kinds["release"] = func(o *osimage.Options) { o.Sign = []ed25519.PrivateKey{key} }
+		kinds["disk of an owner"] = func(o *osimage.Options) { o.DiskFormat, o.Owner, o.Sign = "qcow2", owner, []ed25519.PrivateKey{key} }
 	}
-	for _, f := range formats {
-		t.Run(f, func(t *testing.T) {
+	for name, change := range kinds {
+		t.Run(name, func(t *testing.T) {
+			format, _, _ := strings.Cut(name, " ")
 			first := ""
-			if f == "vm" {
+			if format == "vm" {
 				first = vmImage(t)
 			} else {
-				first = build(t, f, nil)
+				first = build(t, format, change)
 			}
-			one, two := sums(t, first), sums(t, build(t, f, nil))
+			one, two := sums(t, first), sums(t, build(t, format, change))
 			if len(one) < 3 {
 				t.Fatalf("there are %d files", len(one))
 			}

@@ -296,6 +296,9 @@ func TestSecureBootOwner(t *testing.T) {
 			bootDisk(t, bad, 6*time.Minute, secure(t, vars)...).refused(denied, "Security Violation")
 		})
 	}
+	t.Run("Microsoft's keys", func(t *testing.T) {
+		bootDisk(t, disk, 6*time.Minute, secure(t, microsoftVars)...).refused(denied, "Security Violation")
+	})
 }
 
 // TestVerity changes one byte of the root: it cannot be read.
@@ -334,9 +337,14 @@ func TestEncryption(t *testing.T) {
 	if s.State != vmwire.StateReady || len(s.Problems) > 0 || !s.Trust.TPM || !s.Trust.Encrypted || s.Trust.OpenedBy != "tpm2" || !s.Trust.RecoveryKey {
 		t.Fatalf("the first boot: %+v", s)
 	}
+	if out, err := m.cloudos("status"); err != nil || !strings.Contains(out, "cloudos recovery-key") {
+		t.Fatalf("the status is %q, %v", out, err)
+	}
 	var recovery vmwire.Recovery
-	if err := m.ctl("GET", "/v1/encryption/recovery", nil, &recovery); err != nil || len(recovery.Key) < 52 {
+	if out, err := m.cloudos("recovery-key"); err != nil || len(out) < 52 {
 		t.Fatalf("the recovery key: %v", err)
+	} else {
+		recovery.Key, _, _ = strings.Cut(out, "\n")
 	}
 	if err := m.ctl("GET", "/v1/encryption/recovery", nil, nil); err == nil {
 		t.Fatal("the recovery key was given out twice")
