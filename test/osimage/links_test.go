@@ -120,6 +120,23 @@ network:
 	}
 }
 
+// TestLinksIPv6 finds the document of a machine whose network has router advertisements and no DHCP.
+func TestLinksIPv6(t *testing.T) {
+	long(t)
+	l, err := net.Listen("tcp", "[::1]:0")
+	if err != nil {
+		t.Skipf("SKIP: this host has no IPv6: %v", err)
+	}
+	server := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, "version: 1\nhostname: six\n") })}
+	go server.Serve(l)
+	defer server.Close()
+	m := vm(t, vmImage(t), "", fmt.Sprintf("cloudos.config=http://[fec0::2]:%d/", l.Addr().(*net.TCPAddr).Port), "-set", "netdev.n.ipv4=off")
+	if s := m.settled(); s.State != vmwire.StateReady || len(s.Problems) > 0 || s.Hostname != "six" {
+		t.Fatalf("the machine is %+v", s)
+	}
+	m.off()
+}
+
 // replug pulls a device out of a running machine and puts one in again.
 func replug(t *testing.T, qmp, id, driver, how string) {
 	t.Helper()

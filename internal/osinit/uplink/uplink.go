@@ -5,7 +5,6 @@
 package uplink
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -21,8 +20,6 @@ import (
 	"time"
 
 	"github.com/vishvananda/netlink"
-
-	"github.com/cloudos-io/cloudos/internal/durable"
 )
 
 // Config is the network part of the machine's configuration.
@@ -304,6 +301,7 @@ func (n *Net) keep(ctx context.Context, l Link) {
 		got, err := acquire(ctx, l.Name, n.hostname, nil)
 		if err != nil {
 			n.problem(l.Name, fmt.Errorf("no DHCP server answered: %w", err))
+			n.alone(l.Name)
 			select {
 			case <-ctx.Done():
 			case <-time.After(wait):
@@ -313,6 +311,23 @@ func (n *Net) keep(ctx context.Context, l Link) {
 		}
 		wait = time.Second
 		n.hold(ctx, l, got)
+	}
+}
+
+// alone takes a link for connected that router advertisements gave an address, where there is no DHCP.
+func (n *Net) alone(name string) {
+	ifi, err := net.InterfaceByName(name)
+	if err != nil {
+		return
+	}
+	addrs, err := ifi.Addrs()
+	if err != nil {
+		return
+	}
+	for _, a := range addrs {
+		if p, err := netip.ParsePrefix(a.String()); err == nil && p.Addr().Is6() && p.Addr().IsGlobalUnicast() {
+			n.once.Do(func() { close(n.online) })
+		}
 	}
 }
 
@@ -414,44 +429,6 @@ func (n *Net) note(name string) {
 		n.once.Do(func() { close(n.online) })
 	}
 	n.changed()
-}
-
-// writeResolv writes the name servers.
-func (n *Net) writeResolv() error {
-	var b bytes.Buffer
-	servers, search := slices.Clone(n.cfg.DNS), slices.Clone(n.cfg.Search)
-	n.mu.Lock()
-	for _, l := range n.links {
-		if l.lease != nil {
-			servers = append(servers, l.lease.DNS...)
-			search = append(search, l.lease.Search...)
-		}
-	}
-	n.mu.Unlock()
-	for i, s := range servers {
-		if !slices.Contains(servers[:i], s) {
-			fmt.Fprintf(&b, "nameserver %s\n", s)
-		}
-	}
-	if s := names(search); len(s) > 0 {
-		fmt.Fprintf(&b, "search %s\n", strings.Join(s, " "))
-	}
-	if err := durable.WriteFile(n.resolv, b.Bytes(), 0o644, durable.Nothing); err != nil {
-		return fmt.Errorf("cannot write the name servers: %w", err)
-	}
-	return nil
-}
-
-// names keeps what can be a domain's name: DHCP may say anything.
-func names(in []string) []string {
-	var out []string
-	for _, s := range in {
-		ok := s != "" && len(s) < 254 && strings.Trim(s, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.-_") == ""
-		if ok && !slices.Contains(out, s) && len(out) < 6 {
-			out = append(out, s)
-		}
-	}
-	return out
 }
 
 // TimeServers are those that DHCP named.
