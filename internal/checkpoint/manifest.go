@@ -20,7 +20,6 @@ import (
 	"encoding/json"
 	"fmt"
 	"path"
-	"regexp"
 	"strings"
 	"time"
 
@@ -31,6 +30,7 @@ import (
 
 	"github.com/cloudos-io/cloudos/api"
 	"github.com/cloudos-io/cloudos/internal/fault"
+	"github.com/cloudos-io/cloudos/internal/pattern"
 )
 
 // Version is the layout that is written; earlier ones are read.
@@ -115,7 +115,7 @@ func RoundDir(n int) string { return fmt.Sprintf("%s/%d", imagesDir, n) }
 func VolumeName(n int) string { return fmt.Sprintf("%s/%d.tar.zst", volumesDir, n) }
 
 // namePattern is that of Docker for checkpoints.
-var namePattern = regexp.MustCompile(`^[a-zA-Z0-9][a-zA-Z0-9_.-]{0,127}$`)
+var namePattern = pattern.New(`^[a-zA-Z0-9][a-zA-Z0-9_.-]{0,127}$`)
 
 // CheckName checks a checkpoint's name.
 func CheckName(name string) error {
@@ -194,9 +194,9 @@ func (m *Manifest) check() error {
 	return nil
 }
 
-var streamPattern = regexp.MustCompile(`^pipe:\[[0-9]{1,20}\]$`)
+var streamPattern = pattern.New(`^pipe:\[[0-9]{1,20}\]$`)
 
-var partPattern = regexp.MustCompile(`^(criu/[1-9][0-9]?/[A-Za-z0-9][A-Za-z0-9._-]{0,127}|layer\.tar|image\.tar|volumes/[1-9][0-9]{0,2}\.tar\.zst)$`)
+var partPattern = pattern.New(`^(criu/[1-9][0-9]?/[A-Za-z0-9][A-Za-z0-9._-]{0,127}|layer\.tar|image\.tar|volumes/[1-9][0-9]{0,2}\.tar\.zst)$`)
 
 // partOf tells whether a name is one of the manifest's parts.
 func (m *Manifest) partOf(name string) bool {

@@ -4,12 +4,12 @@ import (
 	"fmt"
 	"io"
 	"net/http"
-	"regexp"
 	"time"
 
 	"github.com/moby/moby/api/types/container"
 
 	"github.com/cloudos-io/cloudos/internal/fault"
+	"github.com/cloudos-io/cloudos/internal/pattern"
 )
 
 // containersAPI serves the life cycle of containers.
@@ -66,7 +66,7 @@ func (a containersAPI) inspect(w *response, r *request) error {
 	return w.json(http.StatusOK, shapeInspect(&c, r.version))
 }
 
-var checkpointID = regexp.MustCompile(`^[a-zA-Z0-9][a-zA-Z0-9_.-]*$`)
+var checkpointID = pattern.New(`^[a-zA-Z0-9][a-zA-Z0-9_.-]*$`)
 
 func (a containersAPI) start(w *response, r *request) error {
 	// Before 1.24 a start could carry a host configuration.

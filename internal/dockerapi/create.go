@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"fmt"
 	"maps"
-	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -15,6 +14,7 @@ import (
 
 	"github.com/cloudos-io/cloudos/api"
 	"github.com/cloudos-io/cloudos/internal/fault"
+	"github.com/cloudos-io/cloudos/internal/pattern"
 )
 
 // createBody is the body of a create request with the fields that newer
@@ -29,7 +29,7 @@ type created struct {
 	warnings []string
 }
 
-var namePattern = regexp.MustCompile(`^/?[a-zA-Z0-9][a-zA-Z0-9_.-]+$`)
+var namePattern = pattern.New(`^/?[a-zA-Z0-9][a-zA-Z0-9_.-]+$`)
 
 // containerName checks a name to be given; "" stays "".
 func containerName(name string) (string, error) {

@@ -4,12 +4,12 @@ import (
 	"context"
 	"log/slog"
 	"net/http"
-	"regexp"
 	"sync"
 	"time"
 
 	"github.com/cloudos-io/cloudos/api"
 	"github.com/cloudos-io/cloudos/internal/fault"
+	"github.com/cloudos-io/cloudos/internal/pattern"
 )
 
 // leaseGrace is how long a client that was cut off has to come back.
@@ -18,7 +18,7 @@ const leaseGrace = 10 * time.Second
 // reapLimit bounds the removal of what a lease leaves.
 const reapLimit = 2 * time.Minute
 
-var leaseID = regexp.MustCompile(`^[A-Za-z0-9_.-]{8,64}$`)
+var leaseID = pattern.New(`^[A-Za-z0-9_.-]{8,64}$`)
 
 // leaseAPI serves leases: what is labelled with one lives as long as somebody
 // holds it by an open request. Tests use it, so that nothing of theirs outlives

@@ -8,7 +8,6 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
-	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -22,6 +21,7 @@ import (
 	"github.com/cloudos-io/cloudos/internal/fault"
 	"github.com/cloudos-io/cloudos/internal/namespace"
 	"github.com/cloudos-io/cloudos/internal/oci"
+	"github.com/cloudos-io/cloudos/internal/pattern"
 	"github.com/cloudos-io/cloudos/internal/snapshot"
 )
 
@@ -79,7 +79,7 @@ func (e *Engine) PodContainerCreate(ctx context.Context, podID string, c PodCont
 }
 
 // notInNames is what names of containers cannot hold.
-var notInNames = regexp.MustCompile(`[^a-zA-Z0-9_.-]`)
+var notInNames = pattern.New(`[^a-zA-Z0-9_.-]`)
 
 // memberName is the name under which a pod's container is known to all. Pods of
 // Kubernetes that were made anew have containers of the same names.

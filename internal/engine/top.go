@@ -8,7 +8,6 @@ import (
 	"os"
 	"os/exec"
 	"os/user"
-	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -18,10 +17,11 @@ import (
 	"github.com/moby/moby/api/types/events"
 
 	"github.com/cloudos-io/cloudos/internal/fault"
+	"github.com/cloudos-io/cloudos/internal/pattern"
 )
 
 // psPid matches a user-defined format with the pid column renamed.
-var psPid = regexp.MustCompile(`\s+pid\s*=\s*PID\b|-o\s*pid=`)
+var psPid = pattern.New(`\s+pid\s*=\s*PID\b|-o\s*pid=`)
 
 // ContainerTop lists the processes of a container in the host's terms, with the
 // options of ps(1).

@@ -13,7 +13,6 @@ import (
 	"net"
 	"net/netip"
 	"os"
-	"regexp"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -170,13 +169,14 @@ type corpse struct {
 	shaped bool
 }
 
-var instanceName = regexp.MustCompile(`^[A-Za-z0-9_-]+$`)
+// instanceChars are what an instance's name is made of.
+const instanceChars = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-"
 
 // New takes up the networks of an engine: it reads their records. Bridges and rules come
 // into place when Run begins, or with the first call that needs them. A host that cannot have bridge
 // networks still gets a Manager; creating or using one then says why.
 func New(ctx context.Context, cfg Config) (*Manager, error) {
-	if len(cfg.Instance) > 64 || !instanceName.MatchString(cfg.Instance) {
+	if cfg.Instance == "" || len(cfg.Instance) > 64 || strings.Trim(cfg.Instance, instanceChars) != "" {
 		return nil, fault.New(fault.Invalid, "cannot use %q as an instance id: letters, digits, - and _ are allowed, 64 at most", cfg.Instance)
 	}
 	switch cfg.IPv6 {

@@ -24,7 +24,6 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
-	"regexp"
 	"slices"
 	"strings"
 	"sync"
@@ -33,6 +32,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/cloudos-io/cloudos/internal/fault"
+	"github.com/cloudos-io/cloudos/internal/pattern"
 )
 
 const (
@@ -44,7 +44,7 @@ const (
 
 // Its length is bounded where it is used: a counting expression takes a hundred
 // kilobytes.
-var nameRule = regexp.MustCompile(`^[a-zA-Z0-9][a-zA-Z0-9_.-]*$`)
+var nameRule = pattern.New(`^[a-zA-Z0-9][a-zA-Z0-9_.-]*$`)
 
 // Dirs are where Docker's plugins are found.
 var Dirs = [...]string{"/run/docker/plugins", "/etc/docker/plugins", "/usr/lib/docker/plugins"}

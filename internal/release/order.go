@@ -1,15 +1,16 @@
 package release
 
 import (
-	"regexp"
 	"strconv"
 	"strings"
 
 	"golang.org/x/mod/semver"
+
+	"github.com/cloudos-io/cloudos/internal/pattern"
 )
 
 // behind is what `git describe` adds to a release's tag.
-var behind = regexp.MustCompile(`^(.*)-(\d{1,9})-g[0-9a-f]{4,40}$`)
+var behind = pattern.New(`^(.*)-(\d{1,9})-g[0-9a-f]{4,40}$`)
 
 // Older reports whether version a is before b. known is false where that cannot be told:
 // versions are semantic (1.2.3, v1.2.3-rc.1), with what `git describe` adds.

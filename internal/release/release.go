@@ -17,10 +17,10 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"regexp"
 	"slices"
 
 	"github.com/cloudos-io/cloudos/internal/fault"
+	"github.com/cloudos-io/cloudos/internal/pattern"
 )
 
 const (
@@ -95,9 +95,9 @@ type Part struct {
 
 var (
 	// Names on a FAT file system have 8 and 3 characters.
-	partName = regexp.MustCompile(`^[a-z0-9_-]{1,8}(\.[a-z0-9_-]{1,3})?$`)
-	version  = regexp.MustCompile(`^[0-9A-Za-z][0-9A-Za-z.+_~-]{0,99}$`)
-	digest   = regexp.MustCompile(`^[0-9a-f]{64}$`)
+	partName = pattern.New(`^[a-z0-9_-]{1,8}(\.[a-z0-9_-]{1,3})?$`)
+	version  = pattern.New(`^[0-9A-Za-z][0-9A-Za-z.+_~-]{0,99}$`)
+	digest   = pattern.New(`^[0-9a-f]{64}$`)
 )
 
 // NewPart describes what r holds.

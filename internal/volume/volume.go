@@ -23,7 +23,6 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
-	"regexp"
 	"slices"
 	"strings"
 	"sync"
@@ -33,6 +32,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/cloudos-io/cloudos/internal/fault"
+	"github.com/cloudos-io/cloudos/internal/pattern"
 	"github.com/cloudos-io/cloudos/internal/plugin"
 	"github.com/cloudos-io/cloudos/internal/quota"
 )
@@ -49,7 +49,7 @@ const (
 	newPrefix = ".new-"
 )
 
-var nameRule = regexp.MustCompile(`^[a-zA-Z0-9][a-zA-Z0-9_.-]*$`)
+var nameRule = pattern.New(`^[a-zA-Z0-9][a-zA-Z0-9_.-]*$`)
 
 func validName(name string) error {
 	switch {

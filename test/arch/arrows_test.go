@@ -26,6 +26,7 @@ var arrows = map[string][]string{
 	"cmd/servind":        {"internal/wire", "internal/config", "internal/daemon", "internal/dockerapi", "internal/image", "internal/network/dhcp", "internal/rootless", "internal/runtime", "internal/shim", "internal/criu", "api"},
 	"cmd/servin-hello":   {},
 	"internal/fault":     {},
+	"internal/pattern":   {},                                                              // ADR 57
 	"internal/durable":   {},                                                              // ADR 53: it replaces files
 	"internal/container": {"internal/fault", "internal/volume", "internal/caller", "api"}, // ADR 8, 28
 	"internal/event":     {"internal/fault"},
@@ -42,25 +43,25 @@ var arrows = map[string][]string{
 	"internal/cdi":       {"internal/fault"},
 	"internal/doctor":    {"internal/fault", "api"},
 	"internal/oci":       {"internal/fault", "internal/signal", "internal/snapshot", "internal/image", "internal/seccomp", "internal/apparmor"},
-	"internal/plugin":    {"internal/fault"},
+	"internal/plugin":    {"internal/fault", "internal/pattern"},
 	"internal/quota":     {},
 	"internal/signal":    {"internal/fault"},
-	"internal/secret":    {"internal/durable", "internal/fault", "api"}, // ADR 27
+	"internal/secret":    {"internal/durable", "internal/fault", "api", "internal/pattern"}, // ADR 27
 	"internal/caller":    {},
 	"internal/policy":    {"internal/fault", "internal/caller", "api"},                                                            // ADR 28
 	"internal/signature": {"internal/durable", "internal/fault", "internal/image", "internal/policy", "api"},                      // ADR 35
 	"internal/audit":     {"internal/fault", "internal/caller", "api"},                                                            // ADR 29
-	"internal/volume":    {"internal/fault", "internal/snapshot", "internal/plugin", "internal/quota"},                            // ADR 26
-	"internal/network":   {"internal/durable", "internal/fault", "internal/plugin"},                                               // ADR 33
+	"internal/volume":    {"internal/fault", "internal/snapshot", "internal/plugin", "internal/quota", "internal/pattern"},        // ADR 26
+	"internal/network":   {"internal/pattern", "internal/durable", "internal/fault", "internal/plugin"},                           // ADR 33
 	"internal/image":     {"internal/durable", "internal/fault", "internal/signal", "internal/snapshot", "internal/hello", "api"}, // ADR 35
 	"internal/hello":     {},
 	"internal/shim":      {"internal/fault", "internal/plan"},
 	"internal/runtime":   {"internal/durable", "internal/fault", "internal/shim", "internal/plan", "internal/seccomp", "internal/snapshot", "internal/apparmor", "internal/criu"}, // ADR 36
-	"internal/engine": {"internal/durable", "internal/fault", "internal/signal", "internal/container", "internal/event", "internal/oci", "internal/image", "internal/snapshot",
+	"internal/engine": {"internal/durable", "internal/fault", "internal/signal", "internal/container", "internal/event", "internal/oci", "internal/image", "internal/snapshot", "internal/pattern",
 		"internal/network", "internal/volume", "internal/runtime", "internal/store", "internal/logs", "internal/idmap", "internal/cdi",
 		"internal/doctor", "internal/apparmor", "internal/config", "internal/caller", "internal/policy", "api", "internal/namespace",
 		"internal/checkpoint"}, // ADR 36
-	"internal/dockerapi": {"internal/caller", "internal/audit", "internal/policy", "internal/fault", "internal/image", "internal/engine", "api"},
+	"internal/dockerapi": {"internal/caller", "internal/audit", "internal/policy", "internal/fault", "internal/image", "internal/engine", "api", "internal/pattern"},
 	"internal/build":     {"internal/caller", "internal/fault", "internal/image", "internal/network"},                                        // ADR 18, 52
 	"internal/criapi":    {"internal/audit", "internal/caller", "internal/fault", "internal/image", "internal/engine", "internal/container"}, // ADR 10
 	"internal/namespace": {"internal/fault"},                                                                                                 // ADR 10
@@ -74,10 +75,10 @@ var arrows = map[string][]string{
 
 	// the image, ADR 38
 	"internal/vmwire":      {},
-	"internal/osimage":     {"internal/durable", "internal/fault", "internal/vmwire", "internal/osinit/config", "internal/slots", "internal/gpt", "internal/release"},                                                                          // ADR 43
-	"internal/osinit":      {"internal/durable", "internal/fault", "internal/vmwire", "internal/config", "internal/slots", "internal/gpt", "internal/release", "api/system", "api/debugshell", "internal/daemon/await", "internal/osimage/pe"}, // ADR 43, 46, 47, 48
+	"internal/osimage":     {"internal/durable", "internal/fault", "internal/vmwire", "internal/osinit/config", "internal/slots", "internal/gpt", "internal/release"},                                                                                              // ADR 43
+	"internal/osinit":      {"internal/pattern", "internal/durable", "internal/fault", "internal/vmwire", "internal/config", "internal/slots", "internal/gpt", "internal/release", "api/system", "api/debugshell", "internal/daemon/await", "internal/osimage/pe"}, // ADR 43, 46, 47, 48
 	"internal/slots":       {"internal/fault", "internal/gpt"},
-	"internal/release":     {"internal/fault"}, // ADR 43
+	"internal/release":     {"internal/fault", "internal/pattern"}, // ADR 43
 	"internal/gpt":         {},
 	"cmd/cloudos":          {"internal/cli", "client", "api"}, // ADR 43
 	"cmd/cloudos-image":    {"internal/osimage", "internal/release", "internal/fault", "internal/vmwire", "api"},
@@ -90,7 +91,7 @@ var arrows = map[string][]string{
 
 	// checkpoints, ADR 36
 	"internal/criu":       {},
-	"internal/checkpoint": {"internal/fault", "api"},
+	"internal/checkpoint": {"internal/fault", "api", "internal/pattern"},
 
 	// the OCI command line, ADR 15
 	"cmd/servin-runtime":  {"internal/ociruntime"},

@@ -18,7 +18,6 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
-	"regexp"
 	"slices"
 	"strings"
 	"sync"
@@ -30,6 +29,7 @@ import (
 	"golang.org/x/sync/semaphore"
 
 	"github.com/cloudos-io/cloudos/internal/fault"
+	"github.com/cloudos-io/cloudos/internal/pattern"
 )
 
 // The places where distributions and network add-ons put things.
@@ -117,7 +117,7 @@ type Service struct {
 // key is the identity of an attachment.
 type key struct{ id, ifName string }
 
-var containerID = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9_.-]*$`) // of 128 bytes at most
+var containerID = pattern.New(`^[A-Za-z0-9][A-Za-z0-9_.-]*$`) // of 128 bytes at most
 
 // New reads the records and the configuration. A directory that is not there is
 // no configuration, not an error: it may come.

@@ -10,7 +10,6 @@ import (
 	"errors"
 	"io"
 	"net/netip"
-	"regexp"
 	"slices"
 	"strings"
 	"time"
@@ -21,6 +20,7 @@ import (
 	engine "github.com/cloudos-io/cloudos/internal/config"
 	"github.com/cloudos-io/cloudos/internal/fault"
 	"github.com/cloudos-io/cloudos/internal/osinit/uplink"
+	"github.com/cloudos-io/cloudos/internal/pattern"
 )
 
 // Version is the version of the document that this build reads.
@@ -86,11 +86,11 @@ type Time struct {
 }
 
 var (
-	hostname = regexp.MustCompile(`^[a-zA-Z0-9]([a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?(\.[a-zA-Z0-9]([a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?)*$`)
-	linkName = regexp.MustCompile(`^[a-zA-Z0-9][a-zA-Z0-9_.-]{0,14}$`)
-	module   = regexp.MustCompile(`^[a-zA-Z0-9_-]{1,64}$`)
-	sysctl   = regexp.MustCompile(`^[a-z0-9_]+([./][a-zA-Z0-9_-]+)+$`)
-	server   = regexp.MustCompile(`^[a-zA-Z0-9.:-]{1,253}$`)
+	hostname = pattern.New(`^[a-zA-Z0-9]([a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?(\.[a-zA-Z0-9]([a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?)*$`)
+	linkName = pattern.New(`^[a-zA-Z0-9][a-zA-Z0-9_.-]{0,14}$`)
+	module   = pattern.New(`^[a-zA-Z0-9_-]{1,64}$`)
+	sysctl   = pattern.New(`^[a-z0-9_]+([./][a-zA-Z0-9_-]+)+$`)
+	server   = pattern.New(`^[a-zA-Z0-9.:-]{1,253}$`)
 	bondMode = []string{"", "active-backup", "802.3ad", "balance-rr", "balance-xor", "broadcast", "balance-tlb", "balance-alb"}
 )
 

@@ -4,13 +4,13 @@ import (
 	"bytes"
 	"maps"
 	"net/url"
-	"regexp"
 	"strings"
 
 	"github.com/docker/go-units"
 	"go.yaml.in/yaml/v3"
 
 	"github.com/cloudos-io/cloudos/internal/fault"
+	"github.com/cloudos-io/cloudos/internal/pattern"
 )
 
 // Install puts the system on a disk, where it is started from a medium or over the
@@ -48,7 +48,7 @@ type Join struct {
 // Roles of a machine.
 var roles = []string{"", "standalone", "master", "node"}
 
-var devicePath = regexp.MustCompile(`^/dev/[a-zA-Z0-9][a-zA-Z0-9_-]{0,63}$`)
+var devicePath = pattern.New(`^/dev/[a-zA-Z0-9][a-zA-Z0-9_-]{0,63}$`)
 
 // Bytes reads a size as disks are sold; "" is 0.
 func Bytes(s string) (uint64, error) {

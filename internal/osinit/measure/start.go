@@ -4,12 +4,12 @@ import (
 	"bytes"
 	"crypto/sha256"
 	"fmt"
-	"regexp"
 	"slices"
 	"strconv"
 	"strings"
 
 	"github.com/cloudos-io/cloudos/internal/fault"
+	"github.com/cloudos-io/cloudos/internal/pattern"
 	"github.com/cloudos-io/cloudos/internal/slots"
 )
 
@@ -44,7 +44,7 @@ const (
 	commandLine = "kernel_cmdline: "
 )
 
-var loads = regexp.MustCompile(`^grub_cmd: load_env --skip-sig -f (\([a-z0-9]+,gpt[0-9]+\))/cloudos/grubenv good try left$`)
+var loads = pattern.New(`^grub_cmd: load_env --skip-sig -f (\([a-z0-9]+,gpt[0-9]+\))/cloudos/grubenv good try left$`)
 
 func unknown(format string, args ...any) error {
 	return fault.New(fault.Unsupported, "this start was not measured as expected: "+format, args...)
@@ -198,7 +198,7 @@ func (s *Start) commands(state slots.State, sys System) ([]string, error) {
 }
 
 // plain are the characters that mean nothing to GRUB.
-var plain = regexp.MustCompile(`^[A-Za-z0-9 _.,:=/()@%+-]*$`)
+var plain = pattern.New(`^[A-Za-z0-9 _.,:=/()@%+-]*$`)
 
 // config is what GRUB does of a system's boot.cfg. One with more than starting a kernel in it is not understood.
 func (s *Start) config(sys System) ([]string, error) {

@@ -121,7 +121,8 @@ func New(cfg Config) (*Store, error) {
 // sweep discards the ephemeral layers of earlier boots, and reads the records of
 // the rest. A directory without a readable record is an unfinished Create.
 func (s *Store) sweep() error {
-	if err := os.RemoveAll(s.spare); err != nil {
+	// Run deletes them: a start does not wait for it.
+	if err := s.discard(s.spare); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return fmt.Errorf("cannot clear prepared layers: %w", err)
 	}
 	if err := os.Mkdir(s.spare, 0o700); err != nil {
