@@ -46,6 +46,7 @@ func (c *changes) setConfigAPI(w http.ResponseWriter, r *http.Request) (any, err
 	if err != nil {
 		return nil, err
 	}
+	c.m.log.Printf("another configuration is kept for the next start")
 	if flag(r, "reboot") {
 		c.reboot()
 	}
