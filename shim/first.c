@@ -4,7 +4,8 @@
  * kernel to the engine's first instruction, with nothing in it that can wait (ADR 57).
  *
  * /first has a line for each chain of kernel modules: their paths, each after those it
- * needs. The disk with the serial number cloudos-root has two partitions, the root and
+ * needs; and behind an @ a line for each part of a program that is worth reading at once:
+ * path, offset, length. The disk with the serial number cloudos-root has two partitions, the root and
  * the programs of a start (package osimage). The engine gets the pipe of package
  * internal/daemon/await at descriptor 3. cloudos-init finds in CLOUDOS_FIRST the engine's
  * process id, and at the descriptors
@@ -32,7 +33,7 @@
 #define SERIAL "cloudos-root"
 #define PLACE "/new"
 
-enum { PATIENCE = 30, FIRST_FREE = 10 };
+enum { PATIENCE = 30, FIRST_FREE = 10, AHEAD = 1 << 20 };
 
 static _Noreturn void die(const char *what, const char *on)
 {
@@ -64,31 +65,68 @@ static int load(char *chain)
 	return 0;
 }
 
+enum { LINES = 32 };
+
+/* The lines of /first; the last is NULL. */
+static char *lines[LINES + 1];
+
+static void read_plan(void)
+{
+	static char text[16384];
+	int fd = open("/first", O_RDONLY | O_CLOEXEC), n = 0;
+	ssize_t size = fd < 0 ? -1 : read(fd, text, sizeof text - 1);
+	char *at;
+
+	if (size < 0)
+		die("read", "/first");
+	close(fd);
+	for (char *line = strtok_r(text, "\n", &at); line && n < LINES; line = strtok_r(NULL, "\n", &at))
+		lines[n++] = line;
+}
+
 /* Loads all chains, each in a process of its own but the first. What could not be loaded
  * was said; whether it is missed shows soon. */
 static void load_all(void)
 {
-	static char text[16384];
-	int fd = open("/first", O_RDONLY | O_CLOEXEC);
-	ssize_t n = fd < 0 ? -1 : read(fd, text, sizeof text - 1);
-	char *at, *mine;
+	char *mine = NULL;
 
-	if (n < 0)
-		die("read", "/first");
-	close(fd);
-	mine = strtok_r(text, "\n", &at);
-	for (char *line; (line = strtok_r(NULL, "\n", &at));) {
+	for (int i = 0; lines[i]; i++) {
+		if (lines[i][0] == '@')
+			continue;
+		if (!mine) {
+			mine = lines[i];
+			continue;
+		}
 		pid_t pid = fork();
 
 		if (pid == 0)
-			_exit(load(line));
+			_exit(load(lines[i]));
 		if (pid < 0)
-			load(line);
+			load(lines[i]);
 	}
 	if (mine)
 		load(mine);
 	while (wait(NULL) > 0)
 		;
+}
+
+/* Reads what the programs will need, beside them: unpacking it while they wait for a page
+ * each takes twice the time. A process of its own does it. */
+static void read_ahead(void)
+{
+	for (int i = 0; lines[i]; i++) {
+		unsigned long long at, end, size;
+		char path[64];
+
+		if (sscanf(lines[i], "@%63s %llu %llu", path, &at, &size) != 3)
+			continue;
+		int fd = open(path, O_RDONLY | O_CLOEXEC);
+
+		/* One call reads two megabytes at most, and they are to come in this order. */
+		for (end = at + size; fd >= 0 && at < end; at += AHEAD)
+			readahead(fd, (off_t)at, end - at < AHEAD ? end - at : AHEAD);
+		close(fd);
+	}
 }
 
 /* Whether the disk with a name under /sys/block is the root's. */
@@ -197,6 +235,7 @@ int first_main(void)
 	must_mount("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, "");
 	must_mount("sysfs", "/sys", "sysfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, "");
 	must_mount("devtmpfs", "/dev", "devtmpfs", MS_NOSUID, "mode=755");
+	read_plan();
 	load_all();
 	initial = away(open("/", O_RDONLY | O_DIRECTORY | O_CLOEXEC));
 	mount_root();
@@ -217,6 +256,10 @@ int first_main(void)
 		give(order[0], 3);
 		execve("/system/bin/servind", engine, engine_env);
 		die("start", "/system/bin/servind");
+	}
+	if (child > 0 && fork() == 0) {
+		read_ahead();
+		_exit(0);
 	}
 	/* Without one, cloudos-init starts it when it is its turn. */
 	snprintf(pid, sizeof pid, "%d", child > 0 ? (int)child : 0);

@@ -1,6 +1,7 @@
 package osimage
 
 import (
+	"debug/elf"
 	"encoding/binary"
 	"fmt"
 	"io"
@@ -49,8 +50,40 @@ func addFirst(t *tree.Tree, o Options, k *kernel.Kernel, picked []*kernel.Module
 		}
 		b.WriteByte('\n')
 	}
+	for _, p := range quickPrograms {
+		parts, err := startParts(filepath.Join(o.Programs, p.name))
+		if err != nil {
+			return err
+		}
+		for _, x := range parts {
+			fmt.Fprintf(&b, "@/system/bin/%s %d %d\n", p.name, x.Offset, x.Size)
+		}
+	}
 	t.Bytes("first", 0o644, partInit, []byte(b.String()))
 	return nil
+}
+
+type part struct{ Offset, Size uint64 }
+
+// startParts are the parts of a Go program's file that its start needs: its data, then code and
+// constants up to the tables for stacks, a third of the file, which it hardly touches.
+func startParts(path string) ([]part, error) {
+	f, err := elf.Open(path)
+	if err != nil {
+		return nil, fmt.Errorf("cannot read the program %s: %w", path, err)
+	}
+	defer f.Close()
+	tables := f.Section(".gopclntab")
+	data := f.Section(".noptrdata")
+	if tables == nil || data == nil || tables.Offset == 0 || data.Offset < tables.Offset {
+		return nil, fmt.Errorf("cannot read the program %s: its sections are not those of a Go program", path)
+	}
+	info, err := os.Stat(path)
+	if err != nil {
+		return nil, err
+	}
+	behind := tables.Offset + tables.FileSize
+	return []part{{behind, uint64(info.Size()) - behind}, {0, tables.Offset}}, nil
 }
 
 // writeParts writes the disk.

@@ -76,6 +76,7 @@ type machine struct {
 	engineArgs []string
 	beside     sync.WaitGroup // loads modules from the initial file system
 	initial    *modules.Set   // those of the initial file system
+	meet       func()         // loads what the host and the network are met with, once
 	quotas     chan struct{}  // closed when the kernel has what the data's quotas need
 	unpacked   *os.Root       // the initial file system
 	esp        gpt.GUID       // of the boot partition that the system was started from; zero is not known
@@ -208,7 +209,7 @@ func trusted() string {
 
 // awaitEngine notes when the engine with a pid answers.
 func (m *machine) awaitEngine(ctx context.Context, pid int) {
-	for wait := 2 * time.Millisecond; ctx.Err() == nil; wait = min(wait*5/4, 25*time.Millisecond) {
+	for wait := 2 * time.Millisecond; ctx.Err() == nil; wait = min(wait*5/4, 5*time.Millisecond) {
 		m.mu.Lock()
 		gone := m.engine.PID != pid
 		m.mu.Unlock()

@@ -104,11 +104,14 @@ func (m *machine) run(ctx context.Context) (reboot bool) {
 	if err := uplink.Loopback(); err != nil {
 		m.problem(err)
 	}
-	// The engine needs its data, its configuration and a few modules; all else goes on beside it.
+	// The engine needs its data, its configuration and a few modules; all else goes on beside
+	// it, in VM mode when it has its order: there nothing before asks for the network or the host.
 	var needed sync.WaitGroup
-	connected := make(chan struct{})
-	needed.Go(func() { m.preload(connected) })
-	parts.Go(func() { m.connect(connected) })
+	needed.Go(m.preload)
+	m.meet = sync.OnceFunc(func() { parts.Go(m.connect) })
+	if !adopted || m.cmdline["safe"] != "" || m.cmdline["menu"] != "" {
+		m.meet()
+	}
 	parts.Go(func() { m.settle(ctx) })
 	m.port = &guest.Port{Engine: m.dialEngine, Log: m.log.Printf}
 	m.port.Control = guest.NewControl(m, m.port.Streams)
@@ -169,10 +172,20 @@ func (m *machine) run(ctx context.Context) (reboot bool) {
 	default:
 		go func() { defer close(engineDone); m.runEngine(engineCtx) }()
 	}
+	m.meet()
 	parts.Go(func() { m.keepTime(ctx, doc.Time) })
 	parts.Go(func() { m.serveDebugShell(ctx, doc.DebugShell) })
 	if doc.Install == nil {
-		parts.Go(m.growAtStart)
+		parts.Go(func() {
+			if adopted { // the engine's start is not to wait for the journal
+				select {
+				case <-m.ready:
+				case <-ctx.Done():
+				case <-time.After(settleLater):
+				}
+			}
+			m.growAtStart()
+		})
 	}
 	parts.Go(func() { changes.confirm(ctx) })
 	signals := make(chan os.Signal, 4)

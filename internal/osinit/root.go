@@ -368,14 +368,26 @@ func (m *machine) loadBeside() {
 	})
 }
 
-// preload loads what the engine is about to use and is not there yet. connected is closed
-// when nobody else needs the initial file system.
-func (m *machine) preload(connected <-chan struct{}) {
+// preload waits for what the engine is about to use, and loads what of it the initial
+// file system did not have.
+func (m *machine) preload() {
 	m.beside.Wait()
 	m.mark("early modules")
-	<-connected
-	// What the kernel unpacked is memory: it is given back. The program itself
-	// stays for as long as it runs.
+	for _, name := range engineModules {
+		if m.initial.Has(name) {
+			continue
+		}
+		if err := m.modules.Load(name); err != nil {
+			m.problem(err)
+		}
+	}
+}
+
+// connect loads what the host and the network are met with. Nobody needs the initial file
+// system then: what the kernel unpacked is memory, and given back.
+func (m *machine) connect() {
+	err := m.initial.LoadAll("virtio_console", "virtio_net")
+	m.beside.Wait()
 	m.initial.Close()
 	for _, d := range []string{"init", "first", "lib"} {
 		if err := m.unpacked.RemoveAll(d); err != nil {
@@ -383,20 +395,14 @@ func (m *machine) preload(connected <-chan struct{}) {
 		}
 	}
 	m.unpacked.Close()
-	if err := m.modules.LoadAll(engineModules...); err != nil {
-		m.problem(err)
-	}
-}
-
-// connect loads what the host is met with.
-func (m *machine) connect(connected chan<- struct{}) {
-	err := m.initial.LoadAll("virtio_console", "virtio_net")
-	close(connected)
 	if err := errors.Join(err, m.modules.LoadAll("virtio_console", "virtio_net")); err != nil {
 		m.problem(err)
 	}
 	m.come.notify()
 }
+
+// settleLater is when a machine settles whose engine does not answer.
+const settleLater = 20 * time.Second
 
 // settle loads the rest, once the engine answers.
 func (m *machine) settle(ctx context.Context) {
@@ -404,7 +410,7 @@ func (m *machine) settle(ctx context.Context) {
 	case <-m.ready:
 	case <-ctx.Done():
 		return
-	case <-time.After(20 * time.Second):
+	case <-time.After(settleLater):
 	}
 	debug.SetGCPercent(50)
 	m.sparing()

@@ -33,6 +33,7 @@ func (m *machine) configure(ctx context.Context) (*config.Document, error) {
 		p.Disk = ""
 	}
 	if p.Remote() {
+		m.meet()
 		m.connectTo(ctx, uplink.Config{})
 		p.Online = m.net.Online()
 	}

@@ -20,7 +20,12 @@ import (
 
 // Set is the modules of a folder.
 type Set struct {
-	dir     *os.Root // stays reachable when the root changes
+	dir *os.Root // stays reachable when the root changes
+	// list reads the index when it is first asked for.
+	list func() (*list, error)
+}
+
+type list struct {
 	modules map[string]*module
 	aliases []alias
 }
@@ -34,32 +39,49 @@ type module struct {
 
 type alias struct{ pattern, name string }
 
-// Open reads the index of the running kernel's modules below root.
+// index is the file that lists a folder's modules.
+const index = "cloudos.index"
+
+// Open opens the modules of the running kernel below root.
 func Open(root string) (*Set, error) {
 	var uts unix.Utsname
 	if err := unix.Uname(&uts); err != nil {
 		return nil, err
 	}
-	dir := filepath.Join(root, "lib/modules", unix.ByteSliceToString(uts.Release[:]))
-	b, err := os.ReadFile(filepath.Join(dir, "cloudos.index"))
+	dir, err := os.OpenRoot(filepath.Join(root, "lib/modules", unix.ByteSliceToString(uts.Release[:])))
+	if err == nil {
+		_, err = dir.Stat(index)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("cannot read the list of modules: %w", err)
 	}
-	s, err := parse(b)
+	return newSet(dir, func() ([]byte, error) { return dir.ReadFile(index) }), nil
+}
+
+func newSet(dir *os.Root, read func() ([]byte, error)) *Set {
+	return &Set{dir: dir, list: sync.OnceValues(func() (*list, error) {
+		b, err := read()
+		if err != nil {
+			return nil, fmt.Errorf("cannot read the list of modules: %w", err)
+		}
+		return parse(b)
+	})}
+}
+
+// find returns a module; nil where there is none of the name.
+func (s *Set) find(name string) (*module, error) {
+	l, err := s.list()
 	if err != nil {
 		return nil, err
 	}
-	if s.dir, err = os.OpenRoot(dir); err != nil {
-		return nil, err
-	}
-	return s, nil
+	return l.modules[canonical(name)], nil
 }
 
 // Close lets go of the folder: nothing can be loaded from it any more.
 func (s *Set) Close() error { return s.dir.Close() }
 
-func parse(b []byte) (*Set, error) {
-	s := &Set{modules: map[string]*module{}}
+func parse(b []byte) (*list, error) {
+	s := &list{modules: map[string]*module{}}
 	for line := range bytes.Lines(b) {
 		f := strings.Split(strings.TrimSuffix(string(line), "\n"), " ")
 		switch {
@@ -79,7 +101,10 @@ func parse(b []byte) (*Set, error) {
 }
 
 // Has reports whether there is a module of the name.
-func (s *Set) Has(name string) bool { return s.modules[canonical(name)] != nil }
+func (s *Set) Has(name string) bool {
+	m, err := s.find(name)
+	return err == nil && m != nil
+}
 
 func canonical(name string) string { return strings.ReplaceAll(name, "-", "_") }
 
@@ -90,9 +115,9 @@ var parameters = map[string]string{"bonding": "max_bonds=0", "dummy": "numdummie
 // Load loads a module after those that it needs. One that is loaded already, or
 // that is not here (it may be part of the kernel), is none of its errors.
 func (s *Set) Load(name string) error {
-	m := s.modules[canonical(name)]
-	if m == nil {
-		return nil
+	m, err := s.find(name)
+	if err != nil || m == nil {
+		return err
 	}
 	for _, d := range m.depends {
 		if err := s.insert(d); err != nil {
@@ -114,9 +139,9 @@ func (s *Set) LoadAll(names ...string) error {
 }
 
 func (s *Set) insert(name string) error {
-	m := s.modules[name]
-	if m == nil {
-		return nil
+	m, err := s.find(name)
+	if err != nil || m == nil {
+		return err
 	}
 	m.once.Do(func() {
 		if loaded(name) {
@@ -145,11 +170,15 @@ func loaded(name string) bool {
 // Match returns the names of the modules with an alias that matches, in the
 // index's order; a module's own name matches, too.
 func (s *Set) Match(modalias string) []string {
-	if s.modules[canonical(modalias)] != nil {
+	l, err := s.list()
+	if err != nil {
+		return nil // it is told where one is loaded
+	}
+	if l.modules[canonical(modalias)] != nil {
 		return []string{canonical(modalias)}
 	}
 	var out []string
-	for _, a := range s.aliases {
+	for _, a := range l.aliases {
 		if match(a.pattern, modalias) {
 			out = append(out, a.name)
 		}

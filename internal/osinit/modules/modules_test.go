@@ -21,9 +21,13 @@ func TestMatch(t *testing.T) {
 }
 
 func TestParse(t *testing.T) {
-	s, err := parse([]byte("m virtio kernel/v.ko \nm virtio_blk kernel/b.ko virtio\na virtio:d2v* virtio_blk\n"))
-	if err != nil || !s.Has("virtio-blk") || len(s.Match("virtio:d2v1")) != 1 || s.Match("virtio_blk")[0] != "virtio_blk" {
-		t.Fatal(err)
+	text := []byte("m virtio kernel/v.ko \nm virtio_blk kernel/b.ko virtio\na virtio:d2v* virtio_blk\n")
+	s := newSet(nil, func() ([]byte, error) { return text, nil })
+	if !s.Has("virtio-blk") || len(s.Match("virtio:d2v1")) != 1 || s.Match("virtio_blk")[0] != "virtio_blk" {
+		t.Fatal("the list is not what was written")
+	}
+	if s := newSet(nil, func() ([]byte, error) { return []byte("x\n"), nil }); s.Has("x") || s.Load("x") == nil || s.Match("x") != nil {
+		t.Error("a bad list passes for an empty one")
 	}
 	for _, bad := range []string{"m a ../../x b\n", "x\n", "m a\n"} {
 		if _, err := parse([]byte(bad)); err == nil {
