@@ -1,6 +1,7 @@
 package vmmode
 
 import (
+	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -9,6 +10,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/cloudos-io/cloudos/api"
 )
@@ -88,9 +91,7 @@ func TestLasting(t *testing.T) {
 
 	// servin-vmd is killed: the machine and its containers do not notice.
 	before := m.status().PID
-	if err := syscall.Kill(m.vmd(), syscall.SIGKILL); err != nil {
-		t.Fatal(err)
-	}
+	kill(t, m.vmd())
 	m.want("web", "ps")
 	if st := m.status(); st.PID != before {
 		t.Fatalf("the machine is process %d after servin-vmd was killed, was %d", st.PID, before)
@@ -113,7 +114,7 @@ func TestLasting(t *testing.T) {
 
 	// Both at once: the next command finds no machine and starts one.
 	before = m.status().PID
-	syscall.Kill(m.vmd(), syscall.SIGKILL)
+	kill(t, m.vmd())
 	syscall.Kill(before, syscall.SIGKILL)
 	m.want("kept", "volumes", "list")
 	m.want("Up", "ps", "--filter", "name=web")
@@ -142,7 +143,7 @@ func TestLasting(t *testing.T) {
 		go func() { defer close(started); m.try("ps") }()
 		time.Sleep(time.Duration(50+i*400) * time.Millisecond)
 		if pid := m.vmd(); pid > 0 {
-			syscall.Kill(pid, syscall.SIGKILL)
+			kill(t, pid)
 		}
 		<-started
 	}
@@ -198,6 +199,29 @@ func TestStandsStill(t *testing.T) {
 	}
 	if n := qemus(t, m); n != 1 {
 		t.Errorf("%d machines run on one disk", n)
+	}
+}
+
+// kill kills a process and waits until it has let everything go: before, its sockets
+// may take what is asked next.
+func kill(t *testing.T, pid int) {
+	t.Helper()
+	fd, err := unix.PidfdOpen(pid, 0)
+	if errors.Is(err, unix.ESRCH) {
+		return
+	}
+	if err == nil {
+		defer unix.Close(fd)
+		err = unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0)
+	}
+	if err == nil {
+		err = unix.EINTR
+		for errors.Is(err, unix.EINTR) {
+			_, err = unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 10000)
+		}
+	}
+	if err != nil && !errors.Is(err, unix.ESRCH) {
+		t.Fatal(err)
 	}
 }
 

@@ -157,6 +157,10 @@ func (h *Host) Run(ctx context.Context) error {
 	if err := h.takeTurn(ctx); err != nil {
 		return err
 	}
+	// Who asks meanwhile is not told that it is off: 'vm stop' would leave it running.
+	if _, err := os.Lstat(h.file("machine.json")); err == nil {
+		h.set(api.VMStarting, "")
+	}
 	for i, s := range servers {
 		l := engine
 		if i == 1 {

@@ -28,6 +28,7 @@ import (
 type starter struct {
 	guests []guest
 	starts []*fakeMachine
+	attach chan struct{} // Attach waits for it
 }
 
 // guest is how a guest behaves.
@@ -46,7 +47,12 @@ func (d *starter) Probe(context.Context, vm.Image, string) (vm.Host, error) {
 	return vm.Host{Accelerator: "none"}, nil
 }
 
-func (d *starter) Attach(context.Context, vm.Record) (vm.Machine, error) { return nil, nil }
+func (d *starter) Attach(ctx context.Context, _ vm.Record) (vm.Machine, error) {
+	if d.attach != nil {
+		<-d.attach
+	}
+	return nil, nil
+}
 
 func (d *starter) Start(_ context.Context, s vm.Spec, _ vm.Host, report func(string)) (vm.Machine, error) {
 	if n := len(d.starts); n > 0 && !closed(d.starts[n-1].ended) {
@@ -275,5 +281,56 @@ func TestSilence(t *testing.T) {
 		if got := h.silence(); got != want {
 			t.Errorf("after a start of %v s: %v, want %v", took, got, want)
 		}
+	}
+}
+
+// TestTakingOver: while a machine of before is looked for, nobody is told that it is off.
+func TestTakingOver(t *testing.T) {
+	dir, err := os.MkdirTemp("", "take")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	d := &starter{attach: make(chan struct{})}
+	place := api.VMPlace{State: filepath.Join(dir, "state"), Run: filepath.Join(dir, "run")}
+	h, err := New(Config{Place: place, Drivers: []vm.Driver{d}, Computer: vm.Computer{CPUs: 2, MemoryMiB: 4096, Home: dir}, Log: quietLog()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := vm.WriteJSON(h.file("machine.json"), vm.Record{Driver: "fake"}); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan error, 1)
+	go func() { ended <- h.Run(ctx) }()
+	c := http.Client{Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return (&net.Dialer{}).DialContext(ctx, "unix", place.Control())
+	}}}
+	state := func() (st api.VMStatus, err error) {
+		resp, err := c.Get("http://vmd/v1/status")
+		if err != nil {
+			return st, err
+		}
+		defer resp.Body.Close()
+		return st, json.NewDecoder(resp.Body).Decode(&st)
+	}
+	await := func(want string) {
+		t.Helper()
+		for end := time.Now().Add(10 * time.Second); ; time.Sleep(5 * time.Millisecond) {
+			st, err := state()
+			if err == nil && st.State == want {
+				return
+			}
+			if err == nil && want == api.VMStarting || time.Now().After(end) {
+				t.Fatalf("the machine is said to be %q (%v), want %q", st.State, err, want)
+			}
+		}
+	}
+	await(api.VMStarting)
+	close(d.attach)
+	await(api.VMOff)
+	cancel()
+	if err := <-ended; err != nil {
+		t.Error(err)
 	}
 }

@@ -267,6 +267,7 @@ func (h *Host) resume(ctx context.Context) error {
 	var r vm.Record
 	ok, err := vm.ReadJSON(h.file("machine.json"), &r)
 	if err != nil || !ok {
+		h.set(api.VMOff, "")
 		return err
 	}
 	d, err := h.driver(r.Driver)
@@ -275,6 +276,7 @@ func (h *Host) resume(ctx context.Context) error {
 	}
 	m, err := d.Attach(ctx, r)
 	if err != nil || m == nil {
+		h.set(api.VMOff, "")
 		return err
 	}
 	r = m.Record()
