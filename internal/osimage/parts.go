@@ -26,7 +26,7 @@ const (
 )
 
 // quickPrograms are in the second partition; the root has a place for each.
-var quickPrograms = []struct{ name, part string }{{"servind", partEngine}, {"cloudos-init", partInit}}
+var quickPrograms = []struct{ name, part string }{{"cloudos-init", partInit}, {"servind", partEngine}}
 
 func isQuick(path string) bool {
 	return slices.ContainsFunc(quickPrograms, func(p struct{ name, part string }) bool { return path == "bin/"+p.name })

@@ -23,7 +23,6 @@ import (
 	"github.com/cloudos-io/cloudos/internal/gpt"
 	"github.com/cloudos-io/cloudos/internal/osinit/breakglass"
 	"github.com/cloudos-io/cloudos/internal/osinit/data"
-	"github.com/cloudos-io/cloudos/internal/osinit/guest"
 	"github.com/cloudos-io/cloudos/internal/osinit/modules"
 	"github.com/cloudos-io/cloudos/internal/osinit/process"
 	"github.com/cloudos-io/cloudos/internal/osinit/uevent"
@@ -41,7 +40,6 @@ type machine struct {
 	table     *process.Table
 	modules   *modules.Set
 	net       *uplink.Net
-	port      *guest.Port
 	gate      *breakglass.Gate
 	orders    chan order
 	come      broadcast
@@ -77,6 +75,7 @@ type machine struct {
 	beside     sync.WaitGroup // loads modules from the initial file system
 	initial    *modules.Set   // those of the initial file system
 	meet       func()         // loads what the host and the network are met with, once
+	met        chan struct{}  // closed when they are
 	quotas     chan struct{}  // closed when the kernel has what the data's quotas need
 	unpacked   *os.Root       // the initial file system
 	esp        gpt.GUID       // of the boot partition that the system was started from; zero is not known

@@ -108,16 +108,17 @@ func (m *machine) run(ctx context.Context) (reboot bool) {
 	// it, in VM mode when it has its order: there nothing before asks for the network or the host.
 	var needed sync.WaitGroup
 	needed.Go(m.preload)
-	m.meet = sync.OnceFunc(func() { parts.Go(m.connect) })
+	m.meet = sync.OnceFunc(func() { close(m.met); parts.Go(m.connect) })
 	if !adopted || m.cmdline["safe"] != "" || m.cmdline["menu"] != "" {
 		m.meet()
 	}
 	parts.Go(func() { m.settle(ctx) })
-	m.port = &guest.Port{Engine: m.dialEngine, Log: m.log.Printf}
-	m.port.Control = guest.NewControl(m, m.port.Streams)
 	ports := m.come.subscribe()
 	parts.Go(func() {
-		if err := m.port.Run(ctx, ports); err != nil && ctx.Err() == nil {
+		<-m.met // there is none before
+		port := &guest.Port{Engine: m.dialEngine, Log: m.log.Printf}
+		port.Control = guest.NewControl(m, port.Streams)
+		if err := port.Run(ctx, ports); err != nil && ctx.Err() == nil {
 			m.problem(err)
 		}
 	})
@@ -138,15 +139,12 @@ func (m *machine) run(ctx context.Context) (reboot bool) {
 	}
 	err = errors.Join(err, m.checkEncryption(doc))
 	m.apply(ctx, doc)
+	if !adopted {
+		m.tune(doc.Sysctl)
+	}
 	m.mark("config")
 	needed.Wait()
 	m.mark("modules")
-	changes := newChanges(m)
-	if l, err := listenChanges(); err != nil {
-		m.problem(err)
-	} else {
-		parts.Go(func() { changes.serve(ctx, l) })
-	}
 	if closed != nil {
 		if cerr := <-closed; cerr != nil && m.encrypted() {
 			err = errors.Join(err, cerr)
@@ -172,7 +170,16 @@ func (m *machine) run(ctx context.Context) (reboot bool) {
 	default:
 		go func() { defer close(engineDone); m.runEngine(engineCtx) }()
 	}
+	if adopted {
+		m.tune(doc.Sysctl)
+	}
 	m.meet()
+	changes := newChanges(m)
+	if l, err := listenChanges(); err != nil {
+		m.problem(err)
+	} else {
+		parts.Go(func() { changes.serve(ctx, l) })
+	}
 	parts.Go(func() { m.keepTime(ctx, doc.Time) })
 	parts.Go(func() { m.serveDebugShell(ctx, doc.DebugShell) })
 	if doc.Install == nil {
@@ -217,7 +224,7 @@ var _ guest.Machine = (*machine)(nil)
 // newMachine returns a machine of which nothing is known yet.
 func newMachine(version string) *machine {
 	m := &machine{version: version, table: process.NewTable(), orders: make(chan order, 1), state: vmwire.StateStarting,
-		changed: make(chan struct{}), ready: make(chan struct{}), quotas: make(chan struct{}), boot: map[string]float64{}, dataKind: "memory"}
+		changed: make(chan struct{}), ready: make(chan struct{}), quotas: make(chan struct{}), met: make(chan struct{}), boot: map[string]float64{}, dataKind: "memory"}
 	m.log = newLog("cloudos: ", 256<<10)
 	m.engineLog = newLog("", 512<<10)
 	m.gate = m.newGate()

@@ -237,8 +237,13 @@ func (m *machine) later() {
 			m.problem(err)
 		}
 	}
-	for key, value := range map[string]string{
-		"kernel/modprobe":               "/bin/cloudos-modprobe",
+	sysctls(map[string]string{"kernel/modprobe": "/bin/cloudos-modprobe"}, m.problem)
+}
+
+// tune sets the kernel's parameters, those of the configuration last: before a container can
+// be started.
+func (m *machine) tune(configured map[string]string) {
+	sysctls(map[string]string{
 		"kernel/panic":                  "10",
 		"kernel/kptr_restrict":          "2",
 		"kernel/dmesg_restrict":         "1",
@@ -253,9 +258,14 @@ func (m *machine) later() {
 		"fs/protected_symlinks":         "1",
 		"net/ipv4/ip_forward":           "1",
 		"net/core/somaxconn":            "4096",
-	} {
-		if err := os.WriteFile("/proc/sys/"+key, []byte(value), 0); err != nil {
-			m.log.Printf("cannot set %s: %v", strings.ReplaceAll(key, "/", "."), err)
+	}, func(err error) { m.log.Printf("%v", err) }) // a kernel may lack one
+	sysctls(configured, m.problem)
+}
+
+func sysctls(values map[string]string, failed func(error)) {
+	for key, value := range values {
+		if err := os.WriteFile("/proc/sys/"+sysctlPath(key), []byte(value), 0); err != nil {
+			failed(fmt.Errorf("cannot set %s: %w", strings.ReplaceAll(key, "/", "."), err))
 		}
 	}
 }

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
@@ -70,7 +71,13 @@ func (m *machine) configure(ctx context.Context) (*config.Document, error) {
 func (m *machine) apply(ctx context.Context, doc *config.Document) {
 	m.nameHost()
 	if m.net == nil || len(doc.Network.Links)+len(doc.Network.DNS) > 0 {
-		m.connectTo(ctx, doc.Network)
+		c := doc.Network
+		if word := m.cmdline["net"]; word != "" && len(c.Links) == 0 {
+			if err := giveAddress(&c, word); err != nil {
+				m.problem(err)
+			}
+		}
+		m.connectTo(ctx, c)
 	}
 	for _, name := range doc.Modules {
 		if !m.modules.Has(name) {
@@ -79,11 +86,6 @@ func (m *machine) apply(ctx context.Context, doc *config.Document) {
 	}
 	if err := m.modules.LoadAll(doc.Modules...); err != nil {
 		m.problem(err)
-	}
-	for k, v := range doc.Sysctl {
-		if err := os.WriteFile("/proc/sys/"+sysctlPath(k), []byte(v), 0); err != nil {
-			m.problem(fmt.Errorf("cannot set %s: %w", k, err))
-		}
 	}
 	if len(doc.Trust) > 0 {
 		b, err := os.ReadFile(certFile)
@@ -158,6 +160,26 @@ func sysctlPath(name string) string {
 		return name
 	}
 	return strings.ReplaceAll(name, ".", "/")
+}
+
+// giveAddress sets the first link as the host of a virtual machine says, which knows what its
+// own DHCP server would: ADDRESS/LENGTH,GATEWAY,DNS.
+func giveAddress(c *uplink.Config, word string) error {
+	fields := strings.Split(word, ",")
+	if len(fields) != 3 {
+		return fmt.Errorf("cannot use cloudos.net=%s: it is ADDRESS/LENGTH,GATEWAY,DNS", word)
+	}
+	address, err := netip.ParsePrefix(fields[0])
+	gateway, gerr := netip.ParseAddr(fields[1])
+	dns, derr := netip.ParseAddr(fields[2])
+	if err := errors.Join(err, gerr, derr); err != nil {
+		return fmt.Errorf("cannot use cloudos.net=%s: %w", word, err)
+	}
+	c.Links = []uplink.Link{{Name: "eth0", Addresses: []netip.Prefix{address}, Gateway: gateway}}
+	if len(c.DNS) == 0 {
+		c.DNS = []netip.Addr{dns}
+	}
+	return nil
 }
 
 // connectTo brings the network up as the configuration says, instead of as it was.

@@ -60,7 +60,8 @@ func (p *plan) args() []string {
 	if p.goarch == "arm64" {
 		machine, serial = "virt,gic-version=max,dump-guest-core=off,memory-backend=mem", ""
 	}
-	accel, words := p.accelerator, p.spec.Image.CommandLine
+	// What QEMU's own DHCP server would say: the network is there a conversation earlier.
+	accel, words := p.accelerator, p.spec.Image.CommandLine+" cloudos.net=10.0.2.15/24,10.0.2.2,10.0.2.3"
 	switch {
 	case accel == "tcg":
 		// A bigger cache of translated code: booting a kernel and then Go programs overflows the default.
