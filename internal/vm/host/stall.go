@@ -41,22 +41,33 @@ func (h *Host) silence() time.Duration {
 	return min(max(time.Duration(5*h.took*float64(time.Second)), h.cfg.Silence), most)
 }
 
-// life notes signs of life, as times since begin.
+// life counts signs of life.
 type life struct {
-	begin    time.Time
-	last     atomic.Int64
+	signs    atomic.Uint64
 	answered atomic.Bool // bytes came from the port
 }
 
-func (l *life) sign() { l.last.Store(int64(time.Since(l.begin))) }
+func (l *life) sign() { l.signs.Add(1) }
 
-// silent says how long there was no sign that is believed.
-func (l *life) silent(silence, most time.Duration) (time.Duration, bool) {
-	now := time.Since(l.begin)
-	if d := now - time.Duration(l.last.Load()); d >= silence {
-		return d, true
+// patience measures a silence from one look to the next.
+type patience struct {
+	silence, most time.Duration
+	signs         uint64        // at the last look
+	silent, all   time.Duration // without a sign, and since the beginning
+}
+
+// over takes the time since the last look into account and says whether it is enough.
+func (p *patience) over(l *life, passed time.Duration) bool {
+	// Who looks was asleep, too, as computers are: the guest had no such chance.
+	passed = min(passed, p.silence/4)
+	p.silent, p.all = p.silent+passed, p.all+passed
+	if n := l.signs.Load(); n != p.signs {
+		p.signs, p.silent = n, 0
 	}
-	return now, !l.answered.Load() && now >= most
+	if !l.answered.Load() && p.all >= p.most {
+		p.silent = p.all
+	}
+	return p.silent >= p.silence
 }
 
 // heard is the port of a machine whose signs of life are noted.
@@ -84,18 +95,21 @@ func (h *Host) meetAlive(ctx context.Context, l *live, silence time.Duration) (v
 	watched := make(chan struct{})
 	go func() {
 		defer close(watched)
+		p := patience{silence: silence, most: h.cfg.BootPatience / 2}
 		tick := time.NewTicker(min(silence/10, time.Second))
 		defer tick.Stop()
-		for {
+		for last := time.Now(); ; {
 			select {
 			case <-ctx.Done():
 				return
 			case <-tick.C:
 			}
-			if d, still := l.life.silent(silence, h.cfg.BootPatience/2); still {
-				cancel(&stall{d})
+			now := time.Now()
+			if p.over(&l.life, now.Sub(last)) {
+				cancel(&stall{p.silent})
 				return
 			}
+			last = now
 		}
 	}()
 	st, err := h.meet(ctx, l)

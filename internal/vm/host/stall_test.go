@@ -284,6 +284,31 @@ func TestSilence(t *testing.T) {
 	}
 }
 
+// TestPatience: only time in which somebody looked counts, and the console alone
+// is not believed for ever.
+func TestPatience(t *testing.T) {
+	for name, c := range map[string]struct {
+		passed []time.Duration // between looks
+		signs  func(l *life)   // before each look
+		want   int             // the look at which it is enough, from 1; 0 is never
+	}{
+		"silent":             {[]time.Duration{4, 4, 4, 4, 4}, func(*life) {}, 4},
+		"alive":              {[]time.Duration{4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4}, func(l *life) { l.sign(); l.answered.Store(true) }, 0},
+		"on its console":     {[]time.Duration{4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4}, func(l *life) { l.sign() }, 10},
+		"the computer slept": {[]time.Duration{4, 4, 1000}, func(*life) {}, 0},
+	} {
+		p, l, got := patience{silence: 16, most: 40}, &life{}, 0
+		for i, d := range c.passed {
+			if c.signs(l); p.over(l, d) && got == 0 {
+				got = i + 1
+			}
+		}
+		if got != c.want {
+			t.Errorf("%s: at look %d, want %d", name, got, c.want)
+		}
+	}
+}
+
 // TestTakingOver: while a machine of before is looked for, nobody is told that it is off.
 func TestTakingOver(t *testing.T) {
 	dir, err := os.MkdirTemp("", "take")

@@ -119,7 +119,7 @@ func (h *Host) image(c api.VMConfig) (vm.Image, error) {
 
 // adopt takes a machine that runs into the host's care.
 func (h *Host) adopt(m vm.Machine, host vm.Host, spec vm.Spec) *live {
-	l := &live{machine: m, host: host, spec: spec, life: life{begin: time.Now()}, hot: map[string]string{}, pending: map[string]bool{}}
+	l := &live{machine: m, host: host, spec: spec, hot: map[string]string{}, pending: map[string]bool{}}
 	l.ctx, l.cancel = context.WithCancel(context.Background())
 	l.ports = newPorts(l, h.log)
 	l.changes = newChanges(l, h.log)
