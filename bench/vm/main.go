@@ -225,6 +225,14 @@ func baseline(pid int, dir, image string) ([]string, error) {
 	if err != nil {
 		return nil, err
 	}
+	// The first descriptor that it was given is the root's disk, unpacked.
+	disk, err := os.Readlink(fmt.Sprintf("/proc/%d/fd/4", pid))
+	if err != nil {
+		return nil, err
+	}
+	if !strings.Contains(string(raw), "fd=4,set=1") || !strings.HasSuffix(disk, ".img") {
+		return nil, fmt.Errorf("the machine's root is not where it was: descriptor 4 is %s", disk)
+	}
 	root := filepath.Join(dir, "plain")
 	if err := os.MkdirAll(filepath.Join(root, "bin"), 0o755); err != nil {
 		return nil, err
@@ -281,7 +289,7 @@ func baseline(pid int, dir, image string) ([]string, error) {
 				out = append(out, a, v)
 			}
 		case "-blockdev":
-			v := strings.ReplaceAll(next(), "/dev/fdset/1", filepath.Join(image, "root.img"))
+			v := strings.ReplaceAll(next(), "/dev/fdset/1", disk)
 			out = append(out, a, strings.ReplaceAll(v, "/dev/fdset/2", data))
 		default:
 			out = append(out, a)

@@ -151,7 +151,14 @@ func buildParts(ctx context.Context, o Options) (*vmwire.Image, error) {
 	if err := writeFile(img, o.Output, "initrd", "initrd", "", func(f *os.File) error { _, err := f.Write(s.initrd); return err }); err != nil {
 		return nil, err
 	}
-	return img, finish(img, o, "root", "root.img", "raw", func(f *os.File) error { return copyFrom(f, s.root) })
+	return img, finish(img, o, "root", "root.img.zst", vmwire.Packed, func(f *os.File) error {
+		for _, b := range s.packedRoot {
+			if _, err := f.Write(b); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
 }
 
 func copyFrom(f *os.File, from string) error {

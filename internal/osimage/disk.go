@@ -47,7 +47,8 @@ type system struct {
 	initialTree  *tree.Tree
 	rootTree     *tree.Tree
 	rootFileSize int64
-	quickTree    *tree.Tree // VM mode: what is unpacked at each start, beside the root
+	quickTree    *tree.Tree // VM mode: the programs of a start, beside the root
+	packedRoot   [][]byte   // VM mode: the disk with both, packed
 	quickUsage   squashfs.Usage
 	verity       verity.Root // of disks
 }

@@ -15,8 +15,9 @@ import (
 	"github.com/cloudos-io/cloudos/internal/osimage/tree"
 )
 
-// The root of VM mode is a disk of two partitions: the root, and the programs that each start
-// unpacks whole (ADR 56, 57). The table is that of PCs; shim/first.c mounts both.
+// The root of VM mode is a disk of two partitions: the root, and the programs of a start, which
+// are stored as they are (ADR 57). The table is that of PCs; shim/first.c mounts both. The image
+// has the disk packed, the host unpacks it once (internal/vm).
 const (
 	sector       = 512
 	partAlign    = 4096
@@ -106,15 +107,41 @@ func (s *system) writeParts(o Options, f *os.File) error {
 	if err != nil {
 		return err
 	}
-	if s.quickUsage, err = squashfs.WriteQuick(f, s.quickTree, epoch); err != nil {
+	if s.quickUsage, err = squashfs.WriteStored(f, s.quickTree, epoch); err != nil {
 		return err
 	}
 	end, err := f.Seek(0, io.SeekEnd)
 	if err != nil {
 		return err
 	}
-	_, err = f.WriteAt(partitionTable([][2]int64{{partAlign, middle}, {middle, end}}), 0)
-	return err
+	if _, err := f.WriteAt(partitionTable([][2]int64{{partAlign, middle}, {middle, end}}), 0); err != nil {
+		return err
+	}
+	return s.packParts(f, middle, end)
+}
+
+// packParts packs the disk's two partitions each for itself, which tells what each takes.
+func (s *system) packParts(f *os.File, middle, end int64) error {
+	for _, p := range [][2]int64{{0, middle}, {middle, end}} {
+		b := make([]byte, p[1]-p[0])
+		if _, err := f.ReadAt(b, p[0]); err != nil {
+			return err
+		}
+		packed, err := packSmall(b)
+		if err != nil {
+			return err
+		}
+		s.packedRoot = append(s.packedRoot, packed)
+	}
+	// A program's share is by its size.
+	all, packed := int64(0), int64(len(s.packedRoot[1]))
+	for _, e := range s.quickTree.Sorted() {
+		all += e.Size
+	}
+	for _, e := range s.quickTree.Sorted() {
+		s.quickUsage[e.Path] = e.Size * packed / max(all, 1)
+	}
+	return nil
 }
 
 // partitionTable is a disk's first sector, for partitions from a byte to another.

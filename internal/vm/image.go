@@ -33,6 +33,8 @@ type Image struct {
 	Disk string `json:"disk,omitempty"`
 	// Digest names the image's whole content.
 	Digest string `json:"digest"`
+	// packed is the digest of a root that is to be unpacked (Unpack).
+	packed string
 }
 
 // maxManifest bounds image.json.
@@ -79,6 +81,9 @@ func OpenImage(dir string, trusted []release.Key, seen map[string]string) (Image
 		if err := verify(*path, file, seen); err != nil {
 			return bad("%w", err)
 		}
+	}
+	if f := m.Files["root"]; f.Format == vmwire.Packed {
+		img.packed = f.SHA256
 	}
 	return img, nil
 }

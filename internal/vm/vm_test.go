@@ -12,6 +12,8 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/klauspost/compress/zstd"
+
 	"github.com/cloudos-io/cloudos/api"
 	"github.com/cloudos-io/cloudos/internal/vmwire"
 )
@@ -180,6 +182,78 @@ func TestImage(t *testing.T) {
 	os.WriteFile(filepath.Join(dir, "initrd"), []byte("INITRD"), 0o644)
 	if _, err := OpenImage(dir, nil, seen); err == nil || !strings.Contains(err.Error(), "damaged") {
 		t.Errorf("a damaged file: %v", err)
+	}
+}
+
+// TestUnpack has a packed root unpacked once for each image, and never by halves.
+func TestUnpack(t *testing.T) {
+	dir, m := imageIn(t)
+	state := t.TempDir()
+	pack := func(content string) Image {
+		t.Helper()
+		e, err := zstd.NewWriter(nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		b := e.EncodeAll([]byte(content), nil)
+		sum := sha256.Sum256(b)
+		m.Files["root"] = vmwire.File{Name: "root", Size: int64(len(b)), SHA256: hex.EncodeToString(sum[:]), Format: vmwire.Packed}
+		if err := os.WriteFile(filepath.Join(dir, "root"), b, 0o644); err != nil {
+			t.Fatal(err)
+		}
+		save(t, dir, m)
+		img, err := OpenImage(dir, nil, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return img
+	}
+	files := func() string {
+		t.Helper()
+		l, err := os.ReadDir(state)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var names []string
+		for _, e := range l {
+			names = append(names, e.Name())
+		}
+		return strings.Join(names, " ")
+	}
+	if err := os.WriteFile(filepath.Join(state, "data.img"), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	first := pack("first")
+	if err := first.Unpack(state); err != nil {
+		t.Fatal(err)
+	}
+	if b, err := os.ReadFile(first.Root); err != nil || string(b) != "first" || filepath.Dir(first.Root) != state {
+		t.Fatalf("%s holds %q, %v", first.Root, b, err)
+	}
+	// It is there for the next start, which needs the packed one no more.
+	again := pack("first")
+	os.Remove(again.Root)
+	if err := again.Unpack(state); err != nil || again.Root != first.Root {
+		t.Errorf("the next start: %s, %v", again.Root, err)
+	}
+	// A start that was killed while it unpacked left something.
+	os.WriteFile(filepath.Join(state, ".root-0123.img.tmp"), []byte("half"), 0o600)
+	second := pack("second")
+	if err := second.Unpack(state); err != nil {
+		t.Fatal(err)
+	}
+	if want := "data.img " + filepath.Base(second.Root); files() != want {
+		t.Errorf("there is %q, want %q", files(), want)
+	}
+	cut := pack("third")
+	b, _ := os.ReadFile(cut.Root)
+	os.WriteFile(cut.Root, b[:len(b)-2], 0o644)
+	if err := cut.Unpack(state); err == nil || strings.Contains(files(), "root-") {
+		t.Errorf("half a root: %v, %s", err, files())
+	}
+	raw := Image{Root: "/there/root.img"}
+	if err := raw.Unpack(state); err != nil || raw.Root != "/there/root.img" {
+		t.Errorf("one that is not packed: %s, %v", raw.Root, err)
 	}
 }
 

@@ -54,9 +54,13 @@ type File struct {
 	Name   string `json:"name"`
 	Size   int64  `json:"size"`
 	SHA256 string `json:"sha256"`
-	// Format says what it holds where that varies: erofs, squashfs, raw, qcow2.
+	// Format says what it holds where that varies: squashfs, raw, qcow2, or Packed.
 	Format string `json:"format,omitempty"`
 }
+
+// Packed is the format of a root that the host unpacks before the first start: a raw
+// disk, packed with zstd.
+const Packed = "raw+zstd"
 
 // States of a machine.
 const (

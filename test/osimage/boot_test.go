@@ -356,7 +356,7 @@ func TestInspect(t *testing.T) {
 		size += f.Size
 	}
 	t.Logf("the image has %.1f MB", float64(size)/1e6)
-	f, err := os.OpenFile(filepath.Join(dir, "root.img"), os.O_WRONLY, 0)
+	f, err := os.OpenFile(filepath.Join(dir, in.Image.Files["root"].Name), os.O_WRONLY, 0)
 	if err != nil {
 		t.Fatal(err)
 	}

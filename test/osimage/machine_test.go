@@ -23,6 +23,7 @@ import (
 	"time"
 
 	"github.com/cloudos-io/cloudos/internal/osimage"
+	hostvm "github.com/cloudos-io/cloudos/internal/vm"
 	"github.com/cloudos-io/cloudos/internal/vmwire"
 )
 
@@ -207,9 +208,17 @@ func vm(t *testing.T, image, disk, words string, more ...string) *machine {
 	if err := json.Unmarshal(b, &img); err != nil {
 		t.Fatal(err)
 	}
+	root := filepath.Join(image, img.Files["root"].Name)
+	if img.Files["root"].Format == vmwire.Packed {
+		packed := root
+		root = filepath.Join(t.TempDir(), "root.img")
+		if err := hostvm.Unpack(packed, root); err != nil {
+			t.Fatal(err)
+		}
+	}
 	args := []string{
 		"-kernel", filepath.Join(image, img.Files["kernel"].Name), "-initrd", filepath.Join(image, img.Files["initrd"].Name), "-append", strings.TrimSpace(img.CommandLine + " " + words),
-		"-drive", "file=" + filepath.Join(image, img.Files["root"].Name) + ",format=raw,if=none,id=root,readonly=on", "-device", "virtio-blk-pci,drive=root,serial=" + vmwire.SerialRoot,
+		"-drive", "file=" + root + ",format=raw,if=none,id=root,readonly=on", "-device", "virtio-blk-pci,drive=root,serial=" + vmwire.SerialRoot,
 	}
 	if disk != "" {
 		args = append(args, "-drive", "file="+disk+",format=raw,if=none,id=data,discard=unmap,detect-zeroes=unmap", "-device", "virtio-blk-pci,drive=data,serial="+vmwire.SerialData)

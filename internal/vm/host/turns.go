@@ -114,6 +114,9 @@ func (h *Host) image(c api.VMConfig) (vm.Image, error) {
 		}
 		err = vm.WriteJSON(h.file("verified.json"), seen)
 	}
+	if err == nil {
+		err = img.Unpack(h.cfg.Place.State)
+	}
 	return img, err
 }
 
