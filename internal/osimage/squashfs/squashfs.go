@@ -1,5 +1,5 @@
 // Package squashfs writes trees as squashfs 4.0 images, the read-only file system
-// of the root: blocks of 128 KiB compressed with zstd or LZ4, or stored where an entry asks
+// of the root: blocks of 128 KiB compressed with zstd, or stored where an entry asks
 // for it or compression gains nothing. All owners are root and all times are one,
 // so that the same tree gives the same bytes. The format is described in
 // Documentation/filesystems/squashfs.rst of the kernel. There are no fragments, no
@@ -22,8 +22,10 @@ import (
 )
 
 const (
-	blockLog  = 17
-	blockSize = 1 << blockLog
+	// Blocks of 128 KiB are a fair size to unpack for one page of them; those that are stored have the
+	// most that the kernel takes, since each is a request to the disk.
+	packedLog = 17
+	storedLog = 20
 	metaSize  = 8192
 
 	superSize = 96
@@ -47,9 +49,10 @@ type Usage map[string]int64
 // A packer compresses blocks: id is the kernel's number of the way, block returns nil where nothing is gained.
 // options follow the superblock as a metadata block where the way has any.
 type packer struct {
-	id      uint16
-	options []byte
-	block   func([]byte) []byte
+	id       uint16
+	options  []byte
+	blockLog uint16 // of the size of a block
+	block    func([]byte) []byte
 }
 
 // lz4Options are the format's version and that it is of high compression: the kernel takes no LZ4 without.
@@ -58,18 +61,18 @@ var lz4Options = []byte{1, 0, 0, 0, 1, 0, 0, 0}
 // Write writes the tree to w, which is at its start, padded to a multiple of 4096 bytes, as small as
 // it becomes. seconds is the time of all entries, since 1970.
 func Write(w io.WriteSeeker, t *tree.Tree, seconds uint32) (Usage, error) {
-	enc, err := zstd.NewWriter(nil, zstd.WithEncoderLevel(zstd.SpeedBestCompression), zstd.WithWindowSize(blockSize),
+	enc, err := zstd.NewWriter(nil, zstd.WithEncoderLevel(zstd.SpeedBestCompression), zstd.WithWindowSize(1<<packedLog),
 		zstd.WithSingleSegment(true), zstd.WithEncoderCRC(false), zstd.WithEncoderConcurrency(4))
 	if err != nil {
 		return nil, err
 	}
 	defer enc.Close()
-	return write(w, t, seconds, packer{zstdID, nil, func(b []byte) []byte { return gained(b, enc.EncodeAll(b, nil)) }})
+	return write(w, t, seconds, packer{zstdID, nil, packedLog, func(b []byte) []byte { return gained(b, enc.EncodeAll(b, nil)) }})
 }
 
 // WriteStored is Write without compression: each block is read as it is.
 func WriteStored(w io.WriteSeeker, t *tree.Tree, seconds uint32) (Usage, error) {
-	return write(w, t, seconds, packer{lz4ID, lz4Options, func([]byte) []byte { return nil }})
+	return write(w, t, seconds, packer{lz4ID, lz4Options, storedLog, func([]byte) []byte { return nil }})
 }
 
 func gained(raw, packed []byte) []byte {
@@ -178,10 +181,10 @@ func (s *writer) write(t *tree.Tree) error {
 	}
 	le := binary.LittleEndian
 	var b []byte
-	for _, v := range []uint32{magic, uint32(len(entries)), s.time, blockSize, 0} {
+	for _, v := range []uint32{magic, uint32(len(entries)), s.time, 1 << s.pack.blockLog, 0} {
 		b = le.AppendUint32(b, v)
 	}
-	for _, v := range []uint16{s.pack.id, blockLog, flags, 1, 4, 0} {
+	for _, v := range []uint16{s.pack.id, s.pack.blockLog, flags, 1, 4, 0} {
 		b = le.AppendUint16(b, v)
 	}
 	for _, v := range []uint64{uint64(root.block)<<16 | uint64(root.offset), uint64(used), uint64(idTable), invalid,
@@ -230,7 +233,7 @@ func (s *writer) data(e *tree.Entry) (fileBlocks, error) {
 		return s.emit(packed)
 	}
 	for left := e.Size; left > 0; {
-		raw := make([]byte, min(left, blockSize))
+		raw := make([]byte, min(left, 1<<s.pack.blockLog))
 		if _, err := io.ReadFull(r, raw); err != nil {
 			return f, err
 		}
