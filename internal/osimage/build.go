@@ -161,16 +161,6 @@ func buildParts(ctx context.Context, o Options) (*vmwire.Image, error) {
 	})
 }
 
-func copyFrom(f *os.File, from string) error {
-	r, err := os.Open(from)
-	if err != nil {
-		return err
-	}
-	defer r.Close()
-	_, err = io.Copy(f, r)
-	return err
-}
-
 // finish writes the last file of an image and then its description.
 func finish(img *vmwire.Image, o Options, role, name, format string, write func(*os.File) error) error {
 	if err := writeFile(img, o.Output, role, name, format, write); err != nil {
