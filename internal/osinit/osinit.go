@@ -154,6 +154,7 @@ func (m *machine) run(ctx context.Context) (reboot bool) {
 	}
 	engineCtx, stopEngine := context.WithCancel(ctx)
 	engineDone := make(chan struct{})
+	starts := false
 	switch err := errors.Join(dataErr, err); {
 	case err != nil || m.cmdline["safe"] != "":
 		// Safe mode: with what is sure, and the API to mend it.
@@ -168,6 +169,7 @@ func (m *machine) run(ctx context.Context) (reboot bool) {
 		close(engineDone)
 		parts.Go(func() { m.install(ctx, doc) })
 	default:
+		starts = true
 		go func() { defer close(engineDone); m.runEngine(engineCtx) }()
 	}
 	if adopted {
@@ -180,19 +182,19 @@ func (m *machine) run(ctx context.Context) (reboot bool) {
 	} else {
 		parts.Go(func() { changes.serve(ctx, l) })
 	}
-	parts.Go(func() { m.keepTime(ctx, doc.Time) })
-	parts.Go(func() { m.serveDebugShell(ctx, doc.DebugShell) })
-	if doc.Install == nil {
+	// What nobody misses before the engine answers leaves it the processors, in VM mode.
+	behind := func(what func()) {
 		parts.Go(func() {
-			if adopted { // the engine's start is not to wait for the journal
-				select {
-				case <-m.ready:
-				case <-ctx.Done():
-				case <-time.After(settleLater):
-				}
+			if adopted && starts {
+				m.awaitReady(ctx)
 			}
-			m.growAtStart()
+			what()
 		})
+	}
+	behind(func() { m.keepTime(ctx, doc.Time) })
+	behind(func() { m.serveDebugShell(ctx, doc.DebugShell) })
+	if doc.Install == nil {
+		behind(m.growAtStart)
 	}
 	parts.Go(func() { changes.confirm(ctx) })
 	signals := make(chan os.Signal, 4)

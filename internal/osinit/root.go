@@ -411,16 +411,21 @@ func (m *machine) connect() {
 	m.come.notify()
 }
 
-// settleLater is when a machine settles whose engine does not answer.
-const settleLater = 20 * time.Second
-
-// settle loads the rest, once the engine answers.
-func (m *machine) settle(ctx context.Context) {
+// awaitReady waits until the engine answers, or has had its time; it returns false when ctx is done.
+func (m *machine) awaitReady(ctx context.Context) bool {
 	select {
 	case <-m.ready:
 	case <-ctx.Done():
+		return false
+	case <-time.After(20 * time.Second):
+	}
+	return true
+}
+
+// settle loads the rest, once the engine answers.
+func (m *machine) settle(ctx context.Context) {
+	if !m.awaitReady(ctx) {
 		return
-	case <-time.After(settleLater):
 	}
 	debug.SetGCPercent(50)
 	m.sparing()
