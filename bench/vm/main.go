@@ -218,6 +218,21 @@ func age(pid int) (float64, error) {
 	return now - ticks/100, nil
 }
 
+// rootOf finds the root's disk, unpacked, among what a machine's process has open.
+func rootOf(pid int) (string, error) {
+	open, err := filepath.Glob(fmt.Sprintf("/proc/%d/fd/*", pid))
+	if err != nil {
+		return "", err
+	}
+	for _, fd := range open {
+		to, err := os.Readlink(fd)
+		if base := filepath.Base(to); err == nil && strings.HasPrefix(base, "root-") && strings.HasSuffix(base, ".img") {
+			return to, nil
+		}
+	}
+	return "", errors.New("the machine has no unpacked root open")
+}
+
 // baseline makes of the machine's own command line one with a busybox init, whose
 // console is standard output and whose sockets lead nowhere.
 func baseline(pid int, dir, image string) ([]string, error) {
@@ -225,13 +240,9 @@ func baseline(pid int, dir, image string) ([]string, error) {
 	if err != nil {
 		return nil, err
 	}
-	// The first descriptor that it was given is the root's disk, unpacked.
-	disk, err := os.Readlink(fmt.Sprintf("/proc/%d/fd/4", pid))
+	disk, err := rootOf(pid)
 	if err != nil {
 		return nil, err
-	}
-	if !strings.Contains(string(raw), "fd=4,set=1") || !strings.HasSuffix(disk, ".img") {
-		return nil, fmt.Errorf("the machine's root is not where it was: descriptor 4 is %s", disk)
 	}
 	root := filepath.Join(dir, "plain")
 	if err := os.MkdirAll(filepath.Join(root, "bin"), 0o755); err != nil {
