@@ -126,12 +126,21 @@ func buildParts(ctx context.Context, o Options) (*vmwire.Image, error) {
 		return nil, err
 	}
 	defer os.Remove(s.root)
+	if o.Format == "vm" && o.Arch == "arm64" { // kernels for it do not unpack themselves
+		if s.packedKernel, err = packSmall(s.kernel.Image); err != nil {
+			return nil, err
+		}
+	}
 	if err := s.contents(o); err != nil {
 		return nil, err
 	}
 	img := s.describe(o)
 	img.CommandLine = commandLine(o.Arch) + inVM(o.Arch)
-	if err := writeFile(img, o.Output, "kernel", "kernel", "", func(f *os.File) error { _, err := f.Write(s.kernel.Image); return err }); err != nil {
+	name, format := "kernel", ""
+	if s.packedKernel != nil {
+		name, format = "kernel.zst", vmwire.Packed
+	}
+	if err := writeFile(img, o.Output, "kernel", name, format, func(f *os.File) error { _, err := f.Write(s.kernelFile()); return err }); err != nil {
 		return nil, err
 	}
 	if o.Format == "netboot" {

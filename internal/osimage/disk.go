@@ -49,6 +49,7 @@ type system struct {
 	rootFileSize int64
 	quickTree    *tree.Tree // VM mode: the programs of a start, beside the root
 	packedRoot   [][]byte   // VM mode: the disk with both, packed
+	packedKernel []byte     // VM mode: a kernel that does not unpack itself, packed
 	quickUsage   squashfs.Usage
 	verity       verity.Root // of disks
 }

@@ -29,9 +29,17 @@ type Content struct {
 	Stored int64 `json:"stored"`
 }
 
+// kernelFile is the kernel as the image has it.
+func (s *system) kernelFile() []byte {
+	if s.packedKernel != nil {
+		return s.packedKernel
+	}
+	return s.kernel.Image
+}
+
 // contents writes what the image is made of.
 func (s *system) contents(o Options) error {
-	list := []Content{{"kernel", partKernel, int64(len(s.kernel.Image)), int64(len(s.kernel.Image))}}
+	list := []Content{{"kernel", partKernel, int64(len(s.kernel.Image)), int64(len(s.kernelFile()))}}
 	// It is packed as a whole: each file's share is by its size.
 	var all int64
 	for _, e := range s.initialTree.Sorted() {

@@ -33,8 +33,8 @@ type Image struct {
 	Disk string `json:"disk,omitempty"`
 	// Digest names the image's whole content.
 	Digest string `json:"digest"`
-	// packed is the digest of a root that is to be unpacked (Unpack).
-	packed string
+	// packed are the digests of what is to be unpacked (Unpack), by role.
+	packed map[string]string
 }
 
 // maxManifest bounds image.json.
@@ -82,8 +82,13 @@ func OpenImage(dir string, trusted []release.Key, seen map[string]string) (Image
 			return bad("%w", err)
 		}
 	}
-	if f := m.Files["root"]; f.Format == vmwire.Packed {
-		img.packed = f.SHA256
+	for role, f := range m.Files {
+		if f.Format == vmwire.Packed && img.packed == nil {
+			img.packed = map[string]string{}
+		}
+		if f.Format == vmwire.Packed {
+			img.packed[role] = f.SHA256
+		}
 	}
 	return img, nil
 }

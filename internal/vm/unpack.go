@@ -21,31 +21,41 @@ const (
 	maxWindow = 64 << 20
 )
 
-// Unpack makes a packed root ready in dir, where it stays for later starts, and has the image
-// name it. What was unpacked there of other images is removed.
+// Unpack makes a packed kernel and root ready in dir, where they stay for later starts, and has
+// the image name them. What was unpacked there of other images is removed.
 func (i *Image) Unpack(dir string) error {
-	if i.packed == "" {
-		return nil
-	}
-	to := filepath.Join(dir, "root-"+i.packed[:32]+".img")
-	if _, err := os.Stat(to); errors.Is(err, fs.ErrNotExist) {
-		// With them what a process that was killed here left.
-		old, err := filepath.Glob(filepath.Join(dir, "*root-*.img*"))
-		if err != nil {
-			return err
+	for role, path := range map[string]*string{"kernel": &i.Kernel, "root": &i.Root} {
+		digest := i.packed[role]
+		if digest == "" {
+			continue
 		}
-		for _, p := range old {
-			if err := os.Remove(p); err != nil && !errors.Is(err, fs.ErrNotExist) {
-				return fmt.Errorf("cannot remove what an older image was unpacked to: %w", err)
+		to := filepath.Join(dir, role+"-"+digest[:32]+".img")
+		if _, err := os.Stat(to); errors.Is(err, fs.ErrNotExist) {
+			if err := forget(dir, role); err != nil {
+				return err
 			}
-		}
-		if err := Unpack(i.Root, to); err != nil {
+			if err := Unpack(*path, to); err != nil {
+				return err
+			}
+		} else if err != nil {
 			return err
 		}
-	} else if err != nil {
+		*path = to
+	}
+	return nil
+}
+
+// forget removes what was unpacked in dir, with what a process left that was killed there.
+func forget(dir, role string) error {
+	old, err := filepath.Glob(filepath.Join(dir, "*"+role+"-*.img*"))
+	if err != nil {
 		return err
 	}
-	i.Root = to
+	for _, p := range old {
+		if err := os.Remove(p); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("cannot remove what an older image was unpacked to: %w", err)
+		}
+	}
 	return nil
 }
 

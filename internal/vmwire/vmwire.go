@@ -58,8 +58,8 @@ type File struct {
 	Format string `json:"format,omitempty"`
 }
 
-// Packed is the format of a root that the host unpacks before the first start: a raw
-// disk, packed with zstd.
+// Packed is the format of a kernel or a root that the host unpacks before the first start:
+// packed with zstd.
 const Packed = "raw+zstd"
 
 // States of a machine.

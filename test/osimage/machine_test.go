@@ -208,17 +208,20 @@ func vm(t *testing.T, image, disk, words string, more ...string) *machine {
 	if err := json.Unmarshal(b, &img); err != nil {
 		t.Fatal(err)
 	}
-	root := filepath.Join(image, img.Files["root"].Name)
-	if img.Files["root"].Format == vmwire.Packed {
-		packed := root
-		root = filepath.Join(t.TempDir(), "root.img")
-		if err := hostvm.Unpack(packed, root); err != nil {
+	ready := func(role string) string {
+		path := filepath.Join(image, img.Files[role].Name)
+		if img.Files[role].Format != vmwire.Packed {
+			return path
+		}
+		to := filepath.Join(t.TempDir(), role)
+		if err := hostvm.Unpack(path, to); err != nil {
 			t.Fatal(err)
 		}
+		return to
 	}
 	args := []string{
-		"-kernel", filepath.Join(image, img.Files["kernel"].Name), "-initrd", filepath.Join(image, img.Files["initrd"].Name), "-append", strings.TrimSpace(img.CommandLine + " " + words),
-		"-drive", "file=" + root + ",format=raw,if=none,id=root,readonly=on", "-device", "virtio-blk-pci,drive=root,serial=" + vmwire.SerialRoot,
+		"-kernel", ready("kernel"), "-initrd", filepath.Join(image, img.Files["initrd"].Name), "-append", strings.TrimSpace(img.CommandLine + " " + words),
+		"-drive", "file=" + ready("root") + ",format=raw,if=none,id=root,readonly=on", "-device", "virtio-blk-pci,drive=root,serial=" + vmwire.SerialRoot,
 	}
 	if disk != "" {
 		args = append(args, "-drive", "file="+disk+",format=raw,if=none,id=data,discard=unmap,detect-zeroes=unmap", "-device", "virtio-blk-pci,drive=data,serial="+vmwire.SerialData)
