@@ -3,7 +3,7 @@
 // servin-vmd find the machine that an earlier one started.
 //
 // A driver is one way to run a machine on this platform: qemu (everywhere), vfkit
-// (macOS), hyperv and wsl2 (Windows). It starts a machine from a spec, or attaches
+// (macOS) and hyperv (Windows). It starts a machine from a spec, or attaches
 // to one from its record, and gives back a Machine. The machine outlives the
 // process that started it: servin-vmd may be killed and replaced while
 // containers run. A driver holds no state of its own beside what it puts into
