@@ -118,6 +118,17 @@ func (m *machine) run(ctx context.Context) (reboot bool) {
 		<-m.met // there is none before
 		port := &guest.Port{Engine: m.dialEngine, Log: m.log.Printf}
 		port.Control = guest.NewControl(m, port.Streams)
+		if module := guest.VsockModule(); module != "" {
+			parts.Go(func() {
+				err := m.modules.Load(module)
+				if err == nil {
+					err = port.RunVsock(ctx)
+				}
+				if err != nil && ctx.Err() == nil {
+					m.problem(err)
+				}
+			})
+		}
 		if err := port.Run(ctx, ports); err != nil && ctx.Err() == nil {
 			m.problem(err)
 		}

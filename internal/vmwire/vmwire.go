@@ -12,6 +12,8 @@ import "time"
 const (
 	// Port is the name of the virtio-serial port.
 	Port = "org.cloudos.engine"
+	// VsockPort is the guest's vsock port that is the same, where a host has no named serial ports.
+	VsockPort = 1024
 	// SerialRoot and SerialData are the serial numbers of the virtio disks with
 	// the read-only root and with what is kept.
 	SerialRoot = "cloudos-root"

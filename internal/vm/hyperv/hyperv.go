@@ -23,10 +23,11 @@ import (
 
 	"github.com/cloudos-io/cloudos/internal/fault"
 	"github.com/cloudos-io/cloudos/internal/vm"
+	"github.com/cloudos-io/cloudos/internal/vmwire"
 )
 
 // Port is the guest's vsock port.
-const Port = 1024
+const Port = vmwire.VsockPort
 
 // Config is how the host is reached.
 type Config struct {

@@ -32,9 +32,6 @@ import (
 	"github.com/cloudos-io/cloudos/internal/vmwire"
 )
 
-// port is the guest's vsock port on which it serves what other drivers have on a serial port.
-const port = 1024
-
 // Driver implements vm.Driver.
 type Driver struct {
 	// Program is vfkit, by name or path; Environment is added to ours for it.
@@ -91,7 +88,7 @@ func args(s vm.Spec) ([]string, error) {
 		"--device", "virtio-blk,path=" + s.Data + ",deviceId=" + vmwire.SerialData,
 		"--device", "virtio-net,nat", "--device", "virtio-rng", "--device", "virtio-balloon",
 		"--device", "virtio-serial,logFilePath=" + filepath.Join(s.State, "vfkit-console.log"),
-		"--device", fmt.Sprintf("virtio-vsock,port=%d,socketURL=%s,connect", port, sock(s, "port"))}
+		"--device", fmt.Sprintf("virtio-vsock,port=%d,socketURL=%s,connect", vmwire.VsockPort, sock(s, "port"))}
 	for _, sh := range s.Shares {
 		if strings.ContainsAny(sh.Path, `,"`) {
 			return nil, fault.New(fault.Invalid, "vfkit cannot share the path %q: it has a comma or a quote", sh.Path)
