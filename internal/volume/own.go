@@ -25,6 +25,16 @@ var protected = []string{
 // ownDepth bounds the descriptors that walking a tree takes.
 const ownDepth = 256
 
+// isProtected tells whether a directory is a protected one under another name: CloudOS's /etc is
+// a link into its root.
+func isProtected(f *os.File) bool {
+	is, err := f.Stat()
+	return err != nil || slices.ContainsFunc(protected, func(path string) bool {
+		there, err := os.Stat(path)
+		return err == nil && os.SameFile(is, there)
+	})
+}
+
 // OpenSource opens what is to be given to a container, for Chown and Relabel. The
 // mount must be made of the same descriptor, so that what was changed is what is
 // mounted.
@@ -34,7 +44,7 @@ func OpenSource(path string) (*os.File, error) {
 		return nil, fault.New(fault.Invalid, "cannot open %s: %w", path, err)
 	}
 	f := os.NewFile(uintptr(fd), path)
-	if at, err := os.Readlink(self(fd)); err != nil || slices.Contains(protected, at) {
+	if at, err := os.Readlink(self(fd)); err != nil || slices.Contains(protected, at) || isProtected(f) {
 		f.Close()
 		return nil, fault.New(fault.Invalid, "cannot change owners or labels of %s for a container: it is a directory of the host's system", path)
 	}

@@ -70,3 +70,16 @@ func TestChown(t *testing.T) {
 		}
 	}
 }
+
+// TestSystemByAnotherName: a directory of the system is one wherever it is seen.
+func TestSystemByAnotherName(t *testing.T) {
+	at := t.TempDir()
+	if err := unix.Mount("/etc", at, "", unix.MS_BIND, ""); err != nil {
+		t.Skip("SKIP: it needs the right to mount: " + err.Error())
+	}
+	defer unix.Unmount(at, unix.MNT_DETACH)
+	if f, err := OpenSource(at); err == nil {
+		f.Close()
+		t.Error("/etc may be given away by another name")
+	}
+}
