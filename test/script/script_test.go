@@ -64,6 +64,16 @@ func TestScripts(t *testing.T) {
 		RequireUniqueNames:  true,
 		WorkdirRoot:         os.Getenv("SERVIN_TEST_WORK"),
 		Setup:               func(env *testscript.Env) error { return setup(t, env, bin) },
+		Condition: func(cond string) (bool, error) {
+			switch cond {
+			case "idmap": // a share of a machine's host maps no ids
+				return sharedSocket == "", nil
+			case "runc": // the engine is to have it
+				_, err := exec.LookPath("runc")
+				return err == nil && sharedSocket == "", nil
+			}
+			return false, fmt.Errorf("unknown condition %q", cond)
+		},
 		Cmds: map[string]func(ts *testscript.TestScript, neg bool, args []string){
 			"servin":     servin,
 			"status":     status,
@@ -186,6 +196,20 @@ func setup(t *testing.T, env *testscript.Env, bin string) error {
 		return err
 	}
 	env.Values[daemonKey{}] = d
+	open, locked := registries(env)
+	env.Setenv("HOME", env.WorkDir)
+	env.Setenv("CDI", dir+"/cdi")
+	env.Setenv("TZ", "UTC")
+	env.Setenv("SERVIN_HOST", "unix://"+d.sock())
+	env.Setenv("REGISTRY", open)
+	env.Setenv("LOCKED", locked)
+	env.Setenv("PATH", env.WorkDir+"/bin"+string(os.PathListSeparator)+bin+string(os.PathListSeparator)+env.Getenv("PATH"))
+	return nil
+}
+
+// registries serves an open and a locked registry on this host's loopback until the script is over,
+// and returns their addresses.
+func registries(env *testscript.Env) (openAt, lockedAt string) {
 	reg := registry.New(registry.Logger(log.New(io.Discard, "", 0)))
 	open := httptest.NewServer(reg)
 	env.Defer(open.Close)
@@ -200,14 +224,7 @@ func setup(t *testing.T, env *testscript.Env, bin string) error {
 		reg.ServeHTTP(w, r)
 	}))
 	env.Defer(locked.Close)
-	env.Setenv("HOME", env.WorkDir)
-	env.Setenv("CDI", dir+"/cdi")
-	env.Setenv("TZ", "UTC")
-	env.Setenv("SERVIN_HOST", "unix://"+d.sock())
-	env.Setenv("REGISTRY", open.Listener.Addr().String())
-	env.Setenv("LOCKED", locked.Listener.Addr().String())
-	env.Setenv("PATH", env.WorkDir+"/bin"+string(os.PathListSeparator)+bin+string(os.PathListSeparator)+env.Getenv("PATH"))
-	return nil
+	return open.Listener.Addr().String(), locked.Listener.Addr().String()
 }
 
 // busybox is a static one: the image "bb" is made of it.

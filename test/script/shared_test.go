@@ -2,6 +2,7 @@ package script
 
 import (
 	"fmt"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -16,8 +17,12 @@ import (
 // (-parallel 1), instead of one of their own: the one in a virtual machine.
 var sharedSocket = os.Getenv("SERVIN_TEST_SOCKET")
 
-// alone needs an engine that the script may kill, or that reaches this host's loopback.
-var alone = regexp.MustCompile(`(?m)\$\{?(REGISTRY|LOCKED|CDI)|^engine `)
+// sharedHost is how that engine reaches this host's loopback, where the registries are; it takes plain HTTP
+// from every one. sharedCDI is where it looks for specs of devices.
+var sharedHost, sharedCDI = os.Getenv("SERVIN_TEST_HOST"), os.Getenv("SERVIN_TEST_CDI")
+
+// alone needs an engine that the script may kill: there, another process starts it again.
+var alone = regexp.MustCompile(`(?m)^engine `)
 
 // setupShared empties the engine for a script.
 func setupShared(t *testing.T, env *testscript.Env, bin string) error {
@@ -27,7 +32,6 @@ func setupShared(t *testing.T, env *testscript.Env, bin string) error {
 		return err
 	}
 	if m := alone.Find(src); m != nil {
-		// No registry of this host is reachable under its loopback address there.
 		env.T().Skip(fmt.Sprintf("SKIP: it uses %q, which the engine in a machine does not have", strings.TrimSpace(string(m))))
 	}
 	d := &daemon{bin: bin, dir: env.WorkDir, shared: sharedSocket}
@@ -45,7 +49,18 @@ for s in $(servin configs ls -q); do servin configs rm $s >/dev/null; done`)
 	if err := importBusybox(d); err != nil {
 		return err
 	}
+	if err := os.RemoveAll(sharedCDI); err != nil {
+		return err
+	}
 	env.Values[daemonKey{}] = d
+	at := func(address string) string {
+		_, port, _ := net.SplitHostPort(address)
+		return net.JoinHostPort(sharedHost, port)
+	}
+	open, locked := registries(env)
+	env.Setenv("REGISTRY", at(open))
+	env.Setenv("LOCKED", at(locked))
+	env.Setenv("CDI", sharedCDI)
 	env.Setenv("HOME", env.WorkDir)
 	env.Setenv("TZ", "UTC")
 	env.Setenv("SERVIN_HOST", "unix://"+sharedSocket)
