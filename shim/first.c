@@ -125,8 +125,8 @@ static void load_all(void)
 		;
 }
 
-/* Reads what the programs will need, beside them: unpacking it while they wait for a page
- * each takes twice the time. A process of its own does it. */
+/* Reads what the programs will need, beside them: else each first touch of a part waits for the
+ * disk. A process of its own does it. */
 static void read_ahead(void)
 {
 	for (int i = 0; lines[i]; i++) {

@@ -2,7 +2,8 @@
 // read-only root and the data disk, brings the network up, starts the engine and
 // keeps it running, answers the machine's host (package guest), and stops the machine
 // in good order. It runs in the initial file system and goes on, as the same process,
-// in the root. There is no shell and no other program: what it cannot do, it says.
+// in the root; in VM mode shim/first.c has found the root and started the engine before it
+// (ADR 57). There is no shell and no other program: what it cannot do, it says.
 //
 // docs/flows/vm-image.md and docs/cloudos-image.md describe what surrounds it.
 package osinit
