@@ -67,6 +67,7 @@ func (m *machine) run(ctx context.Context) (reboot bool) {
 	m.mark("init")
 	adopted, err := m.adopt()
 	if err == nil && !adopted {
+		settleKernel()
 		m.initial, err = modules.Open("/")
 	}
 	if err != nil {
