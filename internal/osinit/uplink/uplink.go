@@ -171,21 +171,24 @@ func (n *Net) Run(ctx context.Context, come <-chan struct{}) {
 // forget lets go of links whose device went, which may have come back as another, and of those that could not be
 // set up: they are due again. Members that came back join their bond.
 func (n *Net) forget() {
-	var gone, bonds []*link
+	gone, bonds := map[string]*link{}, []*link(nil)
 	n.mu.Lock()
 	for name, l := range n.links {
 		switch {
 		case l.failed, l.index > 0 && sysfs(name, "ifindex") != strconv.Itoa(l.index):
-			gone = append(gone, l)
-			delete(n.links, name)
+			gone[name] = l
 		case l.index > 0 && l.cfg.Bond != nil:
 			bonds = append(bonds, l)
 		}
 	}
 	n.mu.Unlock()
-	for _, l := range gone {
+	// Whoever keeps one still speaks of it: it is known until they have ended.
+	for name, l := range gone {
 		l.stop()
 		<-l.done
+		n.mu.Lock()
+		delete(n.links, name)
+		n.mu.Unlock()
 	}
 	if len(gone) > 0 {
 		if err := n.writeResolv(); err != nil {
