@@ -7,12 +7,21 @@
 //	                         and wants the exit code N; output goes to stdout
 //	eventually ARG...        runs it until it succeeds and matches nothing else:
 //	                         eventually REGEXP ARG... wants output too
-//	engine kill|stop|start   does that to the daemon
+//	engine kill|stop|start   does that to the daemon; one that somebody else looks after is not
+//	                         stopped, and is back after start
 //	tarball FILE ENTRY...    writes a tar; an entry is name, name/, name->target,
 //	                         name=text or name=>hardlink
 //
 // $REGISTRY is the registry's address; $LOCKED one that wants user "ada" and
-// password "secret".
+// password "secret". $RUNTIME is another OCI runtime that the engine knows.
+//
+// Conditions:
+//
+//	idmap    where the work folder is, mounts can map ids: not on a share of a machine's host
+//	         (virtiofs in Linux 6.1 cannot). What remains there tests that the engine then does without.
+//	runtime  there is a $RUNTIME: runc where it is installed, and in a machine, whose image has none, our
+//	         servin-runtime in its place, which the engine runs from the shared folder like any other
+//	own      the engine is the script's own: nobody else starts it again
 package script
 
 import (
@@ -68,9 +77,10 @@ func TestScripts(t *testing.T) {
 			switch cond {
 			case "idmap": // a share of a machine's host maps no ids
 				return sharedSocket == "", nil
-			case "runc": // the engine is to have it
-				_, err := exec.LookPath("runc")
-				return err == nil && sharedSocket == "", nil
+			case "runtime":
+				return otherRuntime() != "", nil
+			case "own":
+				return sharedSocket == "", nil
 			}
 			return false, fmt.Errorf("unknown condition %q", cond)
 		},
@@ -90,8 +100,8 @@ type daemon struct {
 	bin, dir string
 	cmd      *exec.Cmd
 	done     chan struct{}
-	// shared is the socket of an engine that is not the script's own.
-	shared string
+	// shared is the socket of an engine that is not the script's own; killed is its process that a script ended last.
+	shared, killed string
 }
 
 type daemonKey struct{}
@@ -199,12 +209,24 @@ func setup(t *testing.T, env *testscript.Env, bin string) error {
 	open, locked := registries(env)
 	env.Setenv("HOME", env.WorkDir)
 	env.Setenv("CDI", dir+"/cdi")
+	env.Setenv("RUNTIME", otherRuntime())
 	env.Setenv("TZ", "UTC")
 	env.Setenv("SERVIN_HOST", "unix://"+d.sock())
 	env.Setenv("REGISTRY", open)
 	env.Setenv("LOCKED", locked)
 	env.Setenv("PATH", env.WorkDir+"/bin"+string(os.PathListSeparator)+bin+string(os.PathListSeparator)+env.Getenv("PATH"))
 	return nil
+}
+
+// otherRuntime is the name of an OCI runtime besides the native one; empty is none.
+func otherRuntime() string {
+	if sharedSocket != "" {
+		return os.Getenv("SERVIN_TEST_RUNTIME")
+	}
+	if _, err := exec.LookPath("runc"); err != nil {
+		return ""
+	}
+	return "runc"
 }
 
 // registries serves an open and a locked registry on this host's loopback until the script is over,
@@ -321,6 +343,10 @@ func eventually(ts *testscript.TestScript, neg bool, args []string) {
 
 func engineCmd(ts *testscript.TestScript, neg bool, args []string) {
 	d := ts.Value(daemonKey{}).(*daemon)
+	if d.shared != "" {
+		d.command(ts, args[0])
+		return
+	}
 	switch args[0] {
 	case "kill":
 		ts.Check(d.cmd.Process.Kill())

@@ -8,7 +8,8 @@ import (
 	"testing"
 )
 
-// TestScripts runs the command line's script suite against the engine in the machine.
+// TestScripts runs the command line's script suite against the engine in the machine, or those
+// scripts alone whose names SERVIN_TEST_SCRIPTS, an expression, matches.
 func TestScripts(t *testing.T) {
 	if !long {
 		t.Skip("SKIP: part of make test-long")
@@ -19,10 +20,18 @@ func TestScripts(t *testing.T) {
 	if err := os.Mkdir(work, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	// The engine there reaches this host at 10.0.2.2, and devices' specs in a folder that is shared.
-	cdi := filepath.Join(work, "cdi")
+	// The engine there reaches this host at 10.0.2.2, and in a folder that is shared devices' specs and
+	// another OCI runtime, of which its image has none: ours is one static program.
+	cdi, runtime := filepath.Join(work, "cdi"), filepath.Join(work, "another-runtime")
+	program, err := os.ReadFile(filepath.Join(programs(), "servin-runtime"))
+	if err == nil {
+		err = os.WriteFile(runtime, program, 0o755)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
 	doc := filepath.Join(m.home, "machine.yaml")
-	text := "version: 1\nengine:\n  registries: {\"*\": {plainHTTP: true}}\n  cdiSpecDirs: [" + cdi + "]\n"
+	text := "version: 1\nengine:\n  registries: {\"*\": {plainHTTP: true}}\n  cdiSpecDirs: [" + cdi + "]\n  runtimes: {another: {path: " + runtime + "}}\n"
 	if err := os.WriteFile(doc, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -31,8 +40,8 @@ func TestScripts(t *testing.T) {
 		t.Fatalf("cloudos config set: %v: %s", err, out)
 	}
 	m.must("vm", "restart")
-	cmd := exec.Command("go", "test", "-count=1", "-v", "-parallel", "1", "-timeout", "40m", "../script")
-	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "SERVIN_BIN="+programs(), "SERVIN_TEST_SOCKET="+m.status().Socket, "SERVIN_TEST_WORK="+work, "SERVIN_TEST_HOST=10.0.2.2", "SERVIN_TEST_CDI="+cdi, "SERVIN_TEST_SLOW=5")
+	cmd := exec.Command("go", "test", "-count=1", "-v", "-parallel", "1", "-timeout", "40m", "-run", "TestScripts/"+os.Getenv("SERVIN_TEST_SCRIPTS"), "../script")
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "SERVIN_BIN="+programs(), "SERVIN_TEST_SOCKET="+m.status().Socket, "SERVIN_TEST_WORK="+work, "SERVIN_TEST_HOST=10.0.2.2", "SERVIN_TEST_CDI="+cdi, "SERVIN_TEST_RUNTIME=another", "SERVIN_TEST_SLOW=5")
 	out, err := cmd.CombinedOutput()
 	results := regexp.MustCompile(`(?m)^ *--- (PASS|FAIL|SKIP): .*$`).FindAll(out, -1)
 	for _, r := range results {
