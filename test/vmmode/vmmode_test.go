@@ -172,18 +172,7 @@ func TestStandsStill(t *testing.T) {
 	m.must("mode", "set", "vm", "--no-carry") // its start is the measure of the next
 	m.must("volumes", "create", "kept")
 	m.must("vm", "stop")
-	started := make(chan error, 1)
-	go func() { _, err := m.try("vm", "start"); started <- err }()
-	var still int
-	for deadline := time.Now().Add(time.Minute); ; time.Sleep(20 * time.Millisecond) {
-		// A process that has no start of ours behind it yet stands in nobody's record.
-		if st := m.status(); st.State == api.VMStarting && st.PID > 0 {
-			still = st.PID
-			break
-		} else if st.State == api.VMRunning || time.Now().After(deadline) {
-			t.Fatalf("the machine was never seen to start: %+v", st)
-		}
-	}
+	still, started := m.starting()
 	if err := syscall.Kill(still, syscall.SIGSTOP); err != nil {
 		t.Fatal(err)
 	}
@@ -199,6 +188,42 @@ func TestStandsStill(t *testing.T) {
 	}
 	if n := qemus(t, m); n != 1 {
 		t.Errorf("%d machines run on one disk", n)
+	}
+}
+
+// TestForcedStop: who pulls the plug waits for no start, and the start says what became of it.
+func TestForcedStop(t *testing.T) {
+	if !long {
+		t.Skip("SKIP: part of make test-long")
+	}
+	m := newMachine(t)
+	pid, started := m.starting()
+	if err := syscall.Kill(pid, syscall.SIGSTOP); err != nil { // it would be waited for
+		t.Fatal(err)
+	}
+	m.must("vm", "stop", "--force")
+	if err := <-started; err == nil || !strings.Contains(err.Error(), "cannot start the virtual machine: it was stopped meanwhile") {
+		t.Errorf("the start that was ended: %v", err)
+	}
+	if st := m.status(); st.State != api.VMOff || st.Error != "" || syscall.Kill(pid, 0) == nil {
+		t.Errorf("the machine is %s (%s); its process: %v", st.State, st.Error, syscall.Kill(pid, 0))
+	}
+	m.must("vm", "start")
+	m.state(api.VMRunning, time.Second)
+}
+
+// starting begins to start the machine, and returns its process and where the command's end is told.
+func (m *machine) starting() (pid int, started <-chan error) {
+	m.t.Helper()
+	end := make(chan error, 1)
+	go func() { _, err := m.try("vm", "start"); end <- err }()
+	for deadline := time.Now().Add(time.Minute); ; time.Sleep(20 * time.Millisecond) {
+		// A process that has no start of ours behind it yet stands in nobody's record.
+		if st := m.status(); st.State == api.VMStarting && st.PID > 0 {
+			return st.PID, end
+		} else if st.State == api.VMRunning || time.Now().After(deadline) {
+			m.t.Fatalf("the machine was never seen to start: %+v", st)
+		}
 	}
 }
 

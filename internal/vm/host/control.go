@@ -33,7 +33,7 @@ func (h *Host) routes() http.Handler {
 		return err
 	}))
 	m.HandleFunc("POST /v1/stop", h.operation(func(ctx context.Context, r *http.Request) error {
-		return h.stop(ctx, r.URL.Query().Get("force") == "1")
+		return h.stop(ctx, forced(r))
 	}))
 	m.HandleFunc("POST /v1/restart", h.operation(func(ctx context.Context, r *http.Request) error {
 		if err := h.stop(ctx, false); err != nil {
@@ -58,6 +58,11 @@ func (h *Host) routes() http.Handler {
 		}
 		m.ServeHTTP(w, r)
 	})
+}
+
+// forced says whether an operation pulls the plug, and waits for no turn to come to its end by itself.
+func forced(r *http.Request) bool {
+	return r.URL.Path == "/v1/reset" || r.URL.Path == "/v1/stop" && r.URL.Query().Get("force") == "1"
 }
 
 func answer(w http.ResponseWriter, v any) {
@@ -85,6 +90,9 @@ func (h *Host) operation(do func(ctx context.Context, r *http.Request) error) ht
 		h.wg.Add(1)
 		go func() {
 			defer h.wg.Done()
+			if forced(r) {
+				defer h.force()()
+			}
 			if err := h.takeTurn(ctx); err != nil {
 				done <- err
 				return
@@ -290,6 +298,8 @@ func differences(a, b api.VMConfig) []string {
 func (h *Host) apply(ctx context.Context, l *live, state string, old, c api.VMConfig) (applied, pending []string) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Minute)
 	defer cancel()
+	ctx, done := h.waiting(ctx)
+	defer done()
 	running := state == api.VMRunning
 	for _, d := range differences(old, c) {
 		ok := false

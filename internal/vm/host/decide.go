@@ -95,6 +95,8 @@ func (h *Host) idle(ctx context.Context) {
 func (h *Host) act(ctx context.Context, l *live, a action) {
 	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
+	ctx, done := h.waiting(ctx)
+	defer done()
 	var err error
 	switch a {
 	case fallAsleep:

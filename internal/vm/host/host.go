@@ -75,6 +75,9 @@ type Host struct {
 	steps  map[chan api.VMProgress]bool
 	took   float64 // seconds of the last start
 	falls  []time.Time
+	// force.go: who waits to pull the plug, and what ends the waiting of the turn under way; nil while none waits.
+	forced    int
+	interrupt context.CancelCauseFunc
 
 	quit chan struct{} // closed by POST /v1/quit
 	once sync.Once
@@ -303,7 +306,20 @@ func (h *Host) up(ctx context.Context) (*live, error) {
 	// A start goes on when who asked for it leaves: the next one wants it, too.
 	sctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), h.cfg.BootPatience)
 	defer cancel()
-	l, err := h.start(sctx)
+	sctx, done := h.waiting(sctx)
+	defer done()
+	err := context.Cause(sctx)
+	if err == nil {
+		l, err = h.start(sctx)
+	}
+	if errors.Is(context.Cause(sctx), errForced) {
+		if err == nil {
+			err = h.end(sctx, l)
+		}
+		h.log.Info("the start was ended", "error", err)
+		h.set(api.VMOff, "")
+		return nil, fmt.Errorf("cannot start the virtual machine: %w", errForced)
+	}
 	if err != nil {
 		err = fmt.Errorf("cannot start the virtual machine: %w", err)
 		h.log.Error("start failed", "error", err)

@@ -13,6 +13,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -27,8 +28,16 @@ import (
 // guest of each start is like.
 type starter struct {
 	guests []guest
+	mu     sync.Mutex
 	starts []*fakeMachine
 	attach chan struct{} // Attach waits for it
+}
+
+// begun are the machines that were started so far.
+func (d *starter) begun() []*fakeMachine {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return slices.Clone(d.starts)
 }
 
 // guest is how a guest behaves.
@@ -55,6 +64,8 @@ func (d *starter) Attach(ctx context.Context, _ vm.Record) (vm.Machine, error) {
 }
 
 func (d *starter) Start(_ context.Context, s vm.Spec, _ vm.Host, report func(string)) (vm.Machine, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
 	if n := len(d.starts); n > 0 && !closed(d.starts[n-1].ended) {
 		return nil, errors.New("two machines on one disk")
 	}

@@ -65,6 +65,9 @@ func (h *Host) boot(ctx context.Context, begin time.Time, silence time.Duration)
 	for i, s := range c.Shares {
 		spec.Shares = append(spec.Shares, vm.Share{VMShare: s, Tag: "share" + strconv.Itoa(i)})
 	}
+	if err := context.Cause(ctx); err != nil { // a probe that was made before asks nobody
+		return nil, err
+	}
 	// The record comes first: a machine that is not in it would be nobody's.
 	if err := vm.WriteJSON(h.file("machine.json"), vm.Record{Driver: d.Name(), Spec: spec}); err != nil {
 		return nil, err
@@ -252,7 +255,9 @@ func (h *Host) converse(l *live, s *vmwire.Session) {
 			return
 		}
 		ctx, cancel := context.WithTimeout(l.ctx, h.cfg.BootPatience)
+		ctx, done := h.waiting(ctx)
 		st, err := h.meet(ctx, l)
+		done()
 		cancel()
 		if err == nil {
 			h.ready(l, st)
@@ -299,6 +304,8 @@ func (h *Host) resume(ctx context.Context) error {
 	h.set(api.VMStarting, "")
 	ctx, cancel := context.WithTimeout(ctx, h.cfg.BootPatience)
 	defer cancel()
+	ctx, done := h.waiting(ctx)
+	defer done()
 	st, err := h.meet(ctx, l)
 	if err != nil {
 		h.end(context.WithoutCancel(ctx), l)
@@ -335,13 +342,20 @@ func (h *Host) sleep(ctx context.Context, l *live) error {
 }
 
 // wake lets it go on. The caller has the turn.
-func (h *Host) wake(ctx context.Context, l *live) error {
+func (h *Host) wake(ctx context.Context, l *live) (err error) {
 	p, ok := l.machine.(vm.Pauser)
 	if !ok {
 		return errors.New("this driver cannot resume machines")
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Minute)
 	defer cancel()
+	ctx, done := h.waiting(ctx)
+	defer done()
+	defer func() {
+		if err != nil && errors.Is(context.Cause(ctx), errForced) {
+			err = errForced
+		}
+	}()
 	if err := p.Resume(ctx); err != nil {
 		return err
 	}
@@ -387,6 +401,8 @@ func (h *Host) stop(ctx context.Context, force bool) error {
 	h.step(begin, "stopping containers and the machine")
 	orderly, cancel := context.WithTimeout(ctx, vm.StopPatience)
 	defer cancel()
+	orderly, done := h.waiting(orderly)
+	defer done()
 	err := func() error {
 		if state == api.VMSleeping {
 			if err := h.wake(orderly, l); err != nil {
