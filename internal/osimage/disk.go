@@ -24,6 +24,7 @@ import (
 	"github.com/cloudos-io/cloudos/internal/osimage/squashfs"
 	"github.com/cloudos-io/cloudos/internal/osimage/tree"
 	"github.com/cloudos-io/cloudos/internal/osimage/verity"
+	"github.com/cloudos-io/cloudos/internal/osimage/xz"
 	"github.com/cloudos-io/cloudos/internal/release"
 	"github.com/cloudos-io/cloudos/internal/slots"
 	"github.com/cloudos-io/cloudos/internal/vmwire"
@@ -36,6 +37,9 @@ const (
 	espSize  = slots.ESPSize
 	slotSize = slots.SlotSize
 )
+
+// initialWindow of the initial file system packed with xz: the kernel takes that much more memory while it unpacks.
+const initialWindow = 8 * mib
 
 // system is what all formats are made of.
 type system struct {
@@ -66,9 +70,18 @@ func makeSystem(ctx context.Context, o Options, apt *kernel.Apt, kind kernel.Kin
 	if s.initialTree, err = initialRoot(o, k, initial); err != nil {
 		return nil, err
 	}
+	var small *xz.Packer // real machines start from discs, sticks and networks; clouds and VM mode from disks
+	if kind == kernel.Metal {
+		if small, err = xz.New(o.Arch, filepath.Join(o.Cache, "packed")); err != nil {
+			return nil, err
+		}
+	}
 	pack := packSmall
-	if o.Format == "vm" {
+	switch {
+	case o.Format == "vm":
 		pack = packQuick
+	case small != nil:
+		pack = func(b []byte) ([]byte, error) { return small.Pack(ctx, b, true, initialWindow) }
 	}
 	if s.initrd, err = packInitial(s.initialTree, pack); err != nil {
 		return nil, err
@@ -87,9 +100,13 @@ func makeSystem(ctx context.Context, o Options, apt *kernel.Apt, kind kernel.Kin
 		return nil, err
 	}
 	s.root = f.Name()
-	if o.Format == "vm" {
+	switch {
+	case o.Format == "vm":
 		err = s.writeParts(o, f)
-	} else {
+	case small != nil:
+		o.Log("packing the root with xz: what was not packed before takes a while")
+		s.rootUsage, err = squashfs.WriteSmall(f, s.rootTree, epoch, func(b []byte, code bool, window int) ([]byte, error) { return small.Pack(ctx, b, code, window) })
+	default:
 		s.rootUsage, err = squashfs.Write(f, s.rootTree, epoch)
 	}
 	if err == nil && (o.Format == "disk" || o.Format == "release" || o.Format == "iso") {

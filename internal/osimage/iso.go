@@ -53,7 +53,7 @@ func buildISO(ctx context.Context, o Options) (*vmwire.Image, error) {
 		return nil, err
 	}
 	id := identity("iso", o.Version, o.Arch, s.kernel.Package)
-	part, err := fat.Image(efi, 6*mib, "CLOUDOSEFI", binary.LittleEndian.Uint32(id[:]))
+	part, err := fat.Image(efi, efiSize(efi), "CLOUDOSEFI", binary.LittleEndian.Uint32(id[:]))
 	if err != nil {
 		return nil, err
 	}
@@ -123,6 +123,16 @@ func buildISO(ctx context.Context, o Options) (*vmwire.Image, error) {
 		}
 		return nil
 	})
+}
+
+// efiSize is that of a file system which just holds a tree of a few files.
+func efiSize(t *tree.Tree) int64 {
+	const step, tables = 64 << 10, 128 << 10 // the tables, folders, and what clusters leave
+	size := int64(tables)
+	for _, e := range t.Sorted() {
+		size += e.Size
+	}
+	return max((size+step-1)/step*step, 4*mib) // FAT16 has a least number of clusters
 }
 
 // fixTime gives a file the time of everything in an image.

@@ -68,10 +68,11 @@ func vmModules() []string {
 var trustModules = []string{"efivarfs", "tpm*", "xts", "ecb", "aesni*", "aes_ce*", "sha256_*", "dm_crypt", "dm_verity"}
 
 // metalModules add the drivers of real machines: disks, network cards, what a
-// screen and a keyboard need.
+// screen and a keyboard need. Those of cards that are nothing without firmware, which images do
+// not have, are left out: bnx2, bnx2x, qede.
 var metalModules = append([]string{
-	"e1000", "e1000e", "igb", "igc", "ixgbe", "i40e", "ice", "r8169", "r8152", "tg3", "bnx2", "bnx2x", "bnxt_en", "atlantic", "alx", "atl1c", "sky2", "skge", "forcedeth",
-	"8139too", "8139cp", "pcnet32", "ne2k_pci", "via_rhine", "mlx4_en", "mlx5_core", "be2net", "cxgb4", "qede", "sfc", "enic", "nfp", "jme", "vmxnet3",
+	"e1000", "e1000e", "igb", "igc", "ixgbe", "i40e", "ice", "r8169", "r8152", "tg3", "bnxt_en", "atlantic", "alx", "atl1c", "sky2", "skge", "forcedeth",
+	"8139too", "8139cp", "pcnet32", "ne2k_pci", "via_rhine", "mlx4_en", "mlx5_core", "be2net", "cxgb4", "sfc", "enic", "nfp", "jme", "vmxnet3",
 	"cdc_ether", "cdc_ncm", "asix", "ax88179_178a", "smsc95xx", "lan78xx", "realtek", "broadcom", "marvell", "phy*",
 	"i6300esb", "iTCO_wdt", "sp5100_tco", "ipmi_si", "ipmi_devintf", "ipmi_watchdog", "coretemp", "k10temp", "intel_rapl_msr", "acpi_cpufreq",
 	"btrfs", "xfs", "kvm_intel", "kvm_amd", "hpsa", "aacraid", "arcmsr", "3w_9xxx", "sata_*", "pata_*", "raid0", "raid1", "raid10", "raid456", "dm_raid", "dm_mod", "mmc_block",
