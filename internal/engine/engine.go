@@ -97,7 +97,9 @@ type Config struct {
 	// Tracer makes spans of use cases; nil makes none.
 	Tracer trace.Tracer
 	// Pool is how many sandboxes the driver parks, for info.
-	Pool   int
+	Pool int
+	// Ready is when containers may be started again that were to run on; nil: at once.
+	Ready  <-chan struct{}
 	Logger *slog.Logger
 }
 

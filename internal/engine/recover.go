@@ -401,6 +401,13 @@ func (e *Engine) resume() {
 // startAgain starts a container because of its policy when the daemon starts.
 func (e *Engine) startAgain(u *unit) {
 	e.spawn(func() {
+		if e.cfg.Ready != nil {
+			select {
+			case <-e.cfg.Ready:
+			case <-e.ctx.Done():
+				return
+			}
+		}
 		e.slots <- struct{}{}
 		defer func() { <-e.slots }()
 		if u.acquire(e.ctx) != nil {

@@ -35,7 +35,7 @@ func (m *Manager) raiseAll() {
 		case <-m.raising.quit:
 			return
 		case <-time.After(modulesPatience):
-			m.log.Warn("the modules for networks are not there yet; the kernel is to load them")
+			m.log.Warn("it was not said that the modules for networks are there; the kernel is to load them")
 		}
 	}
 	m.raising.mu.Lock()

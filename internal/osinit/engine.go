@@ -83,7 +83,7 @@ func (m *machine) runEngine(ctx context.Context) {
 		if err := json.NewEncoder(e.tell).Encode(await.Order{Args: m.engineArgs, Env: []string{env}}); err != nil {
 			m.log.Printf("cannot tell the engine how to run: %v", err)
 		}
-		// It ends when networks can be made.
+		// It ends when networks can be made, and containers find what the host shares.
 		go func() {
 			defer e.tell.Close()
 			select {
@@ -92,6 +92,7 @@ func (m *machine) runEngine(ctx context.Context) {
 			case <-time.After(15 * time.Second): // it waits for them itself
 			}
 			m.loadNetworkModules()
+			m.awaitHost(ctx)
 		}()
 	} else {
 		m.loadNetworkModules()

@@ -76,6 +76,8 @@ type machine struct {
 	initial    *modules.Set   // those of the initial file system
 	meet       func()         // loads what the host and the network are met with, once
 	met        chan struct{}  // closed when they are
+	virtual    bool           // in VM mode: there is a host to be met
+	hosted     chan struct{}  // closed when it has set the clock and mounted its shares
 	quotas     chan struct{}  // closed when the kernel has what the data's quotas need
 	unpacked   *os.Root       // the initial file system
 	esp        gpt.GUID       // of the boot partition that the system was started from; zero is not known

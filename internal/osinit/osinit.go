@@ -110,6 +110,7 @@ func (m *machine) run(ctx context.Context) (reboot bool) {
 	// it, in VM mode when it has its order: there nothing before asks for the network or the host.
 	var needed sync.WaitGroup
 	needed.Go(m.preload)
+	m.virtual = adopted
 	m.meet = sync.OnceFunc(func() { close(m.met); parts.Go(m.connect) })
 	if !adopted || m.cmdline["safe"] != "" || m.cmdline["menu"] != "" {
 		m.meet()
@@ -120,6 +121,13 @@ func (m *machine) run(ctx context.Context) (reboot bool) {
 		<-m.met // there is none before
 		port := &guest.Port{Engine: m.dialEngine, Log: m.log.Printf}
 		port.Control = guest.NewControl(m, port.Streams)
+		parts.Go(func() {
+			select {
+			case <-port.Control.Asked():
+				close(m.hosted)
+			case <-ctx.Done():
+			}
+		})
 		if module := guest.VsockModule(); module != "" {
 			parts.Go(func() {
 				err := m.modules.Load(module)
@@ -239,7 +247,7 @@ var _ guest.Machine = (*machine)(nil)
 // newMachine returns a machine of which nothing is known yet.
 func newMachine(version string) *machine {
 	m := &machine{version: version, table: process.NewTable(), orders: make(chan order, 1), state: vmwire.StateStarting,
-		changed: make(chan struct{}), ready: make(chan struct{}), quotas: make(chan struct{}), met: make(chan struct{}), boot: map[string]float64{}, dataKind: "memory"}
+		changed: make(chan struct{}), ready: make(chan struct{}), quotas: make(chan struct{}), met: make(chan struct{}), hosted: make(chan struct{}), boot: map[string]float64{}, dataKind: "memory"}
 	m.log = newLog("cloudos: ", 256<<10)
 	m.engineLog = newLog("", 512<<10)
 	m.gate = m.newGate()

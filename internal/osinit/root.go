@@ -437,6 +437,24 @@ func (m *machine) awaitReady(ctx context.Context) bool {
 	return true
 }
 
+// hostPatience is how long containers are not started again for a host that does not come: as long as it
+// waits for the machine.
+const hostPatience = 5 * time.Minute
+
+// awaitHost waits, in VM mode, until the host has given what it shares: a container that is started again
+// before would find an empty folder in its place, and write there.
+func (m *machine) awaitHost(ctx context.Context) {
+	if !m.virtual {
+		return
+	}
+	select {
+	case <-m.hosted:
+	case <-ctx.Done():
+	case <-time.After(hostPatience):
+		m.log.Printf("the host did not come: containers are started again without what it shares")
+	}
+}
+
 // settle loads the rest, once the engine answers.
 func (m *machine) settle(ctx context.Context) {
 	if !m.awaitReady(ctx) {

@@ -262,7 +262,7 @@ func New(ctx context.Context, c *config.Config, inside rootless.State, ready <-c
 		LogDriver: c.Logs.Driver, LogOptions: c.Logs.Options, LogShipper: shipper, LogMaxSize: logSize, LogMaxFiles: c.Logs.MaxFiles, NoNewPrivileges: c.NoNewPrivileges, Init: c.Init,
 		ShutdownTimeout: time.Duration(c.ShutdownTimeout), Labels: c.Labels, RegistryConfig: registryInfo(c), Pool: *c.Pool,
 		CDI: devices, PublishThrough: c.Network.PublishThrough, Tracer: tracer.Tracer(), Logger: log,
-		PodNetwork: podNetwork, Pause: shim.Open,
+		PodNetwork: podNetwork, Pause: shim.Open, Ready: ready,
 		Resolver: engine.Resolver{Servers: addresses(c.Network.DNS), Search: c.Network.Search, Options: c.Network.Options},
 		Checks: func(ctx context.Context) []api.Finding {
 			return doctor.Judge(doctor.Gather(ctx, doctor.Config{

@@ -2,7 +2,7 @@
 // first process of the OS image starts servind so while it still mounts the data disk.
 // Both import it. The program finds a pipe at descriptor 3, from which an Order comes;
 // a pipe that ends without one ends the program. That the pipe ends behind the order tells that the
-// kernel has what networks are made of.
+// kernel has what networks are made of, and that folders are there which a virtual machine's host shares.
 package await
 
 import (
@@ -32,7 +32,7 @@ const (
 )
 
 // Wait waits for the order where one is to come and returns its arguments, and a
-// channel that is closed when networks can be made; otherwise those given, and nil: now. run is false
+// channel that is closed when networks can be made, and containers started again; otherwise those given, and nil: now. run is false
 // when there will be no order.
 func Wait(args []string) (_ []string, ready <-chan struct{}, run bool, err error) {
 	if name+"="+os.Getenv(name) != Env {

@@ -49,11 +49,17 @@ type Control struct {
 	server  *http.Server
 	queue   *queue
 	once    sync.Once
+	asked   chan struct{}
+	asking  sync.Once
 }
+
+// Asked is closed once the host asked for the status: behind the clock and the shares that
+// it gives a machine when they meet.
+func (c *Control) Asked() <-chan struct{} { return c.asked }
 
 // NewControl returns the API of a machine. streams counts the streams besides the API's.
 func NewControl(m Machine, streams func() int) *Control {
-	c := &Control{machine: m, streams: streams, queue: &queue{ch: make(chan net.Conn), done: make(chan struct{})}}
+	c := &Control{machine: m, streams: streams, asked: make(chan struct{}), queue: &queue{ch: make(chan net.Conn), done: make(chan struct{})}}
 	mux := http.NewServeMux()
 	for _, r := range []struct {
 		pattern string
@@ -166,6 +172,7 @@ func (t *tracked) Close() error {
 }
 
 func (c *Control) status(_ http.ResponseWriter, r *http.Request) (any, error) {
+	c.asking.Do(func() { close(c.asked) })
 	if wait := r.FormValue("wait"); wait != "" {
 		secs, err := strconv.ParseFloat(wait, 64)
 		if err != nil || secs < 0 || secs > 3600 {
