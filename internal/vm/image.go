@@ -118,15 +118,19 @@ func ParseManifest(raw []byte) (vmwire.Image, error) {
 		return m, errors.New("its kernel command line is not one line of at most 1500 bytes")
 	}
 	for _, role := range roles {
-		f, ok := m.Files[role]
-		if !ok {
+		if _, ok := m.Files[role]; !ok {
 			return m, fmt.Errorf("it has no %s", role)
 		}
+	}
+	for role, f := range m.Files {
 		if f.Name == "" || f.Name != filepath.Base(f.Name) || strings.ContainsAny(f.Name, `/\,`+"\x00") || strings.HasPrefix(f.Name, ".") {
 			return m, fmt.Errorf("%q is no name for its %s", f.Name, role)
 		}
 		if b, err := hex.DecodeString(f.SHA256); err != nil || len(b) != sha256.Size || f.Size <= 0 {
 			return m, fmt.Errorf("its %s has no size or no digest", role)
+		}
+		if f.Format == vmwire.Packed && role != "kernel" && role != "root" {
+			return m, fmt.Errorf("its %s is packed, which this program knows of kernel and root alone", role)
 		}
 	}
 	return m, nil

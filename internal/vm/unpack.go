@@ -1,12 +1,15 @@
 package vm
 
 import (
+	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 
 	"github.com/klauspost/compress/zstd"
 
@@ -34,7 +37,7 @@ func (i *Image) Unpack(dir string) error {
 			if err := forget(dir, role); err != nil {
 				return err
 			}
-			if err := Unpack(*path, to); err != nil {
+			if err := Unpack(*path, digest, to); err != nil {
 				return err
 			}
 		} else if err != nil {
@@ -47,26 +50,32 @@ func (i *Image) Unpack(dir string) error {
 
 // forget removes what was unpacked in dir, with what a process left that was killed there.
 func forget(dir, role string) error {
-	old, err := filepath.Glob(filepath.Join(dir, "*"+role+"-*.img*"))
+	list, err := os.ReadDir(dir)
 	if err != nil {
-		return err
+		return fmt.Errorf("cannot remove what an older image was unpacked to: %w", err)
 	}
-	for _, p := range old {
-		if err := os.Remove(p); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	for _, e := range list {
+		name := strings.TrimPrefix(e.Name(), ".") // durable's temporary files
+		if !strings.HasPrefix(name, role+"-") || !strings.Contains(name, ".img") {
+			continue
+		}
+		if err := os.Remove(filepath.Join(dir, e.Name())); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return fmt.Errorf("cannot remove what an older image was unpacked to: %w", err)
 		}
 	}
 	return nil
 }
 
-// Unpack writes what a packed file of an image holds to another file: whole, or not at all.
-func Unpack(packed, to string) error {
+// Unpack writes what a packed file of an image, of a SHA-256 in hexadecimal, holds to another file: whole, or not at all. It
+// takes its content as it unpacks it, whatever was there when the image was checked.
+func Unpack(packed, digest, to string) error {
 	f, err := os.Open(packed)
 	if err != nil {
 		return err
 	}
 	defer f.Close()
-	d, err := zstd.NewReader(f, zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxWindow(maxWindow))
+	h := sha256.New()
+	d, err := zstd.NewReader(io.TeeReader(f, h), zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxWindow(maxWindow))
 	if err != nil {
 		return err
 	}
@@ -76,7 +85,13 @@ func Unpack(packed, to string) error {
 		if err == nil && n > maxRoot {
 			err = fault.New(fault.Invalid, "it holds more than %d bytes", maxRoot)
 		}
-		return err
+		if err != nil {
+			return err
+		}
+		if got := hex.EncodeToString(h.Sum(nil)); got != strings.ToLower(digest) { // it was read to its end
+			return fault.New(fault.Invalid, "it is damaged, or was replaced meanwhile: its SHA-256 is %s instead of %s", got, digest)
+		}
+		return nil
 	})
 	if err != nil {
 		return fmt.Errorf("cannot unpack %s: %w", packed, err)

@@ -166,6 +166,14 @@ func TestImage(t *testing.T) {
 		"an option": func(m *vmwire.Image) {
 			m.Files["root"] = vmwire.File{Name: "a,b", Size: 4, SHA256: m.Files["root"].SHA256}
 		},
+		"a packed initrd": func(m *vmwire.Image) {
+			f := m.Files["initrd"]
+			f.Format = vmwire.Packed
+			m.Files["initrd"] = f
+		},
+		"a path of a file that it does not need": func(m *vmwire.Image) {
+			m.Files["disk"] = vmwire.File{Name: "../" + filepath.Base(dir) + "/root", Size: 4, SHA256: m.Files["root"].SHA256}
+		},
 		"two lines": func(m *vmwire.Image) { m.CommandLine = "a\nb" },
 		"no digest": func(m *vmwire.Image) { m.Files["kernel"] = vmwire.File{Name: "kernel", Size: 6} },
 	} {
@@ -188,7 +196,10 @@ func TestImage(t *testing.T) {
 // TestUnpack has a packed root unpacked once for each image, and never by halves.
 func TestUnpack(t *testing.T) {
 	dir, m := imageIn(t)
-	state := t.TempDir()
+	state := filepath.Join(t.TempDir(), "me[a") // a user's folder may be called so
+	if err := os.Mkdir(state, 0o700); err != nil {
+		t.Fatal(err)
+	}
 	pack := func(content string) Image {
 		t.Helper()
 		e, err := zstd.NewWriter(nil)
@@ -250,6 +261,16 @@ func TestUnpack(t *testing.T) {
 	os.WriteFile(cut.Root, b[:len(b)-2], 0o644)
 	if err := cut.Unpack(state); err == nil || strings.Contains(files(), "root-") {
 		t.Errorf("half a root: %v, %s", err, files())
+	}
+	// What was checked is what is unpacked: a package may replace the file in between.
+	checked := pack("checked")
+	was := checked.Root
+	other := pack("replaced")
+	if err := checked.Unpack(state); err == nil || strings.Contains(files(), "root-") {
+		t.Errorf("another root than the one that was checked, %s: %v, %s", was, err, files())
+	}
+	if err := other.Unpack(state); err != nil {
+		t.Error(err)
 	}
 	raw := Image{Root: "/there/root.img"}
 	if err := raw.Unpack(state); err != nil || raw.Root != "/there/root.img" {

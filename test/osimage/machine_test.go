@@ -214,7 +214,7 @@ func vm(t *testing.T, image, disk, words string, more ...string) *machine {
 			return path
 		}
 		to := filepath.Join(t.TempDir(), role)
-		if err := hostvm.Unpack(path, to); err != nil {
+		if err := hostvm.Unpack(path, img.Files[role].SHA256, to); err != nil {
 			t.Fatal(err)
 		}
 		return to

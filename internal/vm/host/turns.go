@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -107,9 +108,9 @@ func (h *Host) image(c api.VMConfig) (vm.Image, error) {
 	}
 	seen := map[string]string{}
 	vm.ReadJSON(h.file("verified.json"), &seen)
-	before := len(seen)
+	before := maps.Clone(seen)
 	img, err := vm.OpenImage(dir, h.cfg.ImageKeys, seen)
-	if err == nil && len(seen) != before {
+	if err == nil && !maps.Equal(seen, before) {
 		for p := range seen { // what an older image was
 			if filepath.Dir(p) != filepath.Clean(dir) {
 				delete(seen, p)
