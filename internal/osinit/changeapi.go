@@ -3,15 +3,11 @@ package osinit
 import (
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
-	"os"
 	"time"
-
-	"golang.org/x/sys/unix"
 
 	"github.com/cloudos-io/cloudos/api/system"
 	"github.com/cloudos-io/cloudos/internal/fault"
@@ -19,15 +15,8 @@ import (
 )
 
 // listenChanges opens the socket that the engine passes /servin/os/ on to. Nobody but
-// root reaches it.
-func listenChanges() (net.Listener, error) {
-	if err := os.Remove(system.Socket); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return nil, err
-	}
-	old := unix.Umask(0o177)
-	defer unix.Umask(old)
-	return net.Listen("unix", system.Socket)
-}
+// root reaches it. The engine looks for it when it starts.
+func listenChanges() (net.Listener, error) { return listenPrivate(system.Socket) }
 
 // serve answers until ctx is done.
 func (c *changes) serve(ctx context.Context, l net.Listener) {

@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"os"
 	"strings"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -181,20 +182,17 @@ func readStrict(r *http.Request, v any) error {
 	return nil
 }
 
-// listenPrivate listens on a socket that root alone reaches.
+// listenPrivate listens on a socket that root alone reaches, from its first moment on: it gets the mode of what is bound. (The
+// umask is that of all who make files meanwhile, and of an engine that is started then.)
 func listenPrivate(path string) (net.Listener, error) {
 	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return nil, err
 	}
-	l, err := net.Listen("unix", path)
-	if err != nil {
-		return nil, err
-	}
-	if err := unix.Chmod(path, 0o600); err != nil {
-		l.Close()
-		return nil, err
-	}
-	return l, nil
+	c := net.ListenConfig{Control: func(_, _ string, s syscall.RawConn) error {
+		var err error
+		return errors.Join(s.Control(func(fd uintptr) { err = unix.Fchmod(int(fd), 0o600) }), err)
+	}}
+	return c.Listen(context.Background(), "unix", path)
 }
 
 // debugShellLine is what the screen says of the shell, or nothing.

@@ -173,6 +173,10 @@ func (m *machine) run(ctx context.Context) (reboot bool) {
 			m.problem(cerr)
 		}
 	}
+	calls, lerr := listenChanges() // the engine sees at its start that there is one
+	if lerr != nil {
+		m.problem(lerr)
+	}
 	engineCtx, stopEngine := context.WithCancel(ctx)
 	engineDone := make(chan struct{})
 	starts := false
@@ -198,10 +202,8 @@ func (m *machine) run(ctx context.Context) (reboot bool) {
 	}
 	m.meet()
 	changes := newChanges(m)
-	if l, err := listenChanges(); err != nil {
-		m.problem(err)
-	} else {
-		parts.Go(func() { changes.serve(ctx, l) })
+	if calls != nil {
+		parts.Go(func() { changes.serve(ctx, calls) })
 	}
 	// What nobody misses before the engine answers leaves it the processors, in VM mode.
 	behind := func(what func()) {
