@@ -290,7 +290,7 @@ func (e *Engine) sharedShm(u *unit, r *container.Record, label string) (string, 
 	return dir, nil
 }
 
-// dropHostMounts unmounts what hostDir holds; it fails where it cannot tell what that is.
+// dropHostMounts unmounts what hostDir holds; it fails where it cannot tell what that is, or something stays.
 func (e *Engine) dropHostMounts(u *unit) error {
 	dir := e.hostDir(u)
 	list, err := os.ReadDir(dir)
@@ -304,7 +304,9 @@ func (e *Engine) dropHostMounts(u *unit) error {
 		p := filepath.Join(dir, d.Name())
 		for unix.Unmount(p, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW) == nil {
 		}
-		_ = os.Remove(p)
+		if err := os.Remove(p); errors.Is(err, unix.EBUSY) { // it is mounted still
+			return fmt.Errorf("cannot unmount %s: %w", p, err)
+		}
 	}
 	_ = os.Remove(dir)
 	if u.dir != filepath.Dir(dir) {
