@@ -22,7 +22,7 @@ type VMStatus struct {
 	State string
 	// Error is why the last start failed or what is wrong now.
 	Error string `json:",omitempty"`
-	// Driver is qemu, vfkit or hyperv; Accelerator what runs the guest's
+	// Driver is qemu, vfkit, hyperv or wsl2; Accelerator what runs the guest's
 	// instructions, with the reason where it is a slow one.
 	Driver      string
 	Accelerator string `json:",omitempty"`

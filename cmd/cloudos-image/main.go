@@ -20,7 +20,7 @@ import (
 )
 
 const usage = `Usage:
-  cloudos image build [--arch amd64|arm64] [--format vm|disk|iso|netboot|release] [--sign KEY] -o DIR
+  cloudos image build [--arch amd64|arm64] [--format vm|wsl|disk|iso|netboot|release] [--sign KEY] -o DIR
   cloudos image inspect [-n FILES] DIR
   cloudos image keygen --secure-boot [--name NAME] -o DIR
   cloudos image enroll --secure-boot-cert CERT --vars FILE -o FILE
@@ -65,7 +65,7 @@ func build(ctx context.Context, args []string) error {
 	f.SetOutput(io.Discard)
 	var o osimage.Options
 	f.StringVar(&o.Arch, "arch", runtime.GOARCH, "amd64 or arm64")
-	f.StringVar(&o.Format, "format", "vm", "vm: kernel, initrd and root for VM mode; disk: for clouds; iso: for discs and sticks; netboot: kernel and initrd; release: what systems are upgraded from")
+	f.StringVar(&o.Format, "format", "vm", "vm: kernel, initrd and root for VM mode; wsl: a distribution for VM mode under WSL2; disk: for clouds; iso: for discs and sticks; netboot: kernel and initrd; release: what systems are upgraded from")
 	f.StringVar(&o.DiskFormat, "disk-format", "raw", "raw or qcow2, of the format disk")
 	f.StringVar(&o.Words, "append", "", "words to add to the kernel's command line, of disk, iso and release")
 	configFile := f.String("config", "", "file with the machine's configuration for the image to carry: used where no other place has one")

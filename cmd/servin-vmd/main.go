@@ -82,7 +82,7 @@ func run() error {
 	}
 	defer f.Close()
 	h, err := host.New(host.Config{
-		Place: place, Drivers: drivers(), Computer: computer(home), Image: *image, ImageKeys: trusted,
+		Place: place, Drivers: drivers(ownState(home)), Computer: computer(home), Image: *image, ImageKeys: trusted,
 		Log: slog.New(slog.NewJSONHandler(f, nil)), LogFile: logFile, Leave: *leave,
 	})
 	if err != nil {
@@ -92,6 +92,16 @@ func run() error {
 	defer stop()
 	signal.Ignore(syscall.SIGHUP)
 	return h.Run(ctx)
+}
+
+// ownState is the state folder that the user has where no variable names another.
+func ownState(home string) string {
+	return api.FindVMPlace(func(name string) string {
+		if name == "SERVIN_VM_ROOT" {
+			return ""
+		}
+		return os.Getenv(name)
+	}, home).State
 }
 
 // computer is what the machine's defaults depend on.

@@ -8,7 +8,9 @@ import (
 	"github.com/cloudos-io/cloudos/internal/vm/vfkit"
 )
 
-func drivers() []vm.Driver { return []vm.Driver{vfkit.New(vfkit.Config{}), qemu.New(qemu.Config{})} }
+func drivers(string) []vm.Driver {
+	return []vm.Driver{vfkit.New(vfkit.Config{}), qemu.New(qemu.Config{})}
+}
 
 func memory() uint64 {
 	n, err := unix.SysctlUint64("hw.memsize")

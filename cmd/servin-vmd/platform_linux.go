@@ -7,7 +7,7 @@ import (
 	"github.com/cloudos-io/cloudos/internal/vm/qemu"
 )
 
-func drivers() []vm.Driver { return []vm.Driver{qemu.New(qemu.Config{})} }
+func drivers(string) []vm.Driver { return []vm.Driver{qemu.New(qemu.Config{})} }
 
 func memory() uint64 {
 	var si unix.Sysinfo_t

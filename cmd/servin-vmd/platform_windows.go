@@ -8,10 +8,12 @@ import (
 	"github.com/cloudos-io/cloudos/internal/vm"
 	"github.com/cloudos-io/cloudos/internal/vm/hyperv"
 	"github.com/cloudos-io/cloudos/internal/vm/qemu"
+	"github.com/cloudos-io/cloudos/internal/vm/wsl"
 )
 
-func drivers() []vm.Driver {
-	return []vm.Driver{hyperv.New(hyperv.ThisHost()), qemu.New(qemu.Config{})}
+// drivers are Hyper-V where Windows has it, WSL2 where not (no edition is without it), and QEMU for the rest.
+func drivers(state string) []vm.Driver {
+	return []vm.Driver{hyperv.New(hyperv.ThisHost()), wsl.New(wsl.ThisHost(state)), qemu.New(qemu.Config{})}
 }
 
 // memoryStatus is MEMORYSTATUSEX.

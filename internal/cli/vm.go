@@ -324,7 +324,7 @@ func (a *App) cmdVMConfig() *command.Command {
 			f.String(&o.idle, "idle-time", "", "Sleep after nothing ran for so long, as 5m; 0 is never").Type = "duration"
 			f.String(&o.off, "off-time", "", "Stop after it slept for so long, as 1h; 0 is never").Type = "duration"
 			f.String(&o.image, "image", "", "Folder of the CloudOS image; \"\" is the installed one").Of("file")
-			f.String(&o.drv, "driver", "", "What runs it: qemu, vfkit, hyperv; \"\" is the platform's best")
+			f.String(&o.drv, "driver", "", "What runs it: qemu, vfkit, hyperv, wsl2; \"\" is the platform's best")
 			f.Bool(&o.restart, "restart", "", "Restart the machine if a setting needs that")
 			f.Bool(&o.jsonOut, "json", "", "Print JSON")
 		},

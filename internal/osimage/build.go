@@ -31,7 +31,7 @@ import (
 
 // Options say what to build.
 type Options struct {
-	// Arch is amd64 or arm64; Format vm, disk, iso, netboot or release; DiskFormat raw or qcow2.
+	// Arch is amd64 or arm64; Format vm, wsl, disk, iso, netboot or release; DiskFormat raw or qcow2.
 	Arch, Format, DiskFormat string
 	// Words are added to the kernel's command line of disk, iso and release.
 	Words string
@@ -89,6 +89,8 @@ func Build(ctx context.Context, o Options) (*vmwire.Image, error) {
 	switch o.Format {
 	case "vm", "netboot":
 		return buildParts(ctx, o)
+	case "wsl":
+		return buildDistribution(ctx, o)
 	case "disk":
 		return buildDisk(ctx, o)
 	case "iso":
@@ -96,18 +98,20 @@ func Build(ctx context.Context, o Options) (*vmwire.Image, error) {
 	case "release":
 		return buildRelease(ctx, o)
 	}
-	return nil, fault.New(fault.Invalid, "cannot build an image of the format %q: it is vm, disk, iso, netboot or release", o.Format)
+	return nil, fault.New(fault.Invalid, "cannot build an image of the format %q: it is vm, wsl, disk, iso, netboot or release", o.Format)
 }
 
 // fit refuses what would have no effect.
 func (o *Options) fit() error {
 	switch {
-	case o.Words != "" && (o.Format == "vm" || o.Format == "netboot"):
+	case o.Words != "" && (o.Format == "vm" || o.Format == "wsl" || o.Format == "netboot"):
 		return fault.New(fault.Invalid, "cannot add words to the command line of the format %s: whoever starts it gives the command line", o.Format)
 	case o.DiskFormat != "" && o.DiskFormat != "raw" && o.DiskFormat != "qcow2":
 		return fault.New(fault.Invalid, "cannot build a disk of the format %q: it is raw or qcow2", o.DiskFormat)
 	case o.DiskFormat == "qcow2" && o.Format != "disk":
 		return fault.New(fault.Invalid, "cannot build the format %s as qcow2: only disk is", o.Format)
+	case o.KernelPackage != "" && o.Format == "wsl":
+		return fault.New(fault.Invalid, "cannot put a kernel into the format wsl: there it is Microsoft's")
 	case o.Platform != "" && o.Platform != string(kernel.Metal) && o.Format != "release":
 		return fault.New(fault.Invalid, "cannot build the format %s for the platform %q: only a release is for one", o.Format, o.Platform)
 	}

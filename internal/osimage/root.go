@@ -50,7 +50,7 @@ var cloudModules = []string{
 	"nf_tables", "nft_*", "nf_nat", "nf_conntrack", "nf_conntrack_netlink", "nf_dup_*", "nf_defrag_*", "nf_reject_*", "nf_tproxy_*", "nfnetlink*",
 	"nf_log_syslog", "xt_*", "ip_tables", "ip6_tables", "iptable_*", "ip6table_*", "ip_vs*", "ip_set*", "kernel/net/netfilter/nf_conntrack_*",
 	"sch_*", "cls_*", "act_*", "ifb", "sctp", "inet_diag", "tcp_diag", "udp_diag", "unix_diag", "netlink_diag", "sctp_diag", "af_packet",
-	"nls_*", "vfat", "isofs", "nfs", "nfsv4", "nfsv3", "cifs", "erofs", "squashfs", "ext4", "quota_v2", "quota_tree",
+	"nls_ascii", "nls_cp437", "nls_iso8859_1", "nls_utf8", "vfat", "isofs", "nfs", "nfsv4", "nfsv3", "cifs", "erofs", "squashfs", "ext4", "quota_v2", "quota_tree",
 	"tcp_bbr", "nvme", "ena", "gve", "hv_*", "xen_blkfront", "xen_netfront", "vmxnet3", "vmw_*", "virtio_scsi", "sd_mod", "sr_mod",
 	"vsock", "vmw_vsock_virtio_transport", "rng_core", "binfmt_misc", "ipt_*", "ip6t_*", "crc32c_generic", "algif_*", "ixgbevf", "pvpanic*",
 }
@@ -134,13 +134,16 @@ var programs = []struct {
 }
 
 // systemRoot is the read-only root. It is mounted at /system; the names at the top of the tree
-// that programs expect are links to it.
+// that programs expect are links to it. Without a kernel it is a distribution's (wsl.go).
 func systemRoot(ctx context.Context, o Options, apt *kernel.Apt, k *kernel.Kernel, modules []string) (*tree.Tree, error) {
 	t := tree.New()
 	for _, p := range programs {
 		from := filepath.Join(o.Programs, p.name)
-		if p.name == "cloudos-seal" && o.Format == "vm" {
+		if p.name == "cloudos-seal" && (o.Format == "vm" || k == nil) {
 			continue // its disk is the host's to protect
+		}
+		if p.name == "cloudos-modprobe" && k == nil {
+			continue // the kernel asks somebody else
 		}
 		if _, err := os.Stat(from); err != nil && p.optional {
 			o.Log("leaving out %s: it is not among the programs", p.name)
@@ -154,8 +157,10 @@ func systemRoot(ctx context.Context, o Options, apt *kernel.Apt, k *kernel.Kerne
 			return nil, fmt.Errorf("%w (make build)", err)
 		}
 	}
-	if _, err := addModules(t, k, modules); err != nil {
-		return nil, err
+	if k != nil {
+		if _, err := addModules(t, k, modules); err != nil {
+			return nil, err
+		}
 	}
 	certs, err := certificates(ctx, apt)
 	if err != nil {

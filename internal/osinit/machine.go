@@ -45,6 +45,10 @@ type machine struct {
 	come      broadcast
 	ready     chan struct{} // closed when the engine has answered once
 
+	// distribution says that the machine is one of WSL2 (distribution.go); drives has Windows' drives then.
+	distribution bool
+	drives       int
+
 	shareMu  sync.Mutex // held over mounting, never inside mu
 	unlockMu sync.Mutex // held over a guess at the data's key
 
@@ -408,6 +412,9 @@ func (m *machine) disk() vmwire.Disk {
 		d.Total, d.Free = st.Blocks*uint64(st.Bsize), st.Bavail*uint64(st.Bsize)
 		d.Used = (st.Blocks - st.Bfree) * uint64(st.Bsize)
 	}
+	if m.distribution {
+		d.Disk = d.Total
+	}
 	return d
 }
 
@@ -452,6 +459,9 @@ func (m *machine) GrowData() (vmwire.Disk, error) {
 	m.mu.Lock()
 	dev, kind := m.data, m.dataKind
 	m.mu.Unlock()
+	if m.distribution {
+		return vmwire.Disk{}, fault.New(fault.Unsupported, "cannot grow the data: the disk is WSL's (wsl --manage NAME --resize SIZE)")
+	}
 	if kind != "disk" {
 		return vmwire.Disk{}, fault.New(fault.Unsupported, "cannot grow the data: there is no data disk")
 	}

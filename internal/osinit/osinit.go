@@ -28,8 +28,11 @@ import (
 	"github.com/cloudos-io/cloudos/internal/vmwire"
 )
 
-// Main runs the machine; it returns only where it is not the first process.
+// Main runs the machine, or does what a distribution of WSL2 asks of it; it returns only where it is not the first process.
 func Main(version string) {
+	if status, ok := distribution(version, os.Args[1:]); ok {
+		os.Exit(status)
+	}
 	if os.Getpid() != 1 {
 		fmt.Fprintln(os.Stderr, "cloudos-init is the first process of CloudOS; it does nothing elsewhere")
 		return

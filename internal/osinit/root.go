@@ -331,6 +331,12 @@ func (m *machine) mountData(ctx context.Context) error {
 			m.problem(err)
 		}
 	}
+	m.dataFolders()
+	return failed
+}
+
+// dataFolders makes the folders of what is kept.
+func (m *machine) dataFolders() {
 	for _, d := range []string{"/var/lib", "/var/lib/servin", "/var/lib/cloudos", "/var/log", "/var/root", "/var/tmp"} {
 		perm := os.FileMode(0o755)
 		if d == "/var/root" || d == "/var/lib/cloudos" {
@@ -342,7 +348,6 @@ func (m *machine) mountData(ctx context.Context) error {
 	}
 	os.Chmod("/var/tmp", 0o1777|os.ModeSticky)
 	os.Symlink("/run", "/var/run")
-	return failed
 }
 
 // growAtStart gives the file system what the disk has more than it.

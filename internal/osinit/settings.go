@@ -70,7 +70,7 @@ func (m *machine) configure(ctx context.Context) (*config.Document, error) {
 // apply makes the machine as the document says.
 func (m *machine) apply(ctx context.Context, doc *config.Document) {
 	m.nameHost()
-	if m.net == nil || len(doc.Network.Links)+len(doc.Network.DNS) > 0 {
+	if !m.distribution && (m.net == nil || len(doc.Network.Links)+len(doc.Network.DNS) > 0) {
 		c := doc.Network
 		if word := m.cmdline["net"]; word != "" && len(c.Links) == 0 {
 			if err := giveAddress(&c, word); err != nil {

@@ -35,6 +35,22 @@ func (m *machine) Mount(s vmwire.Mount) error {
 			return fault.New(fault.Conflict, "cannot mount the share %s at %s: %s is there", s.Tag, s.Target, have.Tag)
 		}
 	}
+	mount := m.mountVirtiofs
+	if m.distribution {
+		mount = m.bindDrive
+	}
+	if err := mount(s); err != nil {
+		return err
+	}
+	m.mu.Lock()
+	m.mounts = append(m.mounts, s)
+	m.mu.Unlock()
+	m.change()
+	return nil
+}
+
+// mountVirtiofs mounts a share that the host has a virtiofs device for. shareMu is held.
+func (m *machine) mountVirtiofs(s vmwire.Mount) error {
 	if err := m.modules.LoadAll("virtiofs"); err != nil {
 		return err
 	}
@@ -51,10 +67,6 @@ func (m *machine) Mount(s vmwire.Mount) error {
 		}
 		return fault.New(fault.Internal, "cannot mount the share %s at %s: %w", s.Tag, s.Target, err)
 	}
-	m.mu.Lock()
-	m.mounts = append(m.mounts, s)
-	m.mu.Unlock()
-	m.change()
 	return nil
 }
 

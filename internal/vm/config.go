@@ -65,8 +65,8 @@ func Validate(c api.VMConfig, host Computer) error {
 		return bad("an idle time of %d s is shorter than 5", c.IdleSeconds)
 	case len(c.Shares) > maxShares:
 		return bad("%d shared folders are more than %d: share a folder that holds several", len(c.Shares), maxShares)
-	case c.Driver != "" && !slices.Contains([]string{"qemu", "vfkit", "hyperv"}, c.Driver):
-		return bad("there is no driver %q: qemu, vfkit (macOS), hyperv (Windows)", c.Driver)
+	case c.Driver != "" && !slices.Contains([]string{"qemu", "vfkit", "hyperv", "wsl2"}, c.Driver):
+		return bad("there is no driver %q: qemu, vfkit (macOS), hyperv or wsl2 (Windows)", c.Driver)
 	case c.Image != "" && !filepath.IsAbs(c.Image):
 		return bad("the image's folder %q is no absolute path", c.Image)
 	}

@@ -31,6 +31,9 @@ type Image struct {
 	Root   string `json:"root"`
 	// Disk is set instead of those three where the image is one bootable disk.
 	Disk string `json:"disk,omitempty"`
+	// Tar is set instead of those three where it is a distribution of WSL2; TarDigest is its SHA-256.
+	Tar       string `json:"tar,omitempty"`
+	TarDigest string `json:"tarDigest,omitempty"`
 	// Digest names the image's whole content.
 	Digest string `json:"digest"`
 	// packed are the digests of what is to be unpacked (Unpack), by role.
@@ -82,6 +85,9 @@ func OpenImage(dir string, trusted []release.Key, seen map[string]string) (Image
 			return bad("%w", err)
 		}
 	}
+	if m.Format == "wsl" {
+		img.Tar, img.TarDigest, img.Root = img.Root, strings.ToLower(m.Files["root"].SHA256), ""
+	}
 	for role, f := range m.Files {
 		if f.Format == vmwire.Packed && img.packed == nil {
 			img.packed = map[string]string{}
@@ -111,8 +117,10 @@ func ParseManifest(raw []byte) (vmwire.Image, error) {
 	case "vm":
 	case "disk":
 		roles = []string{"disk"}
+	case "wsl":
+		roles = []string{"root"}
 	default:
-		return m, fmt.Errorf("its format is %q, not vm or disk", m.Format)
+		return m, fmt.Errorf("its format is %q, not vm, wsl or disk", m.Format)
 	}
 	if strings.ContainsAny(m.CommandLine, "\x00\n\r") || len(m.CommandLine) > 1500 {
 		return m, errors.New("its kernel command line is not one line of at most 1500 bytes")

@@ -3,7 +3,7 @@
 // servin-vmd find the machine that an earlier one started.
 //
 // A driver is one way to run a machine on this platform: qemu (everywhere), vfkit
-// (macOS) and hyperv (Windows). It starts a machine from a spec, or attaches
+// (macOS), hyperv and wsl2 (Windows). It starts a machine from a spec, or attaches
 // to one from its record, and gives back a Machine. The machine outlives the
 // process that started it: servin-vmd may be killed and replaced while
 // containers run. A driver holds no state of its own beside what it puts into
@@ -132,6 +132,19 @@ type Console interface {
 // Reaches is a Machine that says why shares are not in it, by path.
 type Reaches interface {
 	ShareProblems() map[string]string
+}
+
+// Placer is a Machine whose shares are elsewhere than on the host: its paths are of another kind.
+type Placer interface {
+	// Place says where the guest has a path of the host, and Origin the other way.
+	Place(path string) (string, error)
+	Origin(path string) (string, error)
+}
+
+// Destroyer is a Driver that keeps a machine's data elsewhere than in Spec.Data.
+type Destroyer interface {
+	// Destroy removes them; the machine does not run.
+	Destroy(ctx context.Context, s Spec) error
 }
 
 // StopPatience is how long a guest has to stop in order.

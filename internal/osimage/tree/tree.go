@@ -104,6 +104,19 @@ func (t *Tree) Device(p string, perm fs.FileMode, major, minor uint32) {
 	t.add(&Entry{Path: p, Mode: fs.ModeDevice | fs.ModeCharDevice | perm, Major: major, Minor: minor})
 }
 
+// Graft adds all entries of another tree below a folder.
+func (t *Tree) Graft(dir string, other *Tree) error {
+	for _, e := range other.Sorted() {
+		moved := *e
+		moved.Path = path.Join(dir, e.Path)
+		if old := t.entries[moved.Path]; old != nil && !(old.Mode.IsDir() && e.Mode.IsDir()) {
+			return fmt.Errorf("osimage: %s is there already", moved.Path)
+		}
+		t.add(&moved)
+	}
+	return nil
+}
+
 // Get returns the entry at p, or nil.
 func (t *Tree) Get(p string) *Entry { return t.entries[p] }
 

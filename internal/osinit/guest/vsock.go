@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/mdlayher/vsock"
@@ -89,5 +90,48 @@ func (p *Port) accept(ctx context.Context, l net.Listener, host func(net.Addr) b
 		}
 		over()
 		c.Close()
+	}
+}
+
+// Serve serves on a listener that none but the host reaches what Run serves on a serial port, until ctx is done. A
+// new conversation ends the one before: of a host that is gone, nobody may have said so.
+func (p *Port) Serve(ctx context.Context, l net.Listener) error {
+	stop := context.AfterFunc(ctx, func() { l.Close() })
+	defer stop()
+	var last net.Conn
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	for {
+		c, err := l.Accept()
+		if ctx.Err() != nil {
+			if err == nil {
+				c.Close()
+			}
+			if last != nil {
+				last.Close()
+			}
+			return ctx.Err()
+		}
+		if err != nil {
+			p.Log("the port: %v", err)
+			select {
+			case <-ctx.Done():
+			case <-time.After(time.Second):
+			}
+			continue
+		}
+		if last != nil {
+			last.Close()
+		}
+		last = c
+		wg.Go(func() {
+			defer c.Close()
+			s, err := vmwire.Guest(c)
+			if err == nil {
+				p.serve(ctx, s)
+			} else if !errors.Is(err, io.EOF) && !errors.Is(err, net.ErrClosed) {
+				p.Log("the port: %v", err)
+			}
+		})
 	}
 }

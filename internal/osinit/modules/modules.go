@@ -58,6 +58,9 @@ func Open(root string) (*Set, error) {
 	return newSet(dir, func() ([]byte, error) { return dir.ReadFile(index) }), nil
 }
 
+// None is a set with no modules, for a kernel that somebody else provides for.
+func None() *Set { return newSet(nil, func() ([]byte, error) { return nil, nil }) }
+
 func newSet(dir *os.Root, read func() ([]byte, error)) *Set {
 	return &Set{dir: dir, list: sync.OnceValues(func() (*list, error) {
 		b, err := read()

@@ -166,6 +166,9 @@ func (s Suite) Run(t *testing.T) {
 		if spec.Image.Disk != "" {
 			spec.Image.Disk += ".none"
 		}
+		if spec.Image.Tar != "" {
+			spec.Image.Tar += ".none"
+		}
 		if m, err := s.Driver.Start(within(t), spec, s.Host, func(string) {}); err == nil {
 			end(t, m)
 			t.Fatal("started without a kernel")
