@@ -15,9 +15,9 @@ var notOnARM = []string{
 
 // What servers and boards with arm64 have instead: disks, and then network cards and watchdogs.
 var (
-	armDisks = []string{"ahci_*", "sata_*", "sdhci*", "dw_mmc*", "bcm2835*", "cqhci", "renesas_sdhi*", "sunxi_mmc", "meson_gx_mmc"}
+	armDisks = []string{"ahci_*", "sata_*", "sdhci*", "dw_mmc*", "bcm2835", "cqhci", "renesas_sdhi*", "sunxi_mmc", "meson_gx_mmc"}
 	armMetal = []string{
-		"nicvf", "nicpf", "thunder_*", "hns*", "hclge*", "hinic", "amd_xgbe", "xgene_enet*", "macb", "genet", "stmmac*", "dwmac*", "mvneta", "mvpp2", "mvmdio",
+		"nicvf", "nicpf", "thunder_*", "hns_dsaf", "hns_enet_drv", "hns_mdio", "hns3", "hclge*", "bcm2835_wdt", "bcm2835_thermal", "bcm2835_rng", "hinic", "amd_xgbe", "xgene_enet*", "macb", "genet", "stmmac*", "dwmac*", "mvneta", "mvpp2", "mvmdio",
 		"netsec", "smsc911x", "fsl_enetc*", "fsl_dpaa2*", "xgmac_mdio", "qcom_emac", "ti_am65*", "fec", "sbsa_gwdt", "ipmi_ssif", "cppc_cpufreq", "scpi*",
 	}
 )

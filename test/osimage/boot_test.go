@@ -304,6 +304,9 @@ func TestReproducible(t *testing.T) {
 			if len(one) < 3 {
 				t.Fatalf("there are %d files", len(one))
 			}
+			if size := folderSize(t, first); name != "disk" && size >= 60e6 { // a raw disk is sparse
+				t.Errorf("the image has %d bytes, not less than 60 MB", size)
+			}
 			for name, sum := range one {
 				if two[name] != sum {
 					t.Errorf("%s differs", name)
@@ -311,6 +314,22 @@ func TestReproducible(t *testing.T) {
 			}
 		})
 	}
+}
+
+func folderSize(t *testing.T, dir string) (size int64) {
+	t.Helper()
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range entries {
+		info, err := e.Info()
+		if err != nil {
+			t.Fatal(err)
+		}
+		size += info.Size()
+	}
+	return size
 }
 
 func sums(t *testing.T, dir string) map[string]string {
