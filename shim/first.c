@@ -95,8 +95,14 @@ static void read_plan(void)
 	if (size < 0)
 		die("read", "/first");
 	close(fd);
-	for (char *line = strtok_r(text, "\n", &at); line && n < LINES; line = strtok_r(NULL, "\n", &at))
+	errno = E2BIG; /* a part of it would be found out later, if at all */
+	if (size == sizeof text - 1)
+		die("read", "/first");
+	for (char *line = strtok_r(text, "\n", &at); line; line = strtok_r(NULL, "\n", &at)) {
+		if (n == LINES)
+			die("read", "/first");
 		lines[n++] = line;
+	}
 }
 
 /* Loads all chains, each in a process of its own but the first. What could not be loaded
@@ -274,6 +280,7 @@ int first_main(void)
 		die("start", "/system/bin/servind");
 	}
 	if (child > 0 && fork() == 0) {
+		close(order[1]); /* its end is a word, too */
 		read_ahead();
 		_exit(0);
 	}
