@@ -10,6 +10,31 @@ import (
 	"time"
 )
 
+// stillReadOnly has a guest that was taken over write to what is shared with :ro: root with all rights in it makes its own
+// mount writable, and it is the host's side that refuses.
+func stillReadOnly(t *testing.T, m *machine) {
+	t.Helper()
+	dir := filepath.Join(m.root, "ro")
+	if err := os.Mkdir(dir, 0o777); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(dir, "f"), []byte("kept"), 0o666); err != nil {
+		t.Fatal(err)
+	}
+	m.must("vm", "config", "--share", dir+":ro")
+	busybox(t, m)
+	out := m.must("run", "--rm", "--privileged", "-v", dir+":/r", "busybox:1", "sh", "-c",
+		"mount -o remount,rw /r; grep ' /r ' /proc/self/mountinfo; touch /r/f; echo x >>/r/f; echo x >/r/g; rm -f /r/f; mkdir /r/d; echo tried")
+	if !strings.Contains(out, "tried") || !strings.Contains(out, "virtiofs share1 rw") {
+		t.Fatalf("it was not tried on a mount that the guest may write to: %s", out)
+	}
+	b, err := os.ReadFile(filepath.Join(dir, "f"))
+	list, lerr := os.ReadDir(dir)
+	if err != nil || string(b) != "kept" || lerr != nil || len(list) != 1 {
+		t.Errorf("a guest changed a folder that is shared with :ro: %q, %v, %v", b, list, err)
+	}
+}
+
 // TestSharesComeFirst: a container that the machine starts again by itself finds the shared folder that it was
 // given, not an empty one in its place that the machine made: also where the computer is slow.
 func TestSharesComeFirst(t *testing.T) {
@@ -25,6 +50,7 @@ func TestSharesComeFirst(t *testing.T) {
 	// It needs no network, which would be waited for.
 	m.must("run", "-d", "--name", "early", "--restart", "always", "--network", "none", "-v", shared+":/data", "servin/hello", "cat", "/data/f")
 	m.want("found", "logs", "early")
+	stillReadOnly(t, m)
 	was := m.status().PID
 	restarted := make(chan error, 1)
 	go func() { _, err := m.try("vm", "restart"); restarted <- err }()
