@@ -141,8 +141,10 @@ type Placer interface {
 	Origin(path string) (string, error)
 }
 
-// Destroyer is a Driver that keeps a machine's data elsewhere than in Spec.Data.
-type Destroyer interface {
+// Keeper is a Driver that keeps a machine's data elsewhere than beside Spec.Data.
+type Keeper interface {
+	// Keeps says whether there are any. Of the spec it needs the places alone.
+	Keeps(ctx context.Context, s Spec) (bool, error)
 	// Destroy removes them; the machine does not run.
 	Destroy(ctx context.Context, s Spec) error
 }

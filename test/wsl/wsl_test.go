@@ -6,13 +6,13 @@
 package wsl
 
 import (
+	"archive/tar"
 	"bytes"
 	"context"
 	"fmt"
 	"io"
 	"log/slog"
 	"net"
-	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -113,6 +113,9 @@ func newComputer(t *testing.T) *computer {
 	c.cfg = wsl.Config{Program: self, Env: h.Env(), Home: c.place.State,
 		// Here Windows' paths are those of its drives.
 		Place: func(path string) (string, error) {
+			if p, err := wsl.Place(path); err == nil {
+				return p, nil // as the command line of Windows says it
+			}
 			rest, ok := strings.CutPrefix(path, drives+"/")
 			if !ok {
 				return "", fmt.Errorf("%s is on no drive", path)
@@ -204,12 +207,171 @@ func TestMachine(t *testing.T) {
 	c := newComputer(t)
 	build(t, c.image, "1.0")
 	c.serve()
+	ada := filepath.Join(c.root, "drives/c/Users/ada")
+	c.must("vm", "config", "--share", ada, "--idle-time", "0")
 	if out := c.must("run", "--rm", "servin/hello"); !strings.Contains(out, "Hello") {
 		t.Errorf("hello: %s", out)
 	}
-	if out := c.must("vm", "status"); !strings.Contains(out, "wsl2") || !strings.Contains(out, "running") {
+	if out := c.must("vm", "status"); !strings.Contains(out, "wsl2, hyper-v") || !strings.Contains(out, "running") || !strings.Contains(out, ada) {
 		t.Errorf("status: %s", out)
 	}
-	_ = http.StatusOK
-	_ = io.Discard
+	c.load()
+
+	// What is kept, and what is published.
+	c.must("volume", "create", "kept")
+	c.must("run", "--rm", "-v", "kept:/kept", "tools", "sh", "-c", "echo yes > /kept/file")
+	port := freePort(t)
+	c.must("run", "-d", "--name", "web", "-p", "127.0.0.1:"+port+":8080", "-v", "kept:/kept", "tools", "sh", "-c", "while :; do echo served | nc -l -p 8080; done")
+	if got := fetch(t, port); got != "served" {
+		t.Errorf("what the container publishes: %q", got)
+	}
+
+	// Folders of Windows, named as Windows does; nothing but what is shared.
+	if err := os.WriteFile(filepath.Join(ada, "src/file"), []byte("of windows"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if out := c.must("run", "--rm", "-v", `C:\Users\ada\src:/src`, "tools", "sh", "-c", "cat /src/file; echo back > /src/made"); out != "of windows" {
+		t.Errorf("a shared folder: %q", out)
+	}
+	if b, err := os.ReadFile(filepath.Join(ada, "src/made")); err != nil || string(b) != "back\n" {
+		t.Errorf("what a container wrote there: %q %v", b, err)
+	}
+	if out, err := c.try("run", "--rm", "-v", `C:\Windows:/w`, "tools", "true"); err == nil || !strings.Contains(out, "not shared") {
+		t.Errorf("a folder that is not shared: %v %s", err, out)
+	}
+	if out := c.must("run", "--rm", "-v", "/run/cloudos/drives:/d", "tools", "ls", "-A", "/d"); out != "" {
+		t.Errorf("the drives behind the shares: %q", out)
+	}
+	if out, err := c.try("run", "--rm", "-v", `D:\:/d`, "tools", "true"); err == nil {
+		t.Errorf("a drive that is not there: %s", out)
+	}
+
+	// Another servin-vmd takes the machine over; containers run on.
+	before := c.must("inspect", "-f", "{{.State.StartedAt}}", "web")
+	c.shutdown()
+	c.serve()
+	if after := c.must("inspect", "-f", "{{.State.StartedAt}}", "web"); after != before {
+		t.Errorf("the container was started again: %s, %s", before, after)
+	}
+	if got := fetch(t, port); got != "served" {
+		t.Errorf("after another servin-vmd took over: %q", got)
+	}
+
+	// Stopped in order, and started with another image: all that is kept is there.
+	c.must("vm", "stop")
+	if out, err := c.try("vm", "status"); err == nil || !strings.Contains(out, "off") {
+		t.Errorf("stopped: %v %s", err, out)
+	}
+	build(t, c.image, "2.0")
+	c.must("start", "web")
+	if out := c.must("run", "--rm", "-v", "kept:/kept", "tools", "cat", "/kept/file"); out != "yes" {
+		t.Errorf("what was kept: %q", out)
+	}
+	if got := fetch(t, port); got != "served" {
+		t.Errorf("with another image: %q", got)
+	}
+	if out := c.must("vm", "status"); !strings.Contains(out, "CloudOS 2.0") {
+		t.Errorf("the image: %s", out)
+	}
+
+	// WSL is ended under it, as 'wsl --shutdown' does: a machine that ran containers comes back.
+	d := wsl.New(c.cfg)
+	m, err := d.Attach(t.Context(), vm.Record{Spec: vm.Spec{State: c.place.State}})
+	if err != nil || m == nil {
+		t.Fatalf("%v %v", m, err)
+	}
+	if err := m.Kill(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	m.Close()
+	var out string
+	for range 60 { // the first one may have been on its way
+		if out, err = c.try("run", "--rm", "-v", "kept:/kept", "tools", "cat", "/kept/file"); err == nil {
+			break
+		}
+		time.Sleep(500 * time.Millisecond)
+	}
+	if out != "yes" || err != nil {
+		t.Errorf("after the fall: %q %v", out, err)
+	}
+	if out := c.must("vm", "logs"); !strings.Contains(out, "the engine answers") {
+		t.Errorf("console: %s", out)
+	}
+	if out := c.must("vm", "logs", "-s", "init"); !strings.Contains(out, "the engine answers") {
+		t.Errorf("log: %s", out)
+	}
+
+	// A reset leaves nothing.
+	c.must("vm", "reset", "--force")
+	if kept, err := d.Keeps(t.Context(), vm.Spec{State: c.place.State}); err != nil || kept {
+		t.Errorf("after a reset: %v %v", kept, err)
+	}
+}
+
+// load brings an image with a shell into the machine.
+func (c *computer) load() {
+	c.t.Helper()
+	shell, err := exec.LookPath("busybox")
+	if err != nil {
+		c.t.Skip("SKIP: busybox is not installed")
+	}
+	b, err := os.ReadFile(shell)
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	file := filepath.Join(c.root, "tools.tar")
+	f, err := os.Create(file)
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	out := tar.NewWriter(f)
+	hdr := []tar.Header{{Name: "bin/", Typeflag: tar.TypeDir, Mode: 0o755}, {Name: "tmp/", Typeflag: tar.TypeDir, Mode: 0o777}, {Name: "bin/busybox", Typeflag: tar.TypeReg, Mode: 0o755, Size: int64(len(b))}}
+	for _, tool := range []string{"sh", "cat", "nc", "ls", "true", "echo", "ip", "wget"} {
+		hdr = append(hdr, tar.Header{Name: "bin/" + tool, Typeflag: tar.TypeSymlink, Linkname: "busybox"})
+	}
+	for _, h := range hdr {
+		if err := out.WriteHeader(&h); err != nil {
+			c.t.Fatal(err)
+		}
+		if h.Size > 0 {
+			if _, err := out.Write(b); err != nil {
+				c.t.Fatal(err)
+			}
+		}
+	}
+	out.Close()
+	f.Close()
+	c.must("import", file, "tools")
+}
+
+func freePort(t *testing.T) string {
+	l, err := net.Listen("tcp4", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	_, port, _ := net.SplitHostPort(l.Addr().String())
+	return port
+}
+
+// fetch reads what is said on a port; it may be on its way.
+func fetch(t *testing.T, port string) string {
+	t.Helper()
+	var last error
+	for range 100 {
+		conn, err := net.DialTimeout("tcp4", "127.0.0.1:"+port, 5*time.Second)
+		if err == nil {
+			conn.SetDeadline(time.Now().Add(5 * time.Second))
+			var b []byte
+			b, err = io.ReadAll(io.LimitReader(conn, 100))
+			conn.Close()
+			if len(b) > 0 {
+				return strings.TrimSpace(string(b))
+			}
+		}
+		last = err
+		time.Sleep(100 * time.Millisecond)
+	}
+	t.Errorf("nothing is said on port %s: %v", port, last)
+	return ""
 }

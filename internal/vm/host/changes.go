@@ -156,7 +156,9 @@ func (c *changes) run(ctx context.Context) {
 			flush = nil
 			paths := make([]string, 0, len(pending))
 			for p := range pending {
-				paths = append(paths, p)
+				if p, err := c.l.place(p); err == nil {
+					paths = append(paths, p)
+				}
 			}
 			clear(pending)
 			slices.Sort(paths)

@@ -1,6 +1,7 @@
 package host
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -135,7 +136,7 @@ func (h *Host) status(ctx context.Context) api.VMStatus {
 	} else {
 		st.Image = st.Config.Image
 	}
-	if d, err := h.driver(st.Config.Driver); err == nil {
+	if d, err := h.driver(cmp.Or(st.Config.Driver, h.chosen())); err == nil {
 		st.Driver = d.Name()
 	}
 	if fi, err := os.Stat(h.file("data.img")); err == nil {
@@ -191,8 +192,8 @@ func (h *Host) loss(ctx context.Context) api.VMLoss {
 	var out api.VMLoss
 	if fi, err := os.Stat(h.file("data.img")); err == nil {
 		out.DiskBytes = allocated(fi)
-	} else {
-		out.Known = errors.Is(err, os.ErrNotExist) // nothing was ever kept
+	} else if kept, kerr := h.keeps(ctx); kerr != nil || !kept {
+		out.Known = kerr == nil && errors.Is(err, os.ErrNotExist) // nothing was ever kept
 		return out
 	}
 	l, err := h.awake(ctx)

@@ -109,7 +109,7 @@ func (h *Host) look(ctx context.Context, l *live) error {
 		h.used()
 	}
 	l.ports.sync(published(list))
-	l.changes.want(mounted(list, l.shares()))
+	l.changes.want(mounted(list, l.shares(), l.origin))
 	return nil
 }
 
@@ -148,12 +148,15 @@ func published(list []container.Summary) map[place]string {
 
 // mounted lists the folders of this host that containers have and that may change
 // behind the guest's back. The guest chooses none: each is inside a share.
-func mounted(list []container.Summary, shares []api.VMShare) []string {
+func mounted(list []container.Summary, shares []api.VMShare, origin func(string) (string, error)) []string {
 	var out []string
 	for _, c := range list {
 		for _, m := range c.Mounts {
-			if m.Type == mount.TypeBind && inShares(shares, m.Source) && !slices.Contains(out, m.Source) {
-				out = append(out, m.Source)
+			if m.Type != mount.TypeBind {
+				continue
+			}
+			if source, err := origin(m.Source); err == nil && inShares(shares, source) && !slices.Contains(out, source) {
+				out = append(out, source)
 			}
 		}
 	}

@@ -89,7 +89,7 @@ func TestMounted(t *testing.T) {
 	for _, src := range []string{dir + "/a", dir + "/b", dir + "/a", dir + "/out", outside, "/etc", dir + "/../x", "relative", dir + "/none"} {
 		list = append(list, container.Summary{Mounts: []container.MountPoint{{Type: mount.TypeBind, Source: src}, {Type: mount.TypeVolume, Source: dir}}})
 	}
-	if got, want := mounted(list, []api.VMShare{{Path: dir}}), []string{dir + "/a", dir + "/b"}; !slices.Equal(got, want) {
+	if got, want := mounted(list, []api.VMShare{{Path: dir}}, newLive(t).origin), []string{dir + "/a", dir + "/b"}; !slices.Equal(got, want) {
 		t.Errorf("%v, want %v", got, want)
 	}
 }

@@ -23,7 +23,6 @@ import (
 
 	"github.com/cloudos-io/cloudos/api"
 	"github.com/cloudos-io/cloudos/internal/fault"
-	"github.com/cloudos-io/cloudos/internal/vm"
 	"github.com/cloudos-io/cloudos/internal/vmwire"
 )
 
@@ -86,6 +85,9 @@ func (h *Host) proxy() http.Handler {
 			forward.ServeHTTP(aw, r)
 		case r.Method == http.MethodPost && createPath.MatchString(path):
 			body, err := readBody(r)
+			if err == nil {
+				body, err = l.placeMounts(body)
+			}
 			if err == nil {
 				err = h.checkMounts(l, body)
 			}
@@ -168,7 +170,9 @@ func readBody(r *http.Request) ([]byte, error) {
 func (h *Host) raw(w http.ResponseWriter, r *http.Request, l *live) {
 	body, err := readBody(r)
 	if err == nil && r.URL.Path == api.Root+"/run" {
-		err = h.checkMounts(l, body)
+		if body, err = l.placeMounts(body); err == nil {
+			err = h.checkMounts(l, body)
+		}
 	}
 	release := func() {}
 	if err == nil && r.URL.Path == api.Root+"/run" {
@@ -308,11 +312,15 @@ func (h *Host) checkMounts(l *live, body []byte) error {
 			sources = append(sources, m.Source)
 		}
 	}
+	inside := l.sharesInside()
 	for _, src := range sources {
 		if !strings.HasPrefix(src, "/") || guestOwn(src) {
 			continue
 		}
-		if _, ok := vm.Shared(l.shares(), src); !ok {
+		if !isInside(inside, src) {
+			if own, err := l.origin(src); err == nil {
+				src = own
+			}
 			return fault.New(fault.Invalid, "%s is not shared with the virtual machine: share it, or a folder above it, with 'servin vm config --share %s'", src, src)
 		}
 	}

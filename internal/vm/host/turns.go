@@ -47,22 +47,22 @@ func (h *Host) boot(ctx context.Context, begin time.Time, silence time.Duration)
 	c := h.config
 	c.Shares = slices.Clone(c.Shares)
 	h.mu.Unlock()
-	d, err := h.driver(c.Driver)
-	if err != nil {
-		return nil, err
-	}
 	h.step(begin, "checking the image")
 	img, err := h.image(c)
 	if err != nil {
 		return nil, err
 	}
 	h.step(begin, "probing the computer")
-	host, err := d.Probe(ctx, img, h.cfg.Place.State)
+	d, host, why, err := h.choose(ctx, c.Driver, img)
 	if err != nil {
 		return nil, err
 	}
-	spec := vm.Spec{Name: "vm-" + strconv.Itoa(os.Getuid()), CPUs: c.CPUs, Memory: int64(c.MemoryMiB) << 20, Disk: int64(c.DiskGiB) << 30, Image: img,
-		Data: h.file("data.img"), Run: filepath.Join(h.cfg.Place.Run, "machine"), State: h.cfg.Place.State}
+	if why != "" {
+		h.log.Info("the driver was chosen", "driver", d.Name(), "others", why)
+		h.step(begin, "using "+d.Name()+" ("+why+")")
+	}
+	spec := h.spec()
+	spec.CPUs, spec.Memory, spec.Disk, spec.Image = c.CPUs, int64(c.MemoryMiB)<<20, int64(c.DiskGiB)<<30, img
 	for i, s := range c.Shares {
 		spec.Shares = append(spec.Shares, vm.Share{VMShare: s, Tag: "share" + strconv.Itoa(i)})
 	}
@@ -81,6 +81,11 @@ func (h *Host) boot(ctx context.Context, begin time.Time, silence time.Duration)
 		m.Kill(context.WithoutCancel(ctx))
 		return nil, err
 	}
+	if c.Driver == "" && len(h.cfg.Drivers) > 1 {
+		if err := vm.WriteJSON(h.file(chosenFile), choice{d.Name()}); err != nil {
+			h.log.Warn("cannot keep which driver was chosen", "error", err)
+		}
+	}
 	h.log.Info("machine started", "driver", d.Name(), "accelerator", host.Accelerator, "pid", m.PID(), "image", img.Version)
 	l := h.adopt(m, host, spec)
 	h.step(begin, "booting CloudOS "+img.Version+" ("+host.Accelerator+")")
@@ -98,6 +103,11 @@ func (h *Host) boot(ctx context.Context, begin time.Time, silence time.Duration)
 	vm.WriteJSON(h.file("last-start.json"), struct{ Seconds float64 }{took})
 	h.ready(l, st)
 	return l, nil
+}
+
+// spec is the machine's, with its places alone.
+func (h *Host) spec() vm.Spec {
+	return vm.Spec{Name: "vm-" + strconv.Itoa(os.Getuid()), Data: h.file("data.img"), Run: filepath.Join(h.cfg.Place.Run, "machine"), State: h.cfg.Place.State}
 }
 
 // image opens the configured image.
@@ -202,7 +212,11 @@ func (h *Host) meet(ctx context.Context, l *live) (vmwire.Status, error) {
 }
 
 func (l *live) mount(ctx context.Context, sh vm.Share) error {
-	return l.call(ctx, "POST", "/v1/mounts", vmwire.Mount{Tag: sh.Tag, Target: sh.Path, ReadOnly: sh.ReadOnly}, nil)
+	target, err := l.place(sh.Path)
+	if err != nil {
+		return err
+	}
+	return l.call(ctx, "POST", "/v1/mounts", vmwire.Mount{Tag: sh.Tag, Target: target, ReadOnly: sh.ReadOnly}, nil)
 }
 
 // ready begins what is done beside a machine that is up.
@@ -491,8 +505,13 @@ func (h *Host) reset(ctx context.Context) error {
 		return err
 	}
 	h.step(begin, "removing the data disk")
+	for _, k := range h.keepers() {
+		if err := k.Destroy(ctx, h.spec()); err != nil {
+			return err
+		}
+	}
 	// The driver's remains (a virtual disk of another form) lie beside it.
-	for _, name := range []string{"data.img", "data.vhdx", "probe.json", "verified.json", "last-start.json"} {
+	for _, name := range []string{"data.img", "data.vhdx", "probe.json", "verified.json", "last-start.json", chosenFile} {
 		if err := os.Remove(h.file(name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return fmt.Errorf("cannot remove the data disk: %w", err)
 		}

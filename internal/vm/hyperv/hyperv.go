@@ -122,7 +122,10 @@ func variables(s vm.Spec) map[string]string {
 }
 
 // Probe implements vm.Driver.
-func (d *Driver) Probe(ctx context.Context, _ vm.Image, _ string) (vm.Host, error) {
+func (d *Driver) Probe(ctx context.Context, img vm.Image, _ string) (vm.Host, error) {
+	if img.Dir != "" && img.Disk == "" {
+		return vm.Host{}, fits(img)
+	}
 	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
 	defer cancel()
 	out, err := d.cfg.Run(ctx, probeScript, nil)
@@ -136,10 +139,17 @@ func (d *Driver) Probe(ctx context.Context, _ vm.Image, _ string) (vm.Host, erro
 	return vm.Host{Accelerator: "hyper-v", Version: v.Version}, nil
 }
 
+func fits(img vm.Image) error {
+	if img.Disk == "" {
+		return fault.New(fault.Invalid, "Hyper-V boots disks: build the image with 'cloudos image build --format disk', convert it (qemu-img convert -O vhdx) and name its folder")
+	}
+	return nil
+}
+
 // Start implements vm.Driver.
 func (d *Driver) Start(ctx context.Context, s vm.Spec, _ vm.Host, report func(string)) (vm.Machine, error) {
-	if s.Image.Disk == "" {
-		return nil, fault.New(fault.Invalid, "Hyper-V boots disks: build the image with 'cloudos image build --format disk', convert it (qemu-img convert -O vhdx) and name its folder")
+	if err := fits(s.Image); err != nil {
+		return nil, err
 	}
 	if _, err := os.Stat(s.Image.Disk); err != nil {
 		return nil, err

@@ -27,6 +27,9 @@ type verdict struct {
 
 // Probe implements vm.Driver.
 func (d *Driver) Probe(ctx context.Context, img vm.Image, state string) (vm.Host, error) {
+	if img.Dir != "" && img.Kernel == "" {
+		return vm.Host{}, fault.New(fault.Invalid, "QEMU starts kernels: build the image with 'cloudos image build --format vm' and name its folder with 'servin vm config --image DIR'")
+	}
 	path, err := d.find(program(runtime.GOARCH))
 	if err != nil {
 		return vm.Host{}, fault.New(fault.Unsupported, "cannot find %s: install it (Debian: qemu-system-x86 or qemu-system-arm, macOS: brew install qemu)", program(runtime.GOARCH))

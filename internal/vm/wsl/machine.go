@@ -8,6 +8,7 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -23,9 +24,11 @@ const consoleFile = "wsl-console.log"
 type Machine struct {
 	d       *Driver
 	name    string
-	spec    vm.Spec
 	console string
 	adopted bool
+
+	mu   sync.Mutex
+	spec vm.Spec
 
 	over chan struct{} // closed when the call that holds it has ended
 	err  error         // how, once over is closed
@@ -48,7 +51,11 @@ func newMachine(d *Driver, name string, s vm.Spec, console string, adopted bool)
 }
 
 // Record implements vm.Machine.
-func (m *Machine) Record() vm.Record { return vm.Record{Driver: "wsl2", Spec: m.spec} }
+func (m *Machine) Record() vm.Record {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return vm.Record{Driver: "wsl2", Spec: m.spec}
+}
 
 // PID implements vm.Machine: what it takes is in WSL's virtual machine, which is the system's.
 func (m *Machine) PID() int { return 0 }
@@ -62,7 +69,7 @@ func (m *Machine) Origin(path string) (string, error) { return m.d.cfg.Origin(pa
 // ShareProblems implements vm.Reaches.
 func (m *Machine) ShareProblems() map[string]string {
 	p := map[string]string{}
-	for _, s := range m.spec.Shares {
+	for _, s := range m.Record().Spec.Shares {
 		if _, err := m.d.cfg.Place(s.Path); err != nil {
 			p[s.Path] = err.Error()
 		}
@@ -72,8 +79,13 @@ func (m *Machine) ShareProblems() map[string]string {
 
 // AddShare implements vm.Sharer: WSL has the drives mounted, the guest does the rest.
 func (m *Machine) AddShare(_ context.Context, s vm.Share) error {
-	_, err := m.d.cfg.Place(s.Path)
-	return err
+	if _, err := m.d.cfg.Place(s.Path); err != nil {
+		return err
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.spec.Shares = append(slices.Clone(m.spec.Shares), s)
+	return nil
 }
 
 // Port implements vm.Machine: a call of wsl.exe carries the connection.

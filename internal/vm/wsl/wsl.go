@@ -46,8 +46,8 @@ func ThisHost(home string) Config {
 type Driver struct{ cfg Config }
 
 var (
-	_ vm.Driver    = (*Driver)(nil)
-	_ vm.Destroyer = (*Driver)(nil)
+	_ vm.Driver = (*Driver)(nil)
+	_ vm.Keeper = (*Driver)(nil)
 )
 
 // New returns the driver.
@@ -282,11 +282,21 @@ func (d *Driver) Attach(ctx context.Context, r vm.Record) (vm.Machine, error) {
 	return m, nil
 }
 
-// Destroy implements vm.Destroyer.
+// Keeps implements vm.Keeper. A computer without WSL keeps nothing in it.
+func (d *Driver) Keeps(ctx context.Context, s vm.Spec) (bool, error) {
+	ctx, cancel := context.WithTimeout(ctx, probePatience)
+	defer cancel()
+	there, err := d.has(ctx, d.name(s))
+	if errors.Is(err, exec.ErrNotFound) || errors.Is(err, os.ErrNotExist) {
+		return false, nil
+	}
+	return there, err
+}
+
+// Destroy implements vm.Keeper.
 func (d *Driver) Destroy(ctx context.Context, s vm.Spec) error {
 	name := d.name(s)
-	there, err := d.has(ctx, name)
-	if err != nil || !there {
+	if there, err := d.Keeps(ctx, s); err != nil || !there {
 		return err
 	}
 	if _, err := run(d.command(ctx, "--unregister", name)); err != nil {
