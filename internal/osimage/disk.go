@@ -190,7 +190,7 @@ func bootPartition(ctx context.Context, o Options, apt *kernel.Apt, s *system) (
 		return nil, err
 	}
 	t.Bytes(slots.BlockFile, 0o644, partSettings, block)
-	p, err := s.payload(ctx, o, apt, false)
+	p, err := s.payload(ctx, o, apt, false, nil)
 	if err != nil {
 		return nil, err
 	}

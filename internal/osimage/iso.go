@@ -57,13 +57,13 @@ func buildISO(ctx context.Context, o Options) (*vmwire.Image, error) {
 	if err != nil {
 		return nil, err
 	}
-	put := map[string][]byte{"boot/efi.img": part, "cloudos/kernel": s.kernel.Image, "cloudos/initrd": s.initrd, "boot/grub/grub.cfg": []byte("set timeout=0\n" + boot)}
-	p, err := s.payload(ctx, o, apt, true) // what the system is installed from
+	put := map[string][]byte{"cloudos/kernel": s.kernel.Image, "cloudos/initrd": s.initrd, "boot/grub/grub.cfg": []byte("set timeout=0\n" + boot)}
+	p, err := s.payload(ctx, o, apt, true, part) // what the system is installed from
 	if err != nil {
 		return nil, err
 	}
 	put["cloudos/"+release.EnvelopeFile] = p.sealed
-	for _, name := range []string{"boot.cfg", "bios.img", "esp.zst"} {
+	for _, name := range []string{"boot.cfg", "bios.img", baseFile, "esp.zst"} {
 		if b := p.content[name]; b != nil {
 			put["cloudos/"+name] = b
 		}
@@ -83,7 +83,7 @@ func buildISO(ctx context.Context, o Options) (*vmwire.Image, error) {
 		}
 		args = append(args, "-b", "boot/bios.img", "-no-emul-boot", "-boot-load-size", "4", "-boot-info-table", "--grub2-boot-info", "--grub2-mbr", hybrid, "-eltorito-alt-boot")
 	}
-	args = append(args, "-e", "boot/efi.img", "-no-emul-boot", "-isohybrid-gpt-basdat")
+	args = append(args, "-e", "cloudos/"+baseFile, "-no-emul-boot", "-isohybrid-gpt-basdat")
 	base := filepath.Join(dir, "files")
 	t := tree.New()
 	for name, b := range put {

@@ -28,6 +28,8 @@ const (
 	releaseFile = "cloudos.release"
 	// sealFile is the envelope of image.json.
 	sealFile = "image.sig.json"
+	// baseFile is the boot partition of an ISO image.
+	baseFile = "efi.img"
 )
 
 // addTrust puts the keys into a root that the system there trusts, and what it was built for.
@@ -58,8 +60,9 @@ type payload struct {
 	root     string // a file
 }
 
-// payload seals a system; loaders adds the parts that only installations need.
-func (s *system) payload(ctx context.Context, o Options, apt *kernel.Apt, loaders bool) (*payload, error) {
+// payload seals a system; loaders adds the parts that only installations need, packed against base, a boot
+// partition with the same loaders that is there anyway, or nil.
+func (s *system) payload(ctx context.Context, o Options, apt *kernel.Apt, loaders bool, base []byte) (*payload, error) {
 	p := &payload{root: s.root, content: map[string][]byte{
 		"kernel": s.kernel.Image, "initrd": s.initrd, "boot.cfg": []byte(BootScript(release.SlotMark, o.Arch, join(s.words(), o.Words))),
 	}}
@@ -77,14 +80,17 @@ func (s *system) payload(ctx context.Context, o Options, apt *kernel.Apt, loader
 			return nil, err
 		}
 		p.content = map[string][]byte{slots.UnifiedFile: u}
-		list, loaders = []named{{slots.UnifiedFile, release.Unified}, {"root.img", release.Root}}, false
-	}
-	if loaders {
+		list = []named{{slots.UnifiedFile, release.Unified}, {"root.img", release.Root}}
+	} else if loaders {
 		var err error
-		if p.content["esp.zst"], err = espPart(ctx, o, apt); err != nil {
+		if p.content["esp.zst"], err = espPart(ctx, o, apt, base); err != nil {
 			return nil, err
 		}
 		list = append([]named{{"esp.zst", release.ESP}}, list...)
+		if base != nil {
+			p.content[baseFile] = base
+			list = append([]named{{baseFile, release.Base}}, list...)
+		}
 		if o.Arch == "amd64" {
 			if p.content["bios.img"], err = biosPart(ctx, apt); err != nil {
 				return nil, err
@@ -133,8 +139,8 @@ func biosPart(ctx context.Context, apt *kernel.Apt) ([]byte, error) {
 	return append(append(files["boot.img"][:bootCode:bootCode], make([]byte, gpt.Sector-bootCode)...), core...), nil
 }
 
-// espPart is a boot partition with the boot loaders and no system, packed.
-func espPart(ctx context.Context, o Options, apt *kernel.Apt) ([]byte, error) {
+// espPart is a boot partition with the boot loaders and no system, packed against base.
+func espPart(ctx context.Context, o Options, apt *kernel.Apt, base []byte) ([]byte, error) {
 	t, err := efiTree(ctx, o, apt, slots.Script())
 	if err != nil {
 		return nil, err
@@ -152,7 +158,11 @@ func espPart(ctx context.Context, o Options, apt *kernel.Apt) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	enc, err := zstd.NewWriter(nil, zstd.WithEncoderLevel(zstd.SpeedBestCompression), zstd.WithEncoderConcurrency(1), zstd.WithWindowSize(8<<20))
+	options := []zstd.EOption{zstd.WithEncoderLevel(zstd.SpeedBestCompression), zstd.WithEncoderConcurrency(1), zstd.WithWindowSize(8 << 20)}
+	if base != nil {
+		options = append(options, zstd.WithEncoderDictRaw(release.BaseID, base))
+	}
+	enc, err := zstd.NewWriter(nil, options...)
 	if err != nil {
 		return nil, err
 	}
@@ -179,7 +189,7 @@ func buildRelease(ctx context.Context, o Options) (*vmwire.Image, error) {
 	if s.rootFileSize > slotSize*mib {
 		return nil, fault.New(fault.Exhausted, "the root of %d MiB does not fit into a slot of %d", s.rootFileSize>>20, slotSize)
 	}
-	p, err := s.payload(ctx, o, apt, true)
+	p, err := s.payload(ctx, o, apt, true, nil)
 	if err != nil {
 		return nil, err
 	}

@@ -183,7 +183,7 @@ func ownersUnified(ctx context.Context, o Options, apt *kernel.Apt, s *system) (
 // ownersPartition is the tree of the boot partition of a disk that its owner signed: the system in its slot, for
 // upgrades, and the same as what firmware starts that knows of no entry. There is no loader with choices.
 func ownersPartition(ctx context.Context, o Options, apt *kernel.Apt, s *system) (*tree.Tree, error) {
-	p, err := s.payload(ctx, o, apt, false)
+	p, err := s.payload(ctx, o, apt, false, nil)
 	if err != nil {
 		return nil, err
 	}

@@ -54,11 +54,22 @@ const (
 	// other boot loader then.
 	Unified Use = "unified"
 	// BIOS is what a BIOS starts, the first sector of a disk and the content of the partition
-	// for it; ESP is the boot partition with the boot loaders, packed with zstd. Only an
-	// installation takes these; they come first.
+	// for it; ESP is the boot partition with the boot loaders, packed with zstd, and Base what it
+	// was packed against: the dictionary, of BaseLimit bytes at most. Only an installation takes
+	// these; they come first, Base before ESP.
 	BIOS Use = "bios"
+	Base Use = "base"
 	ESP  Use = "esp"
 )
+
+// BaseLimit is the most that a Base has; BaseID is its number as a dictionary.
+const (
+	BaseLimit = 8 << 20
+	BaseID    = 1
+)
+
+// Loader tells whether only installations take what is for it.
+func (u Use) Loader() bool { return u == BIOS || u == Base || u == ESP }
 
 // SlotMark stands for the slot in a Template.
 const SlotMark = "@slot@"
@@ -171,10 +182,12 @@ func (m *Manifest) check() error {
 			return bad("%q is no part's name", p.Name)
 		case names[p.Name]:
 			return bad("the part %s is there twice", p.Name)
-		case !slices.Contains([]Use{Boot, Template, Root, Unified, BIOS, ESP}, p.Use):
+		case !slices.Contains([]Use{Boot, Template, Root, Unified, BIOS, Base, ESP}, p.Use):
 			return bad("the part %s is for %q", p.Name, p.Use)
 		case p.Size <= 0 || p.Size > maxPart:
 			return bad("the part %s has %d bytes", p.Name, p.Size)
+		case p.Use == Base && (p.Size > BaseLimit || uses[ESP] > 0):
+			return bad("the part %s has %d bytes, or comes after what was packed against it", p.Name, p.Size)
 		case p.Use == Template && p.Size > 64<<10:
 			return bad("the template %s has %d bytes", p.Name, p.Size)
 		case int64(len(p.Chunks)) != (p.Size+ChunkSize-1)/ChunkSize || !digest.MatchString(p.SHA256):
@@ -185,17 +198,17 @@ func (m *Manifest) check() error {
 				return bad("the part %s has a digest that is none", p.Name)
 			}
 		}
-		if (p.Use == BIOS || p.Use == ESP) && uses[Root]+uses[Boot]+uses[Template]+uses[Unified] > 0 {
+		if p.Use.Loader() && uses[Root]+uses[Boot]+uses[Template]+uses[Unified] > 0 {
 			return bad("the part %s comes too late: boot loaders are first", p.Name)
 		}
 		names[p.Name] = true
 		uses[p.Use]++
 	}
 	loaded := uses[Boot] + uses[Template]
-	if uses[Root] != 1 || uses[BIOS] > 1 || uses[ESP] > 1 || loaded == 0 && uses[Unified] == 0 {
+	if uses[Root] != 1 || uses[BIOS] > 1 || uses[Base] > 1 || uses[ESP] > 1 || loaded == 0 && uses[Unified] == 0 {
 		return bad("it needs one root and something to boot")
 	}
-	if uses[Unified] > 1 || uses[Unified] == 1 && loaded+uses[BIOS]+uses[ESP] > 0 {
+	if uses[Unified] > 1 || uses[Unified] == 1 && loaded+uses[BIOS]+uses[Base]+uses[ESP] > 0 {
 		return bad("a unified image is all that is started")
 	}
 	return nil

@@ -115,7 +115,15 @@ func TestManifestIsChecked(t *testing.T) {
 		"fewer pieces": func(m *Manifest) { m.Parts[2].Chunks = m.Parts[2].Chunks[:2] },
 		"no digest":    func(m *Manifest) { m.Parts[2].Chunks[1] = "x" },
 		"late loader":  func(m *Manifest) { m.Parts[0].Use, m.Parts[1].Use = Boot, BIOS },
-		"template":     func(m *Manifest) { m.Parts[2].Use = Template },
+		"late base":    func(m *Manifest) { m.Parts[0].Use, m.Parts[1].Use = ESP, Base },
+		"large base": func(m *Manifest) {
+			p := &m.Parts[0]
+			p.Use, p.Size = Base, BaseLimit+1
+			for int64(len(p.Chunks)) < (p.Size+ChunkSize-1)/ChunkSize {
+				p.Chunks = append(p.Chunks, p.SHA256)
+			}
+		},
+		"template": func(m *Manifest) { m.Parts[2].Use = Template },
 	} {
 		m, _ := sample(t)
 		spoil(m)

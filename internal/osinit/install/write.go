@@ -161,19 +161,23 @@ func (j *Job) partitions(ctx context.Context, f *os.File, t *gpt.Table) (map[str
 // loaders writes the boot partition with its loaders, and returns what a BIOS starts.
 func (j *Job) loaders(ctx context.Context, dev string) (bios []byte, err error) {
 	buf := make([]byte, release.ChunkSize)
+	var base []byte
 	for i := range j.Manifest.Parts {
 		p := &j.Manifest.Parts[i]
-		if p.Use != release.BIOS && p.Use != release.ESP {
+		if !p.Use.Loader() {
 			break // loaders come first
 		}
 		r, err := j.Parts.Open(p)
 		if err != nil {
 			return nil, err
 		}
-		if p.Use == release.BIOS {
+		switch p.Use {
+		case release.BIOS:
 			err = p.Copy(r, buf, func(piece []byte, _ int64) error { bios = append(bios, piece...); return nil })
-		} else {
-			err = unpack(ctx, p, r, buf, dev)
+		case release.Base:
+			err = p.Copy(r, buf, func(piece []byte, _ int64) error { base = append(base, piece...); return nil })
+		case release.ESP:
+			err = unpack(ctx, p, r, buf, base, dev)
 		}
 		r.Close()
 		if err != nil {
@@ -186,9 +190,9 @@ func (j *Job) loaders(ctx context.Context, dev string) (bios []byte, err error) 
 	return bios, nil
 }
 
-// unpack writes a packed part to a device that it makes all zeros before. The unpacking reads
-// pieces that were verified.
-func unpack(ctx context.Context, p *release.Part, r io.Reader, buf []byte, dev string) error {
+// unpack writes a part that was packed against base, if there is one, to a device that it makes all
+// zeros before. The unpacking reads pieces that were verified.
+func unpack(ctx context.Context, p *release.Part, r io.Reader, buf, base []byte, dev string) error {
 	f, err := os.OpenFile(dev, os.O_RDWR|unix.O_EXCL, 0)
 	if err != nil {
 		return err
@@ -215,7 +219,7 @@ func unpack(ctx context.Context, p *release.Part, r io.Reader, buf []byte, dev s
 		pw.CloseWithError(err)
 		copied <- err
 	}()
-	err = spread(f, pr, int64(size))
+	err = spread(f, pr, base, int64(size))
 	pr.CloseWithError(errors.Join(err, io.ErrClosedPipe))
 	if cerr := <-copied; cerr != nil && !errors.Is(cerr, io.ErrClosedPipe) {
 		err = cerr // the cause of what the unpacking saw
@@ -227,8 +231,12 @@ func unpack(ctx context.Context, p *release.Part, r io.Reader, buf []byte, dev s
 }
 
 // spread writes what is not zero of a packed stream.
-func spread(f *os.File, r io.Reader, limit int64) error {
-	z, err := zstd.NewReader(r, zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxWindow(8<<20))
+func spread(f *os.File, r io.Reader, base []byte, limit int64) error {
+	options := []zstd.DOption{zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxWindow(8 << 20)}
+	if base != nil {
+		options = append(options, zstd.WithDecoderDictRaw(release.BaseID, base))
+	}
+	z, err := zstd.NewReader(r, options...)
 	if err != nil {
 		return err
 	}

@@ -259,8 +259,7 @@ func (t *Target) parts(ctx context.Context, m *release.Manifest, parts Parts, fo
 	total := m.Size()
 	for i := range m.Parts {
 		p := &m.Parts[i]
-		loader := p.Use == release.BIOS || p.Use == release.ESP
-		if loader && t.WithoutLoaders {
+		if p.Use.Loader() && t.WithoutLoaders {
 			done += p.Size
 			continue
 		}
@@ -329,7 +328,7 @@ func check(ctx context.Context, m *release.Manifest, slot, folder string, root i
 	buf := make([]byte, release.ChunkSize)
 	var done, total int64
 	for _, p := range m.Parts {
-		if p.Use != release.BIOS && p.Use != release.ESP {
+		if !p.Use.Loader() {
 			total += p.Size
 		}
 	}
