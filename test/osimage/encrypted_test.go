@@ -3,7 +3,9 @@ package osimage
 import (
 	"bytes"
 	"crypto/ed25519"
+	"encoding/hex"
 	"encoding/json"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -13,6 +15,7 @@ import (
 
 	"github.com/cloudos-io/cloudos/api/system"
 	"github.com/cloudos-io/cloudos/internal/osimage"
+	"github.com/cloudos-io/cloudos/internal/osinit/seal"
 	"github.com/cloudos-io/cloudos/internal/vmwire"
 	"github.com/cloudos-io/cloudos/test/harness"
 )
@@ -68,6 +71,42 @@ func tokens(t *testing.T, disk string) string {
 		out = append(out, x.Type)
 	}
 	return strings.Join(out, " ")
+}
+
+// registersClosed looks for the registers' values from within a container: those that the data are sealed to have passed
+// when the first one runs, so that nobody in this start is given the key once more.
+func (m *machine) registersClosed(disk string) {
+	m.t.Helper()
+	head := region(m.t, disk, espEnd+2*slotLen+4096, 12<<10)
+	var meta struct {
+		Tokens map[string]json.RawMessage `json:"tokens"`
+	}
+	if err := json.Unmarshal(head[:bytes.IndexByte(head, 0)], &meta); err != nil {
+		m.t.Fatal(err)
+	}
+	passed := 0
+	for _, raw := range meta.Tokens {
+		var s struct {
+			Type string `json:"type"`
+			seal.Sealed
+		}
+		if json.Unmarshal(raw, &s) != nil || s.Type != "cloudos-tpm2" {
+			continue
+		}
+		for i, n := range s.PCRs {
+			if n == 7 { // stays: the system seals to it while it runs
+				continue
+			}
+			now := m.must("run", "--rm", "servin/hello", "cat", fmt.Sprintf("/sys/class/tpm/tpm0/pcr-%s/%d", seal.Bank, n))
+			if b, err := hex.DecodeString(strings.TrimSpace(now)); err != nil || bytes.Equal(b, s.Values[i]) {
+				m.t.Errorf("register %d still has the value that the data are sealed to: %q, %v", n, now, err)
+			}
+			passed++
+		}
+	}
+	if passed == 0 {
+		m.t.Error("the data are sealed to no register that closes")
+	}
 }
 
 // TestInstallEncrypted installs with data that are encrypted and sealed to the TPM, with Secure Boot: nothing of

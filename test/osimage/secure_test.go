@@ -380,6 +380,7 @@ func TestEncryption(t *testing.T) {
 	if s := m.settled(); s.State != vmwire.StateReady || len(s.Problems) > 0 || s.Trust.OpenedBy != "tpm2" || s.Hostname != "kept-secret-name" {
 		t.Fatalf("the second boot: %+v", s)
 	}
+	m.registersClosed(disk)
 	m.off()
 
 	// Another initial file system boots, but the TPM knows.
