@@ -70,10 +70,11 @@ bench: ## Measure beside Docker, Podman, containerd, crun and runc
 check: ## Format, vet, staticcheck, dependency arrows, cross builds
 	@scripts/check
 
-cross: ## Build the command lines, servin and cloudos, for every platform
+cross: ## Build the command lines, servin and cloudos, for every platform, and servin-vmd for macOS and Windows
 	@for p in linux/amd64 linux/arm64 linux/arm darwin/amd64 darwin/arm64 windows/amd64 windows/arm64; do \
 	  exe=; case $$p in windows/*) exe=.exe ;; esac; \
-	  for c in servin cloudos; do echo "$$c $$p"; GOOS=$${p%/*} GOARCH=$${p#*/} GOARM=7 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o dist/$$c-$${p%/*}-$${p#*/}$$exe ./cmd/$$c; done; done
+	  vmd=; case $$p in darwin/*|windows/*) vmd=servin-vmd ;; esac; \
+	  for c in servin cloudos $$vmd; do echo "$$c $$p"; GOOS=$${p%/*} GOARCH=$${p#*/} GOARM=7 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o dist/$$c-$${p%/*}-$${p#*/}$$exe ./cmd/$$c; done; done
 
 fuzz: ## Fuzz every parser for a minute each
 	@scripts/fuzz $${FUZZTIME:-60s}

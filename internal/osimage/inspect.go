@@ -114,7 +114,11 @@ func Inspect(dir string) (*Inspection, error) {
 // Print writes what takes the space: by part, and the n biggest files.
 func (in *Inspection) Print(w io.Writer, n int) {
 	i := in.Image
-	fmt.Fprintf(w, "CloudOS %s, %s, format %s\nkernel %s (%s)\n\n", i.Version, i.Arch, i.Format, i.Kernel, i.KernelPackage)
+	fmt.Fprintf(w, "CloudOS %s, %s, format %s\n", i.Version, i.Arch, i.Format)
+	if i.Kernel != "" {
+		fmt.Fprintf(w, "kernel %s (%s)\n", i.Kernel, i.KernelPackage)
+	}
+	fmt.Fprintln(w)
 	if i.Config != "" {
 		fmt.Fprintln(w, "configuration, where no other place has one:")
 		for line := range strings.Lines(i.Config) {

@@ -28,7 +28,7 @@ const (
 type Image struct {
 	// FormatVersion is 1.
 	FormatVersion int `json:"formatVersion"`
-	// Format is vm, disk, iso or netboot.
+	// Format is vm, wsl, disk, iso or netboot.
 	Format string `json:"format"`
 	// Version is that of the programs inside.
 	Version string `json:"version"`
