@@ -22,6 +22,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mount.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
@@ -239,6 +240,16 @@ static int away(int fd)
 	return up;
 }
 
+/* What the engine and its containers may have; the kernel's limits are those of a single program. Go does the
+ * same for all formats (internal/osinit/limits.go), and says what is wrong with it. */
+static void raise_limits(void)
+{
+	const struct rlimit files = {1 << 20, 1 << 20}, processes = {RLIM_INFINITY, RLIM_INFINITY};
+
+	setrlimit(RLIMIT_NOFILE, &files);
+	setrlimit(RLIMIT_NPROC, &processes);
+}
+
 static void give(int fd, int as)
 {
 	if (dup2(fd, as) < 0)
@@ -261,6 +272,7 @@ int first_main(void)
 	load_all();
 	initial = away(open("/", O_RDONLY | O_DIRECTORY | O_CLOEXEC));
 	mount_root();
+	raise_limits();
 	if (pipe2(order, O_CLOEXEC) < 0 || pipe2(output, O_CLOEXEC) < 0)
 		die("make", "a pipe");
 	for (int i = 0; i < 2; i++) {

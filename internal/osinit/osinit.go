@@ -67,6 +67,7 @@ func (m *machine) run(ctx context.Context) (reboot bool) {
 	debug.SetGCPercent(-1)
 	debug.SetMemoryLimit(64 << 20)
 	m.early()
+	m.raiseLimits()
 	m.mark("init")
 	adopted, err := m.adopt()
 	if err == nil && !adopted {

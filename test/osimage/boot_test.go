@@ -251,6 +251,9 @@ func TestNetboot(t *testing.T) {
 	}
 	m := start(t, 5*time.Minute, "-kernel", filepath.Join(image, "kernel"), "-initrd", filepath.Join(image, "initrd"), "-append", in.Image.CommandLine)
 	m.connect()
+	if out := strings.Join(strings.Fields(m.must("run", "--rm", "servin/hello", "cat", "/proc/self/limits")), " "); !strings.Contains(out, "Max open files 1048576 1048576") {
+		t.Errorf("a container has other limits than elsewhere: %s", out)
+	}
 	if out := m.must("run", "--rm", "servin/hello"); !strings.Contains(out, "Everything works") {
 		t.Fatalf("a container said %q", out)
 	}

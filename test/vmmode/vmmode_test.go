@@ -34,6 +34,12 @@ func TestMachine(t *testing.T) {
 	if out := m.must("run", "--rm", "servin/hello"); !strings.Contains(out, "Everything works") {
 		t.Errorf("run: %s", out)
 	}
+	limits := strings.Join(strings.Fields(m.must("run", "--rm", "servin/hello", "cat", "/proc/self/limits")), " ")
+	for _, want := range []string{"Max open files 1048576 1048576", "Max processes unlimited unlimited"} {
+		if !strings.Contains(limits, want) {
+			t.Errorf("a container has other limits than elsewhere: %s, want %s", limits, want)
+		}
+	}
 	// A taken port is refused before anything starts; a free one is reachable at once.
 	l, err := net.Listen("tcp4", "127.0.0.1:0")
 	if err != nil {
