@@ -18,8 +18,8 @@ import (
 // root reaches it. The engine looks for it when it starts.
 func listenChanges() (net.Listener, error) { return listenPrivate(system.Socket) }
 
-// serve answers until ctx is done.
-func (c *changes) serve(ctx context.Context, l net.Listener) {
+// handler is the API of the system.
+func (c *changes) handler() http.Handler {
 	mux := http.NewServeMux()
 	for pattern, handle := range map[string]func(http.ResponseWriter, *http.Request) (any, error){
 		"GET /servin/os/status":    func(http.ResponseWriter, *http.Request) (any, error) { return c.status(), nil },
@@ -41,7 +41,12 @@ func (c *changes) serve(ctx context.Context, l net.Listener) {
 			}
 		})
 	}
-	s := &http.Server{Handler: mux, ReadHeaderTimeout: 30 * time.Second, MaxHeaderBytes: 16 << 10, BaseContext: func(net.Listener) context.Context { return ctx }}
+	return mux
+}
+
+// serve answers until ctx is done.
+func (c *changes) serve(ctx context.Context, l net.Listener) {
+	s := &http.Server{Handler: c.handler(), ReadHeaderTimeout: 30 * time.Second, MaxHeaderBytes: 16 << 10, BaseContext: func(net.Listener) context.Context { return ctx }}
 	stop := context.AfterFunc(ctx, func() { s.Close() })
 	defer stop()
 	if err := s.Serve(l); err != nil && ctx.Err() == nil {

@@ -73,6 +73,7 @@ type machine struct {
 	// recoveryShown says whether the console shows it.
 	recoveryShown bool
 	configSource  string
+	safeAt        []string // where safe mode serves the system's API over the network
 
 	// Of run alone.
 	engineArgs []string

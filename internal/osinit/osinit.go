@@ -163,6 +163,12 @@ func (m *machine) run(ctx context.Context) (reboot bool) {
 		doc = m.menu(ctx, doc)
 	}
 	err = errors.Join(err, m.checkEncryption(doc))
+	var help *rescue
+	if dataErr == nil && (err != nil || m.cmdline["safe"] != "") {
+		if help = m.help(err != nil); help != nil && err != nil {
+			doc = help.applied
+		}
+	}
 	m.apply(ctx, doc)
 	if !adopted {
 		m.tune(doc.Sysctl)
@@ -172,7 +178,7 @@ func (m *machine) run(ctx context.Context) (reboot bool) {
 	m.mark("modules")
 	if closed != nil {
 		if cerr := <-closed; cerr != nil && m.encrypted() {
-			err = errors.Join(err, cerr)
+			err, help = errors.Join(err, cerr), nil
 		} else if cerr != nil { // a chip that fails keeps nobody's key that we know of
 			m.problem(cerr)
 		}
@@ -209,6 +215,13 @@ func (m *machine) run(ctx context.Context) (reboot bool) {
 	if calls != nil {
 		parts.Go(func() { changes.serve(ctx, calls) })
 	}
+	if help != nil {
+		m.mu.Lock()
+		m.safeAt = help.listen
+		m.mu.Unlock()
+		m.change()
+		parts.Go(func() { m.serveSafe(ctx, help, changes.handler()) })
+	}
 	// What nobody misses before the engine answers leaves it the processors, in VM mode.
 	behind := func(what func()) {
 		parts.Go(func() {
@@ -220,6 +233,9 @@ func (m *machine) run(ctx context.Context) (reboot bool) {
 	}
 	behind(func() { m.keepTime(ctx, doc.Time) })
 	behind(func() { m.serveDebugShell(ctx, doc.DebugShell) })
+	if starts {
+		behind(func() { m.keepGood(ctx) })
+	}
 	if doc.Install == nil {
 		behind(m.growAtStart)
 	}

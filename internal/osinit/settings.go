@@ -379,6 +379,12 @@ func (m *machine) screen() string {
 	}
 	if s.State == vmwire.StateSafe {
 		b.WriteString("\n  This is safe mode: no engine runs. Correct what is wrong and start the machine again.\n")
+		m.mu.Lock()
+		at := strings.Join(m.safeAt, " ")
+		m.mu.Unlock()
+		if at != "" {
+			fmt.Fprintf(&b, "  The system's API is served on %s, with the certificates of the last good configuration.\n", at)
+		}
 	}
 	return b.String()
 }
