@@ -16,6 +16,9 @@ import (
 // notShown stands for a secret.
 const notShown = "(not shown)"
 
+// unreadable stands for a whole document.
+const unreadable = "version: 1 # the document has a secret and cannot be shown\n"
+
 // isSecret tells whether a document's value is not shown: the passphrase of the data, the key of the listeners, what
 // collectors of traces are shown, and addresses with a password.
 func isSecret(path, value string) bool {
@@ -53,12 +56,11 @@ func values(n *yaml.Node, path string, visit func(path string, v *yaml.Node)) {
 
 // Redacted is a document to be shown: without its secrets.
 func Redacted(b []byte) []byte {
-	unreadable := []byte("version: 1 # the document has a secret and cannot be shown\n")
 	var n yaml.Node
 	if err := yaml.Unmarshal(b, &n); err != nil || len(n.Content) != 1 || n.Content[0].Kind != yaml.MappingNode {
 		for _, word := range []string{"passphrase", "tls", "headers", "@"} {
 			if bytes.Contains(b, []byte(word)) {
-				return unreadable
+				return []byte(unreadable)
 			}
 		}
 		return b
@@ -70,14 +72,14 @@ func Redacted(b []byte) []byte {
 		}
 	})
 	if shows(&n, b) {
-		return unreadable
+		return []byte(unreadable)
 	}
 	if !hidden {
 		return b
 	}
 	out, err := yaml.Marshal(&n)
 	if err != nil {
-		return unreadable
+		return []byte(unreadable)
 	}
 	return out
 }
@@ -113,6 +115,9 @@ func shows(n *yaml.Node, b []byte) bool {
 
 // Filled is a document that was shown without its secrets, with those of the first of others that has them.
 func Filled(b []byte, others ...[]byte) ([]byte, error) {
+	if bytes.Contains(b, []byte(strings.TrimSpace(unreadable))) {
+		return nil, fault.New(fault.Invalid, "this stands for a document that could not be shown: give one in full")
+	}
 	if !bytes.Contains(b, []byte(notShown)) {
 		return b, nil
 	}

@@ -26,8 +26,9 @@ func TestNotShown(t *testing.T) {
 			if strings.Contains(string(shown), "geheim") {
 				t.Fatalf("it shows\n%s", shown)
 			}
+			// What could not be shown does not come back as a document with nothing in it.
 			back, err := Filled(shown, []byte(c.document))
-			if err != nil || strings.Contains(string(back), "geheim") != c.fillable {
+			if (err == nil) != c.fillable || c.fillable && !strings.Contains(string(back), "geheim") {
 				t.Errorf("it comes back as %v\n%s", err, back)
 			}
 		})
