@@ -32,6 +32,11 @@ func (n *Net) set(l Link) error {
 	if err := netlink.LinkSetUp(dev); err != nil {
 		return fail(err)
 	}
+	if dev.Attrs().Flags&net.FlagUp != 0 {
+		if err := solicit(&net.Interface{Index: dev.Attrs().Index}); err != nil {
+			n.log("cannot ask the routers of %s for name servers: %v", l.Name, err)
+		}
+	}
 	for _, a := range l.Addresses {
 		if err := netlink.AddrReplace(dev, &netlink.Addr{IPNet: ipnet(a, false)}); err != nil {
 			return fail(fmt.Errorf("address %s: %w", a, err))

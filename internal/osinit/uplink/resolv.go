@@ -3,6 +3,7 @@ package uplink
 import (
 	"bytes"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 
@@ -18,6 +19,12 @@ func (n *Net) writeResolv() error {
 		if l.lease != nil {
 			servers = append(servers, l.lease.DNS...)
 			search = append(search, l.lease.Search...)
+		}
+	}
+	if len(n.cfg.DNS) == 0 {
+		for _, name := range slices.Sorted(maps.Keys(n.links)) {
+			s, d := n.links[name].routers.list(name)
+			servers, search = append(servers, s...), append(search, d...)
 		}
 	}
 	n.mu.Unlock()

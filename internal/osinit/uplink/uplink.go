@@ -103,6 +103,7 @@ type Net struct {
 type link struct {
 	cfg     Link
 	lease   *lease
+	routers announced
 	problem string
 	index   int // the kernel's of the device; 0 until it is set up
 	failed  bool
@@ -146,6 +147,13 @@ func (n *Net) Run(ctx context.Context, come <-chan struct{}) {
 	if err := n.writeResolv(); err != nil {
 		n.log("%v", err)
 	}
+	hearing := make(chan struct{})
+	wg.Go(func() {
+		if err := n.heed(ctx, hearing); err != nil {
+			n.log("%v", err)
+		}
+	})
+	<-hearing
 	for {
 		n.forget()
 		for _, l := range n.due() {
@@ -462,6 +470,12 @@ func (n *Net) States() []State {
 		}
 		if l.cfg.Gateway.IsValid() {
 			s.Gateway = l.cfg.Gateway.String()
+		}
+		if len(n.cfg.DNS) == 0 {
+			servers, _ := l.routers.list(name)
+			for _, d := range servers {
+				s.DNS = append(s.DNS, d.String())
+			}
 		}
 		if l.lease != nil {
 			if l.lease.Gateway.IsValid() && s.Gateway == "" {
