@@ -22,6 +22,8 @@ const (
 	rootSize = 512 * 32         // FAT16's root folder
 	date     = 44<<9 | 1<<5 | 1 // 2024-01-01
 	end      = 0x0fffffff
+	// Files of at least large bytes begin at the same place of blocks of that many.
+	large, aligned = 8 << 20, 64 << 10
 )
 
 // Image returns a file system of size bytes with the tree. label has up to 11
@@ -82,7 +84,7 @@ func Image(t *tree.Tree, size int64, label string, id uint32) ([]byte, error) {
 		info := make([]byte, sector)
 		le.PutUint32(info, 0x41615252)
 		le.PutUint32(info[484:], 0x61417272)
-		le.PutUint32(info[488:], uint32(clusters)-(w.next-2))
+		le.PutUint32(info[488:], uint32(clusters)-(w.next-2)+w.skipped)
 		le.PutUint32(info[492:], w.next)
 		le.PutUint32(info[508:], 0xaa550000)
 		copy(w.b[sector:], info)
@@ -107,6 +109,7 @@ type writer struct {
 	root        []byte // of FAT16
 	base        int64
 	next, limit uint32
+	skipped     uint32 // clusters before next that are free
 	fat         []uint32
 	start       map[string]uint32
 }
@@ -119,6 +122,14 @@ func (w *writer) take(n int64) (uint32, []byte, error) {
 	}
 	if count > w.limit-w.next {
 		return 0, nil, errors.New("it is full")
+	}
+	if n >= large { // the same content twice is the same blocks of a disk (package qcow2)
+		at := w.base + int64(w.next-2)*cluster
+		skip := uint32((aligned - at%aligned) % aligned / cluster)
+		if count+skip <= w.limit-w.next {
+			w.next += skip
+			w.skipped += skip
+		}
 	}
 	first := w.next
 	for i := range count {

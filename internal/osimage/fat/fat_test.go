@@ -15,13 +15,25 @@ func TestImage(t *testing.T) {
 	tr := tree.New()
 	tr.Bytes("EFI/BOOT/BOOTX64.EFI", 0o644, "", big)
 	tr.Bytes("cloudos/a/empty", 0o644, "", nil)
+	twice := append([]byte("where it begins"), bytes.Repeat([]byte("x"), large)...)
 	for _, size := range []int64{6 << 20, 160 << 20} {
+		if size == 160<<20 {
+			tr.Bytes("cloudos/a/linux.efi", 0o644, "", twice)
+			tr.Bytes("cloudos/b/linux.efi", 0o644, "", twice)
+		}
 		b, err := Image(tr, size, "CLOUDOS", 7)
 		if err != nil {
 			t.Fatal(err)
 		}
 		if again, err := Image(tr, size, "CLOUDOS", 7); err != nil || !bytes.Equal(b, again) {
 			t.Fatal("twice is not the same", err)
+		}
+		if size == 160<<20 {
+			first := bytes.Index(b, twice[:15])
+			second := bytes.LastIndex(b, twice[:15])
+			if first == second || (second-first)%aligned != 0 {
+				t.Errorf("the same large file is at %d and %d", first, second)
+			}
 		}
 		fsck, err := exec.LookPath("fsck.fat")
 		if err != nil {

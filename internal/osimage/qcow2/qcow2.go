@@ -1,11 +1,12 @@
 // Package qcow2 writes disk images in QEMU's format (docs/interop/qcow2.rst of
 // QEMU), version 3: clusters of 64 KiB, those of zeros left out, the others
-// compressed where that makes them smaller. The same disk gives the same bytes.
+// compressed where that makes them smaller, and those with the same content once. The same disk gives the same bytes.
 package qcow2
 
 import (
 	"bytes"
 	"compress/flate"
+	"crypto/sha256"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -17,6 +18,12 @@ const (
 	cluster = 1 << bits
 	perL2   = cluster / 8
 	perRef  = cluster / 2 // refcounts of 16 bits
+
+	// Of entries in the second tables: the only one of its cluster; compressed. Bits 0 to
+	// 61-(bits-8) of a compressed one's are the place, those above how many further sectors.
+	aloneFlag  = 1 << 63
+	packedFlag = 1 << 62
+	shift      = 62 - (bits - 8)
 )
 
 // Write writes the disk of size bytes that r reads to w.
@@ -44,6 +51,7 @@ func Write(w io.WriterAt, r io.ReaderAt, size int64) error {
 		return err
 	}
 	raw, zero := make([]byte, cluster), make([]byte, cluster)
+	known := map[[sha256.Size]byte]int64{} // where a content is: its first entry of the second tables
 	for i := range count {
 		n, err := r.ReadAt(raw, i*cluster)
 		if err != nil && !errors.Is(err, io.EOF) {
@@ -53,6 +61,24 @@ func Write(w io.WriterAt, r io.ReaderAt, size int64) error {
 		if bytes.Equal(raw, zero) {
 			continue
 		}
+		sum := sha256.Sum256(raw)
+		if j, ok := known[sum]; ok {
+			e := be.Uint64(second[j*8:])
+			if e&packedFlag != 0 {
+				at := int64(e & (1<<shift - 1))
+				sectors := int64(e &^ packedFlag >> shift)
+				for c := at / cluster; c <= (at/512+sectors)*512/cluster; c++ {
+					refs[c]++
+				}
+			} else {
+				e &^= aloneFlag // who writes to it makes a copy
+				be.PutUint64(second[j*8:], e)
+				refs[int64(e)/cluster]++
+			}
+			be.PutUint64(second[i*8:], e)
+			continue
+		}
+		known[sum] = i
 		packed.Reset()
 		z.Reset(&packed)
 		if _, err := z.Write(raw); err != nil {
@@ -65,10 +91,8 @@ func Write(w io.WriterAt, r io.ReaderAt, size int64) error {
 			if _, err := w.WriteAt(packed.Bytes(), at); err != nil {
 				return err
 			}
-			// Bits 0 to 61-(bits-8) are the place, those above how many further sectors.
-			const shift = 62 - (bits - 8)
 			sectors := (at+n-1)/512 - at/512
-			be.PutUint64(second[i*8:], 1<<62|uint64(sectors)<<shift|uint64(at))
+			be.PutUint64(second[i*8:], packedFlag|uint64(sectors)<<shift|uint64(at))
 			for c := at / cluster; c <= (at+n-1)/cluster; c++ {
 				refs[c]++
 			}
@@ -79,7 +103,7 @@ func Write(w io.WriterAt, r io.ReaderAt, size int64) error {
 		if _, err := w.WriteAt(raw, at); err != nil {
 			return err
 		}
-		be.PutUint64(second[i*8:], uint64(at)|1<<63)
+		be.PutUint64(second[i*8:], uint64(at)|aloneFlag)
 		refs[at/cluster]++
 		at += cluster
 	}
