@@ -1,6 +1,6 @@
 // Command vm measures VM mode: how long a machine takes until its engine answers
 // beside the same kernel, QEMU and devices with a busybox init; to the first container's output; what
-// an idle machine takes; how soon memory comes back; what a shared folder costs.
+// an idle machine takes; how soon memory comes back; what a shared folder costs; and how large images are.
 //
 // usage: go run ./bench/vm -bin bin -image DIR [-n 10] [-out bench/results/vm.md]
 package main
@@ -77,6 +77,9 @@ func (b *bench) run(out string) (err error) {
 		return err
 	}
 	if err := b.table(home); err != nil {
+		return err
+	}
+	if err := b.sizes(); err != nil {
 		return err
 	}
 	fmt.Print(b.out.String())

@@ -4,6 +4,7 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -21,7 +22,7 @@ import (
 
 const usage = `Usage:
   cloudos image build [--arch amd64|arm64] [--format vm|wsl|disk|iso|netboot|release] [--sign KEY] -o DIR
-  cloudos image inspect [-n FILES] DIR
+  cloudos image inspect [-n FILES | --json] DIR
   cloudos image keygen --secure-boot [--name NAME] -o DIR
   cloudos image enroll --secure-boot-cert CERT --vars FILE -o FILE
   cloudos image keygen FILE
@@ -152,6 +153,7 @@ func inspect(args []string) error {
 	f := pflag.NewFlagSet("inspect", pflag.ContinueOnError)
 	f.SetOutput(io.Discard)
 	n := f.IntP("files", "n", 15, "how many of the biggest files to show")
+	asJSON := f.Bool("json", false, "print the description and all files with their sizes in bytes as JSON")
 	if err := f.Parse(args); err != nil {
 		if errors.Is(err, pflag.ErrHelp) {
 			fmt.Print(usage, f.FlagUsages())
@@ -165,6 +167,11 @@ func inspect(args []string) error {
 	in, err := osimage.Inspect(f.Arg(0))
 	if err != nil {
 		return err
+	}
+	if *asJSON {
+		e := json.NewEncoder(os.Stdout)
+		e.SetIndent("", "  ")
+		return e.Encode(in)
 	}
 	in.Print(os.Stdout, *n)
 	return nil

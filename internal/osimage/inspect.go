@@ -74,8 +74,8 @@ func (s *system) contents(o Options) error {
 
 // Inspection is what Inspect found.
 type Inspection struct {
-	Image    vmwire.Image
-	Contents []Content
+	Image    vmwire.Image `json:"image"`
+	Contents []Content    `json:"contents"`
 }
 
 // Inspect reads an image's folder and checks its files against their checksums.
