@@ -100,7 +100,7 @@ func distribution(o Options, system *tree.Tree) (*tree.Tree, error) {
 // packed as a whole.
 func writeTar(w io.Writer, t *tree.Tree) (map[string]int64, error) {
 	counted := &counter{w: w}
-	z, err := gzip.NewWriterLevel(counted, gzip.BestCompression)
+	z, err := gzip.NewWriterLevel(counted, gzip.DefaultCompression)
 	if err != nil {
 		return nil, err
 	}

@@ -89,7 +89,7 @@ func newComputer(t *testing.T) *computer {
 	if os.Getuid() != 0 {
 		t.Skip("SKIP: distributions are made in namespaces, as root")
 	}
-	for _, tool := range []string{"nsenter", "apt-get"} {
+	for _, tool := range []string{"nsenter", "unshare", "apt-get"} {
 		if _, err := exec.LookPath(tool); err != nil {
 			t.Skipf("SKIP: %s is not installed", tool)
 		}
@@ -140,6 +140,9 @@ func newComputer(t *testing.T) *computer {
 		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 		defer cancel()
 		if err := d.Destroy(ctx, vm.Spec{State: c.place.State}); err != nil {
+			t.Error(err)
+		}
+		if err := h.Shutdown(); err != nil {
 			t.Error(err)
 		}
 		if err := os.RemoveAll(root); err != nil {
@@ -221,7 +224,7 @@ func TestMachine(t *testing.T) {
 	c.must("volume", "create", "kept")
 	c.must("run", "--rm", "-v", "kept:/kept", "tools", "sh", "-c", "echo yes > /kept/file")
 	port := freePort(t)
-	c.must("run", "-d", "--name", "web", "-p", "127.0.0.1:"+port+":8080", "-v", "kept:/kept", "tools", "sh", "-c", "while :; do echo served | nc -l -p 8080; done")
+	c.must("run", "-d", "--name", "web", "--stop-timeout", "1", "-p", "127.0.0.1:"+port+":8080", "-v", "kept:/kept", "tools", "sh", "-c", "while :; do echo served | nc -l -p 8080; done")
 	if got := fetch(t, port); got != "served" {
 		t.Errorf("what the container publishes: %q", got)
 	}

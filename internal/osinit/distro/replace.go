@@ -131,16 +131,29 @@ func syncAll(place string) error {
 
 // unpack unpacks what of an image's tar is in its slot into place, and reads the tar to its end.
 func unpack(r io.Reader, place string) error {
+	z, err := gzip.NewReader(r)
+	if err != nil {
+		return err
+	}
+	if err := unpackTar(io.LimitReader(z, maxUnpacked), place); err != nil {
+		return err
+	}
+	// The digest is of all that came.
+	if _, err := io.Copy(io.Discard, io.LimitReader(z, maxUnpacked)); err != nil {
+		return err
+	}
+	_, err = io.Copy(io.Discard, r)
+	return err
+}
+
+func unpackTar(r io.Reader, place string) error {
 	root, err := os.OpenRoot(place)
 	if err != nil {
 		return err
 	}
 	defer root.Close()
-	z, err := gzip.NewReader(r)
-	if err != nil {
-		return err
-	}
-	in := tar.NewReader(io.LimitReader(z, maxUnpacked))
+	in := tar.NewReader(r)
+	left := int64(maxUnpacked)
 	prefix := vmwire.DistributionSlots + "/" + vmwire.DistributionFirst + "/"
 	found := false
 	for n := 0; ; n++ {
@@ -159,6 +172,9 @@ func unpack(r io.Reader, place string) error {
 			continue
 		}
 		found = true
+		if left -= h.Size; left < 0 { // the holes of a sparse file are no bytes of the tar
+			return fmt.Errorf("it holds more than %d bytes", int64(maxUnpacked))
+		}
 		if err := put(root, name, h, in); err != nil {
 			return err
 		}
@@ -166,12 +182,7 @@ func unpack(r io.Reader, place string) error {
 	if !found {
 		return errors.New("it is no image of a distribution")
 	}
-	// The digest is of all that came.
-	if _, err := io.Copy(io.Discard, io.LimitReader(z, maxUnpacked)); err != nil {
-		return err
-	}
-	_, err = io.Copy(io.Discard, r)
-	return err
+	return nil
 }
 
 func put(root *os.Root, name string, h *tar.Header, r io.Reader) error {

@@ -74,6 +74,10 @@ func (d Distribution) Hold(digest string, fresh bool) (held *Held, err error) {
 	if have != digest {
 		return nil, failure(vmwire.DistributionOther, "the programs are those of another image")
 	}
+	// Who replaced the programs may have been killed before this.
+	if err := d.settings(slot); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, err
+	}
 	if err := d.sweep(); err != nil {
 		fmt.Fprintln(os.Stderr, "cloudos-init:", err) // they take room, no more
 	}

@@ -4,6 +4,7 @@ package wsltest
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -96,10 +97,18 @@ func (w *wsl) startInit(root string) (int, error) {
 	if err != nil {
 		return 0, err
 	}
-	cmd := exec.Command(self)
+	net, err := w.network()
+	if err != nil {
+		return 0, err
+	}
+	nsenter, err := exec.LookPath("nsenter")
+	if err != nil {
+		return 0, err
+	}
+	cmd := exec.Command(nsenter, "--net="+net, self)
 	cmd.Env = []string{envInit + "=" + root, envDrives + "=" + w.Drives, "PATH=" + os.Getenv("PATH")}
 	cmd.ExtraFiles = []*os.File{told}
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Cloneflags: unix.CLONE_NEWPID | unix.CLONE_NEWNS | unix.CLONE_NEWIPC | unix.CLONE_NEWUTS | unix.CLONE_NEWNET}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Cloneflags: unix.CLONE_NEWPID | unix.CLONE_NEWNS | unix.CLONE_NEWIPC | unix.CLONE_NEWUTS}
 	if err := cmd.Start(); err != nil {
 		return 0, err
 	}
@@ -109,6 +118,33 @@ func (w *wsl) startInit(root string) (int, error) {
 		err = fmt.Errorf("the distribution does not start: %s", b)
 	}
 	return cmd.Process.Pid, err
+}
+
+// network is the network namespace of the virtual machine, which distributions share and which outlives each of them:
+// what one leaves there, the next one finds.
+func (w *wsl) network() (string, error) {
+	file := filepath.Join(w.Dir, network)
+	if _, err := os.Stat(file); err == nil {
+		return file, nil
+	}
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		return "", err
+	}
+	if out, err := exec.Command("unshare", "--net="+file, "true").CombinedOutput(); err != nil {
+		return "", fmt.Errorf("cannot make a network namespace: %w: %s", err, out)
+	}
+	return file, nil
+}
+
+// network is the file that holds it, among the distributions.
+const network = ".network"
+
+// Shutdown ends the virtual machine, which no distribution is running in.
+func (h Host) Shutdown() error {
+	if err := unix.Unmount(filepath.Join(h.Dir, network), unix.MNT_DETACH); err != nil && !errors.Is(err, unix.ENOENT) {
+		return err
+	}
+	return nil
 }
 
 // distributionInit is that process. It does not return.
