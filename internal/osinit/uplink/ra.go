@@ -168,3 +168,15 @@ func (t *announced) list(link string) (servers []netip.Addr, domains []string) {
 	slices.Sort(domains)
 	return servers, domains
 }
+
+// announced is what routers and DHCPv6 say of a link.
+func (l *link) announced(name string) (servers []netip.Addr, domains []string) {
+	servers, domains = l.routers.list(name)
+	more, further := l.told.list(name)
+	for _, s := range more {
+		if !slices.Contains(servers, s) {
+			servers = append(servers, s)
+		}
+	}
+	return servers, append(domains, further...)
+}

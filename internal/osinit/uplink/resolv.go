@@ -23,7 +23,7 @@ func (n *Net) writeResolv() error {
 	}
 	if len(n.cfg.DNS) == 0 {
 		for _, name := range slices.Sorted(maps.Keys(n.links)) {
-			s, d := n.links[name].routers.list(name)
+			s, d := n.links[name].announced(name)
 			servers, search = append(servers, s...), append(search, d...)
 		}
 	}

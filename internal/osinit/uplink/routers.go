@@ -17,7 +17,7 @@ import (
 func (n *Net) heed(ctx context.Context, opened chan<- struct{}) error {
 	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, unix.NETLINK_ROUTE)
 	if err == nil {
-		if err = unix.Bind(fd, &unix.SockaddrNetlink{Family: unix.AF_NETLINK, Groups: 1 << (unix.RTNLGRP_ND_USEROPT - 1)}); err != nil {
+		if err = unix.Bind(fd, &unix.SockaddrNetlink{Family: unix.AF_NETLINK, Groups: 1<<(unix.RTNLGRP_ND_USEROPT-1) | 1<<(unix.RTNLGRP_IPV6_PREFIX-1)}); err != nil {
 			unix.Close(fd)
 		}
 	}
@@ -30,13 +30,30 @@ func (n *Net) heed(ctx context.Context, opened chan<- struct{}) error {
 	stop := context.AfterFunc(ctx, func() { f.Close() })
 	defer stop()
 	b := make([]byte, 16<<10) // an option has 2040 bytes at most
+	if err := n.askFor(); err != nil {
+		n.log("%v", err)
+	}
+	var asked time.Time
+	waiting := false // until it may be asked again
 	for ctx.Err() == nil {
-		messages, err := hear(f, b, n.nextEnd())
+		until := n.nextEnd()
+		if next := asked.Add(time.Second); waiting && (until.IsZero() || next.Before(until)) {
+			until = next
+		}
+		messages, err := hear(f, b, until)
 		if ctx.Err() != nil {
 			return nil
 		}
 		if err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
 			return fmt.Errorf("cannot hear what routers announce: %w", err)
+		}
+		// An advertisement has an option or a prefix in nearly every network; what it says besides is asked for.
+		waiting = waiting || len(messages) > 0
+		if waiting && time.Since(asked) >= time.Second {
+			if err := n.askFor(); err != nil {
+				n.log("%v", err)
+			}
+			asked, waiting = time.Now(), false
 		}
 		if !n.announced(messages, time.Now()) {
 			continue
@@ -87,6 +104,7 @@ func (n *Net) announced(b []byte, now time.Time) (changed bool) {
 	defer n.mu.Unlock()
 	for _, l := range n.links {
 		changed = l.routers.expire(now) || changed
+		changed = l.told.expire(now) || changed
 	}
 	for len(b) >= unix.SizeofNlMsghdr {
 		size := int(binary.NativeEndian.Uint32(b))
@@ -112,7 +130,7 @@ func (n *Net) nextEnd() (next time.Time) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	for _, l := range n.links {
-		for _, end := range l.routers.ends() {
+		for _, end := range append(l.routers.ends(), l.told.ends()...) {
 			if next.IsZero() || end.Before(next) {
 				next = end
 			}

@@ -104,6 +104,8 @@ type link struct {
 	cfg     Link
 	lease   *lease
 	routers announced
+	told    announced     // by DHCPv6
+	more    chan struct{} // a router said that DHCPv6 knows more
 	problem string
 	index   int // the kernel's of the device; 0 until it is set up
 	failed  bool
@@ -158,7 +160,7 @@ func (n *Net) Run(ctx context.Context, come <-chan struct{}) {
 		n.forget()
 		for _, l := range n.due() {
 			ctx, stop := context.WithCancel(ctx)
-			k := &link{cfg: l, stop: stop, done: make(chan struct{})}
+			k := &link{cfg: l, stop: stop, done: make(chan struct{}), more: make(chan struct{}, 1)}
 			n.mu.Lock()
 			n.links[l.Name] = k
 			n.mu.Unlock()
@@ -167,6 +169,9 @@ func (n *Net) Run(ctx context.Context, come <-chan struct{}) {
 				defer stop()
 				n.keep(ctx, l)
 			})
+			if l.dhcp() && len(n.cfg.DNS) == 0 {
+				wg.Go(func() { n.inform(ctx, l.Name, k) })
+			}
 		}
 		select {
 		case <-ctx.Done():
@@ -472,7 +477,7 @@ func (n *Net) States() []State {
 			s.Gateway = l.cfg.Gateway.String()
 		}
 		if len(n.cfg.DNS) == 0 {
-			servers, _ := l.routers.list(name)
+			servers, _ := l.announced(name)
 			for _, d := range servers {
 				s.DNS = append(s.DNS, d.String())
 			}
