@@ -24,7 +24,11 @@ const debugShellRun = "/servin/debug-shell/run"
 
 // debugShellAPI serves /servin/debug-shell. What switches it on and off, and the end of each session,
 // are calls like any other, so that the audit log has them.
-type debugShellAPI struct{ b DebugShell }
+// Switching is for who may be root of the host, as the shell is.
+type debugShellAPI struct {
+	b   DebugShell
+	sys System
+}
 
 func (a debugShellAPI) backend() (DebugShell, error) {
 	if a.b == nil {
@@ -45,8 +49,16 @@ func (a debugShellAPI) show(w *response, r *request) error {
 	return w.json(http.StatusOK, s)
 }
 
+// may is backend for what only some may do.
+func (a debugShellAPI) may(ctx context.Context) (DebugShell, error) {
+	if err := a.sys.MayActAsHost(ctx); err != nil {
+		return nil, err
+	}
+	return a.backend()
+}
+
 func (a debugShellAPI) enable(w *response, r *request) error {
-	b, err := a.backend()
+	b, err := a.may(r.Context())
 	if err != nil {
 		return err
 	}
@@ -67,7 +79,7 @@ func (a debugShellAPI) enable(w *response, r *request) error {
 }
 
 func (a debugShellAPI) disable(w *response, r *request) error {
-	b, err := a.backend()
+	b, err := a.may(r.Context())
 	if err != nil {
 		return err
 	}
@@ -79,7 +91,7 @@ func (a debugShellAPI) disable(w *response, r *request) error {
 }
 
 func (a debugShellAPI) end(w *response, r *request) error {
-	b, err := a.backend()
+	b, err := a.backend() // the first process tells of ends, whatever policies say of its user
 	if err != nil {
 		return err
 	}

@@ -17,7 +17,7 @@ func routes(c Config) []route {
 	sys := systemAPI{c.System, c.Builds}
 	bld := buildsAPI{c.Builds, c.System}
 	own := servinAPI{c.Containers, c.System, c.Version, c.Problems, c.Builds}
-	alerts, dbg := alertAPI{c.Alerts}, debugShellAPI{c.DebugShell}
+	alerts, dbg := alertAPI{c.Alerts}, debugShellAPI{c.DebugShell, c.System}
 	system := osAPI{c.OS, c.System}
 	lse := leaseAPI{c.Containers, c.Networks, c.Volumes, c.Logger, leaseGrace, &leases{n: map[string]int{}}}
 
