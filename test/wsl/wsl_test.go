@@ -305,6 +305,7 @@ func TestMachine(t *testing.T) {
 	}
 
 	// A reset leaves nothing.
+	c.must("vm", "stop")
 	c.must("vm", "reset", "--force")
 	if kept, err := d.Keeps(t.Context(), vm.Spec{State: c.place.State}); err != nil || kept {
 		t.Errorf("after a reset: %v %v", kept, err)
