@@ -34,6 +34,10 @@ func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	if err := run(ctx, os.Args[1:]); err != nil {
+		if ctx.Err() != nil {
+			fmt.Fprintln(os.Stderr, "cloudos image: interrupted: no image was finished; what was downloaded and packed is kept for the next time")
+			os.Exit(130)
+		}
 		fmt.Fprintln(os.Stderr, "cloudos image:", err)
 		os.Exit(1)
 	}

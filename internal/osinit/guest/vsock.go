@@ -49,53 +49,20 @@ func (p *Port) RunVsock(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("cannot serve the host: %w", err)
 	}
-	return p.accept(ctx, l, func(a net.Addr) bool {
+	return p.accept(ctx, l, func(a net.Addr) bool { // and no container of the machine's
 		v, ok := a.(*vsock.Addr)
 		return ok && v.ContextID == unix.VMADDR_CID_HOST
 	})
 }
 
-// accept serves conversations with the host, one after the other. Whoever else connects, a container of
-// the machine's perhaps, is not heard.
-func (p *Port) accept(ctx context.Context, l net.Listener, host func(net.Addr) bool) error {
-	stop := context.AfterFunc(ctx, func() { l.Close() })
-	defer stop()
-	for {
-		c, err := l.Accept()
-		if ctx.Err() != nil {
-			if err == nil {
-				c.Close()
-			}
-			return ctx.Err()
-		}
-		if err != nil {
-			p.Log("the port: %v", err)
-			select {
-			case <-ctx.Done():
-			case <-time.After(time.Second):
-			}
-			continue
-		}
-		if !host(c.RemoteAddr()) {
-			p.Log("the port: %v is not the host", c.RemoteAddr())
-			c.Close()
-			continue
-		}
-		over := context.AfterFunc(ctx, func() { c.Close() })
-		s, err := vmwire.Guest(c)
-		if err == nil {
-			p.serve(ctx, s)
-		} else if !errors.Is(err, io.EOF) {
-			p.Log("the port: %v", err)
-		}
-		over()
-		c.Close()
-	}
+// Serve serves on a listener that none but the host reaches what Run serves on a serial port, until ctx is done.
+func (p *Port) Serve(ctx context.Context, l net.Listener) error {
+	return p.accept(ctx, l, func(net.Addr) bool { return true })
 }
 
-// Serve serves on a listener that none but the host reaches what Run serves on a serial port, until ctx is done. A
-// new conversation ends the one before: of a host that is gone, nobody may have said so.
-func (p *Port) Serve(ctx context.Context, l net.Listener) error {
+// accept serves conversations with the host. A new one ends the one before: of a host that is gone,
+// nobody may have said so.
+func (p *Port) accept(ctx context.Context, l net.Listener, host func(net.Addr) bool) error {
 	stop := context.AfterFunc(ctx, func() { l.Close() })
 	defer stop()
 	var last net.Conn
@@ -118,6 +85,11 @@ func (p *Port) Serve(ctx context.Context, l net.Listener) error {
 			case <-ctx.Done():
 			case <-time.After(time.Second):
 			}
+			continue
+		}
+		if !host(c.RemoteAddr()) {
+			p.Log("the port: %v is not the host", c.RemoteAddr())
+			c.Close()
 			continue
 		}
 		if last != nil {
